@@ -1,0 +1,45 @@
+"""jitmla: Multi-head Latent Attention kernels, generated for your GPU, compiled once, cached on disk.
+
+Importing this package loads neither torch nor the compiler; each public name brings what it needs on its first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "mla_decode": "jitmla.ops.mla_decode",
+    "keys_for": "jitmla.models",
+    "explain": "jitmla.dispatch",
+    "stats": "jitmla.events",
+    "subscribe": "jitmla.events",
+    "Key": "jitmla.key",
+    "Spec": "jitmla.spec",
+    "JitmlaError": "jitmla.errors",
+}
+__all__ = sorted(_WHERE)
+
+if TYPE_CHECKING:
+    from .dispatch import explain as explain
+    from .errors import JitmlaError as JitmlaError
+    from .events import stats as stats
+    from .events import subscribe as subscribe
+    from .key import Key as Key
+    from .models import keys_for as keys_for
+    from .ops.mla_decode import mla_decode as mla_decode
+    from .spec import Spec as Spec
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'jitmla' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

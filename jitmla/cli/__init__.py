@@ -1,0 +1,35 @@
+"""The `jitmla` command. Each subcommand lives in its own module; this one names them and starts the program.
+
+Starting it loads neither torch nor the compiler. Results go to stdout, everything else to stderr. Exit codes: 0 done,
+1 something failed, 2 the request cannot be served as it was put, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from . import cache, kernels, output, prewarm
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  help="Kernels for Multi-head Latent Attention, compiled once and cached on disk.")
+app.command("prewarm")(prewarm.prewarm)
+app.command("kernels")(kernels.kernels)
+app.add_typer(cache.app, name="cache")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+        output.line(f"jitmla {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _top(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True,
+                                      help="Print the version and exit.")) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="jitmla")

@@ -1,0 +1,75 @@
+"""How the command prints: one JSON object a line for scripts, tables for people, the four parts of an error for both."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import typer
+
+from ..errors import (
+    InvalidArgument,
+    InvalidArgumentType,
+    JitmlaError,
+    NoTemplate,
+    SchemaViolation,
+    UnknownArch,
+    UnknownModel,
+)
+
+# The same command would be answered the same way on every machine: the request has to change.
+USAGE = (InvalidArgument, InvalidArgumentType, NoTemplate, SchemaViolation, UnknownArch, UnknownModel)
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+SHORT = 12  # digits of a digest that people see
+JSON = typer.Option(False, "--json", help="Print JSON, one object a line, for scripts.")
+
+
+def line(text: str) -> None:
+    """One line of a result."""
+    print(text, flush=True)
+
+
+def complain(text: str) -> None:
+    """An error, on stderr."""
+    print(f"jitmla: {text}", file=sys.stderr, flush=True)
+
+
+def json_line(value: Any) -> None:
+    """One JSON object on one line of stdout."""
+    line(json.dumps(value))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """A table on stdout. Columns fold when the terminal is narrow; a pipe gets them whole."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        grid.add_row(*(Text(cell, overflow="fold") for cell in row))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=max(console.measure(grid).maximum, 20))
+    console.print(grid)
+
+
+def reports_errors(command: Command) -> Command:
+    """A command whose JitmlaErrors end as text on stderr (with --json as an object on stdout) and an exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> Any:
+        try:
+            return command(*args, **options)
+        except JitmlaError as error:
+            if options.get("as_json"):
+                json_line(error.as_dict())
+            else:
+                complain(str(error))
+            raise typer.Exit(2 if isinstance(error, USAGE) else 1) from error
+
+    return run  # type: ignore[return-value]

@@ -1,0 +1,231 @@
+"""`jitmla prewarm`: compile every kernel that will be needed, before it is needed."""
+
+from __future__ import annotations
+
+import collections
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+
+from .. import arch as arches
+from .. import compile, env, events, models, registry, schema, toolchain
+from ..errors import CacheUnwritable, InvalidArgument, JitmlaError, SchemaViolation
+from ..registry import Choice
+from ..spec import Spec
+from ..store import LOCKS, Store
+from . import output
+
+STOP_SECONDS = 5.0  # for killed compilers to be cleaned up after
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one Key. `status`: "compiled" (here or by another process meanwhile), "hit" or "failed"."""
+
+    choice: Choice
+    status: str
+    seconds: float
+    key: str | None
+    error: JitmlaError | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"status": self.status, "seconds": round(self.seconds, 3), "key": self.key, "name": self.choice.key.name,
+                "spec": self.choice.spec.as_dict()} | (self.error.as_dict() if self.error else {})
+
+
+@output.reports_errors
+def prewarm(model: str | None = typer.Option(None, "--model", metavar="NAME|PATH", help="A known model, or the path of "
+                                             "its Hugging Face config.json."),
+            tp: int = typer.Option(1, "--tp", min=1, help="Ranks that share the model's heads."),
+            arch: str = typer.Option(..., "--arch", help="GPU architecture, such as sm_90a (H100, H200)."),
+            page_size: list[int] = typer.Option([], "--page-size", help="Page size of the cache; repeat it for several. "
+                                                "Default: every size that is served."),
+            max_s_q: int | None = typer.Option(None, "--max-s-q", min=1, help="Most query tokens per request (1 + draft "
+                                               "tokens). Default: 4."),
+            dtype: str | None = typer.Option(None, "--dtype", help="bf16 or fp16. Default: the model's."),
+            op: str | None = typer.Option(None, "--op", help="Instead of --model: one op, described by --spec."),
+            spec: list[str] = typer.Option([], "--spec", metavar="FIELD=VALUE", help="One field of the Spec; repeat it "
+                                           "for all but op and arch (docs/schema.md)."),
+            jobs: int | None = typer.Option(None, "--jobs", min=1, help="Kernels to compile at once. Default: the CPU "
+                                            "cores this process may use."),
+            as_json: bool = output.JSON) -> None:
+    """Compile every kernel that serving a model can need, on a machine with or without a GPU, and keep them on disk.
+
+    With --json, one object for each Key as it is done: status (compiled, hit, failed), seconds, key, name, spec.
+    """
+    if (model is None) == (op is None):
+        raise typer.BadParameter("give either --model, or --op with --spec")
+    if op is not None:
+        _refuse({"--page-size": page_size, "--dtype": dtype, "--max-s-q": max_s_q}, "belongs to --model")
+        choices = _choices([_spec(op, arch, spec)])
+    else:
+        _refuse({"--spec": spec}, "belongs to --op")
+        choices = _choices(_reachable(model, tp, arch, page_size, max_s_q, dtype))
+    outcomes: list[Outcome] = []
+    try:
+        for outcome in _shown(_outcomes(choices, Store(), jobs or _cores()), len(choices), as_json):
+            outcomes.append(outcome)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    finally:
+        if not as_json:
+            _summarise(outcomes, len(choices))
+    if any(outcome.status == "failed" for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    for name, value in options.items():
+        if value not in (None, []):
+            raise typer.BadParameter(f"{name} {why}")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _reachable(model: str, tp: int, arch: str, page_sizes: list[int], max_s_q: int | None, dtype: str | None) -> list[Spec]:
+    """Every Spec that serving the model can reach; raises UnknownModel, UnknownArch and InvalidArgument."""
+    try:
+        return models.specs_for(model, tp=tp, arch=arch, page_sizes=page_sizes or models.PAGE_SIZES,
+                                max_s_q=max_s_q or models.MAX_S_Q, dtype=dtype)
+    except SchemaViolation as error:
+        raise _misput(f"--model {model} with these options", error) from error
+
+
+def _spec(op: str, arch: str, assignments: list[str]) -> Spec:
+    """The Spec that --spec options describe; raises InvalidArgument, and UnknownArch."""
+    arches.check(arch)
+    try:
+        fields = schema.spec_fields(op)
+        facts: dict[str, Any] = {}
+        for assignment in assignments:
+            name, _, text = assignment.partition("=")
+            facts[name] = _value(fields.get(name, {}), text)
+        return Spec.of(op, arch=arch, **facts)
+    except SchemaViolation as error:
+        raise _misput(f"--op {op} " + " ".join(f"--spec {a}" for a in assignments), error) from error
+
+
+def _misput(asked: str, error: SchemaViolation) -> InvalidArgument:
+    """A SchemaViolation as what it is here: a fault of the command line."""
+    return InvalidArgument(asked, supported=error.supported or "a value for every field of the Spec, and no other",
+                           differs=error.differs, remedy="docs/schema.md lists the fields and their values")
+
+
+def _value(field: dict[str, Any], text: str) -> Any:
+    """`text` as the type that the field of the schema has; as it stands when it does not fit."""
+    if field.get("type") == "boolean":
+        return {"true": True, "false": False}.get(text, text)
+    if field.get("type") == "integer" or any(isinstance(value, int) for value in field.get("enum", ())):
+        return int(text) if text.isdecimal() else text
+    return text
+
+
+def _choices(specs: list[Spec]) -> list[Choice]:
+    """Who serves each Spec, without repeated Keys; raises NoTemplate."""
+    return list({choice.key: choice for choice in map(registry.choose, specs)}.values())
+
+
+def _outcomes(choices: list[Choice], store: Store, jobs: int) -> Iterator[Outcome]:
+    """What became of each Key, as each is done. Interrupted, it stops the compilers; what is published stays."""
+    todo: queue.SimpleQueue[Choice] = queue.SimpleQueue()
+    done: queue.SimpleQueue[Outcome | BaseException] = queue.SimpleQueue()
+    for choice in choices:
+        todo.put(choice)
+    stopping = threading.Event()
+    # daemons: an interrupted command must not wait for a thread that waits for another process's lock
+    workers = [threading.Thread(target=_work, args=(todo, done, store, stopping), daemon=True)
+               for _ in range(min(jobs, len(choices)))]
+    for worker in workers:
+        worker.start()
+    try:
+        for _ in choices:
+            outcome = done.get()
+            if isinstance(outcome, BaseException):
+                raise outcome
+            yield outcome
+    finally:
+        stopping.set()
+        compile.stop_all()
+        deadline = time.monotonic() + STOP_SECONDS
+        for worker in workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
+
+
+def _work(todo: queue.SimpleQueue[Choice], done: queue.SimpleQueue[Outcome | BaseException], store: Store,
+          stopping: threading.Event) -> None:
+    try:
+        while not stopping.is_set():
+            done.put(_one(todo.get_nowait(), store))
+    except queue.Empty:
+        pass
+    except BaseException as error:  # handed to the thread that prints
+        done.put(error)
+
+
+def _one(choice: Choice, store: Store) -> Outcome:
+    """Make sure that the Key of `choice` is on disk."""
+    start = time.perf_counter()
+    built = []
+
+    def build(*args: Any, **options: Any) -> compile.Built:
+        built.append(compile.build(*args, **options))
+        return built[-1]
+
+    try:
+        entry = store.find(choice.key)
+        if entry is None:
+            toolchain.require_compiler()
+            store.side_folder(LOCKS)  # a cache that cannot be written is known before the time is spent
+            entry = compile.get_or_compile(choice.key, choice.source, store, builder=build)
+        if entry.path is None:
+            raise CacheUnwritable(f"to store {choice.key.name} in {store.root}", supported="a writable folder with free "
+                                  "space", differs="it was compiled and could not be stored",
+                                  remedy=f"free space, or name another folder in {env.CACHE_DIR.name}")
+    except JitmlaError as error:
+        key = choice.key.digest if choice.key.toolchain else None
+        return Outcome(choice, "failed", time.perf_counter() - start, key, error)
+    return Outcome(choice, "compiled" if built else "hit", time.perf_counter() - start, entry.key.digest)
+
+
+def _shown(outcomes: Iterator[Outcome], total: int, as_json: bool) -> Iterator[Outcome]:
+    """The same outcomes, each printed when it is done: a JSON object on stdout, or a step of a bar on stderr."""
+    if as_json:
+        for outcome in outcomes:
+            output.json_line(outcome.as_dict())
+            yield outcome
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                  console=Console(stderr=True)) as bar:
+        task = bar.add_task("kernels", total=total)
+        end = events.subscribe(lambda event: bar.console.print(str(event), markup=False, highlight=False)
+                               if event.kind in ("wait", "degrade", "refuse") else None)
+        try:
+            for outcome in outcomes:
+                bar.advance(task)
+                yield outcome
+        finally:
+            end()
+
+
+def _summarise(outcomes: list[Outcome], total: int) -> None:
+    """The table, then each error once, then one line."""
+    output.table(("status", "seconds", "kernel", "serves", "key"),
+                 [(o.status, f"{o.seconds:.1f}", o.choice.key.name,
+                   " ".join(f"{k}={str(v).lower()}" for k, v in o.choice.spec if k != "op"),
+                   (o.key or "")[:output.SHORT]) for o in outcomes])
+    for text in dict.fromkeys(str(o.error) for o in outcomes if o.error):
+        output.complain(text)
+    counts = collections.Counter(o.status for o in outcomes)
+    left = {"not done": total - len(outcomes)} if total > len(outcomes) else {}
+    output.line(", ".join(f"{n} {status}" for status, n in {**counts, **left}.items()))

@@ -1,0 +1,38 @@
+"""Every environment variable that jitmla reads, declared once. `docs/env.md` is generated from this table."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EnvVar:
+    name: str
+    default: str
+    doc: str
+
+    def get(self) -> str:
+        """The value in the environment, or the default; an empty value counts as unset."""
+        return os.environ.get(self.name) or self.default
+
+
+CACHE_DIR = EnvVar("JITMLA_CACHE_DIR", "", "Root of the kernel cache. Unset: the user cache folder of the platform "
+                   "(`$XDG_CACHE_HOME/jitmla` or `~/.cache/jitmla` on Linux).")
+CUTE_RUNTIME = EnvVar("JITMLA_CUTE_RUNTIME", "", "Path of `libcute_dsl_runtime.so`, for machines without the CuTe DSL "
+                      "wheel. Unset: the copy inside the installed wheel.")
+CC = EnvVar("JITMLA_CC", "cc", "C compiler driver that links a compiled kernel into a shared library.")
+COMPILE_TIMEOUT = EnvVar("JITMLA_COMPILE_TIMEOUT", "300", "Seconds one compile may take before its process is killed.")
+LOCK_TIMEOUT = EnvVar("JITMLA_LOCK_TIMEOUT", "360", "Seconds to wait for another process that compiles the same Key "
+                      "before compiling it here as well.")
+LOG = EnvVar("JITMLA_LOG", "", "Level (`INFO`, `DEBUG`, ...) at which jitmla's events are written to stderr. "
+             "Unset: nothing is written unless the application configures logging.")
+
+ALL = tuple(v for v in globals().values() if isinstance(v, EnvVar))
+
+
+def as_markdown() -> str:
+    """The page `docs/env.md`."""
+    rows = "\n".join(f"| `{v.name}` | {'`' + v.default + '`' if v.default else 'unset'} | {v.doc} |" for v in ALL)
+    return ("# Environment variables\n\nGenerated from `jitmla/env.py`.\n\n"
+            f"| variable | default | meaning |\n|---|---|---|\n{rows}\n")

@@ -1,0 +1,102 @@
+"""The MLA dimensions of known models, and every Key that a model can reach: `keys_for`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import arch as arches
+from . import registry
+from .errors import InvalidArgument, UnknownModel
+from .key import Key
+from .spec import Spec, mla_decode_spec
+
+PAGE_SIZES = (16, 32, 64, 128)
+MAX_S_Q = 4
+
+
+@dataclass(frozen=True)
+class MlaModel:
+    """What MLA needs to know of a model. Names and units are those of its Hugging Face config."""
+
+    name: str
+    num_attention_heads: int
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    qk_nope_head_dim: int
+    v_head_dim: int
+    dtype: str = "bf16"
+
+
+KNOWN = {m.name: m for m in (
+    MlaModel("deepseek-v2", 128, 512, 64, 128, 128),
+    MlaModel("deepseek-v2-lite", 16, 512, 64, 128, 128),
+    MlaModel("deepseek-v3", 128, 512, 64, 128, 128),
+    MlaModel("kimi-k2", 64, 512, 64, 128, 128),
+    MlaModel("mistral-small-4", 32, 256, 64, 64, 128),
+)}
+_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
+
+
+def model(name_or_path: str | Path) -> MlaModel:
+    """A known model by name, or one read from a Hugging Face `config.json` (or a folder that holds one)."""
+    if str(name_or_path) in KNOWN:
+        return KNOWN[str(name_or_path)]
+    path = Path(name_or_path)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UnknownModel(f"model {str(name_or_path)!r}",
+                           supported=", ".join(KNOWN) + ", or the path of a config.json",
+                           differs="it is neither a known name nor a file")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UnknownModel(f"model config {path}", supported="a Hugging Face config.json", differs=str(e)) from e
+    return _from_config(config, path)
+
+
+def _from_config(config: dict[str, Any], path: Path) -> MlaModel:
+    text = config.get("text_config", config)  # multimodal models keep the language model's dimensions apart
+    fields = ("num_attention_heads", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    missing = [f for f in fields if not isinstance(text.get(f), int)]
+    if missing:
+        raise UnknownModel(f"model config {path}", supported="a model with Multi-head Latent Attention",
+                           differs=f"it has no {', '.join(missing)}")
+    dtype = next((c[n] for c in (text, config) for n in ("torch_dtype", "dtype") if c.get(n)), "bfloat16")
+    if dtype not in _DTYPES:
+        raise UnknownModel(f"model config {path}", supported=" or ".join(_DTYPES), differs=f"its dtype is {dtype!r}",
+                           remedy="name the dtype that the kernels run in: dtype='bf16'")
+    return MlaModel(str(config.get("model_type", path.parent.name)), *(text[f] for f in fields), dtype=_DTYPES[dtype])
+
+
+def specs_for(name_or_path: str | Path, *, tp: int, arch: str, page_sizes: Iterable[int] = PAGE_SIZES,
+              max_s_q: int = MAX_S_Q, dtype: str | None = None) -> list[Spec]:
+    """Every Spec that mla_decode can meet when serving the model: any batch and lengths, s_q up to max_s_q, causal or
+    not."""
+    arches.check(arch)
+    dims = model(name_or_path)
+    if tp < 1 or dims.num_attention_heads % tp:
+        raise InvalidArgument(f"tp={tp} for {dims.name}",
+                              supported=f"a divisor of its {dims.num_attention_heads} heads",
+                              differs="heads cannot be split evenly")
+    heads = dims.num_attention_heads // tp
+    dtype = dtype or dims.dtype
+    return list(dict.fromkeys(
+        mla_decode_spec(arch=arch, dtype=dtype, kv_lora_rank=dims.kv_lora_rank, qk_rope_head_dim=dims.qk_rope_head_dim,
+                        page_size=page_size, s_q=s_q, heads=heads, causal=causal)
+        for page_size in page_sizes for s_q in range(1, max_s_q + 1) for causal in (True, False)))
+
+
+def keys_for(model: str | Path, tp: int = 1, arch: str = "sm_90a", *, page_sizes: Iterable[int] = PAGE_SIZES,
+             max_s_q: int = MAX_S_Q, dtype: str | None = None) -> list[Key]:
+    """Every Key that serving `model` can reach on `arch` with `tp` ranks, whatever the batch and the lengths.
+
+    model: a known name (deepseek-v2, deepseek-v2-lite, deepseek-v3, kimi-k2, mistral-small-4), or the path of a Hugging
+    Face config.json. page_sizes: those of the engine's cache. max_s_q: query tokens per request (1 + draft tokens).
+    dtype: "bf16" or "fp16", by default the config's. Raises UnknownModel, UnknownArch, InvalidArgument, NoTemplate.
+    """
+    specs = specs_for(model, tp=tp, arch=arch, page_sizes=page_sizes, max_s_q=max_s_q, dtype=dtype)
+    return list(dict.fromkeys(registry.choose(spec).key for spec in specs))

@@ -1,0 +1,83 @@
+"""Argument checks shared by the ops. Each raises an error that names the argument, what it got and what it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgument, InvalidArgumentType
+
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def tensor(name: str, value: Any, layout: str, rank: int) -> None:
+    if not isinstance(value, Tensor):
+        raise InvalidArgumentType(f"{name}: a {type(value).__name__}", supported=f"a tensor {name} {layout}",
+                                  differs=f"{name} is not a torch.Tensor")
+    if value.dim() != rank:
+        raise InvalidArgument(f"{name}: {describe(value)}", supported=f"{name} {layout}",
+                              differs=f"it has {value.dim()} dimensions, not {rank}",
+                              remedy="reshape it without a copy, for example with .view(), .squeeze() or .unsqueeze()")
+
+
+def dtype(name: str, value: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    if value.dtype not in allowed:
+        names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise InvalidArgumentType(f"{name}: {describe(value)}", supported=f"{name} of {names}",
+                                  differs=f"its dtype is {str(value.dtype).removeprefix('torch.')}",
+                                  remedy=f"convert it: {name}.to({allowed[0]})")
+
+
+def shape(name: str, value: Tensor, layout: str, expected: Sequence[int]) -> None:
+    if tuple(value.shape) != tuple(expected):
+        raise InvalidArgument(f"{name}: {describe(value)}", supported=f"{name} {layout} = {list(expected)}",
+                              differs=f"its shape is {list(value.shape)}")
+
+
+def device(name: str, value: Tensor, expected: torch.device) -> None:
+    if value.device != expected:
+        raise InvalidArgument(f"{name} on {value.device}", supported=f"all tensors on one device; q is on {expected}",
+                              differs=f"{name} is not there", remedy=f"move it: {name}.to('{expected}')")
+
+
+def contiguous_last(name: str, value: Tensor) -> None:
+    if value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise InvalidArgument(f"{name} with strides {tuple(value.stride())}", supported="a contiguous last dimension",
+                              differs=f"its last stride is {value.stride(-1)}", remedy=f"pass {name}.contiguous()")
+
+
+def aligned(name: str, value: Tensor) -> None:
+    """16-byte alignment of the base address and of every stride that is stepped over, as the TMA engine needs."""
+    size = value.element_size()
+    loose = [s for s, n in zip(value.stride()[:-1], value.shape[:-1], strict=True) if n > 1 and s * size % 16]
+    if value.data_ptr() % 16 or loose:
+        raise InvalidArgument(f"{name} at address {value.data_ptr():#x} with strides {tuple(value.stride())}",
+                              supported="an address and strides that are multiples of 16 bytes",
+                              differs=f"stride {loose[0]} is not" if loose else "the address is not",
+                              remedy=f"pass {name}.contiguous(), or pad the rows of the buffer that it is a view of")
+
+
+def uniform_rows(name: str, value: Tensor) -> None:
+    """Rows (token, head) of [batch, s_q, heads, width] one stride apart: what a tile of packed rows needs."""
+    _, s_q, heads, _ = value.shape
+    if s_q > 1 and heads > 1 and value.stride(1) != heads * value.stride(2):
+        raise InvalidArgument(f"{name} with strides {tuple(value.stride())}",
+                              supported=f"stride(1) == heads * stride(2) when s_q > 1: {heads * value.stride(2)}",
+                              differs=f"stride(1) is {value.stride(1)}", remedy=f"pass {name}.contiguous()")
+
+
+def finite_number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidArgumentType(f"{name}: {type(value).__name__}", supported=f"{name}: a float",
+                                  differs=f"{value!r} is not a number", remedy="pass a Python float")
+    if not math.isfinite(value):
+        raise InvalidArgument(f"{name}={value}", supported="a finite number", differs="it is not finite")
+    return float(value)

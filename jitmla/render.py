@@ -1,0 +1,100 @@
+"""Template text + constants -> the source that is compiled. A pure function of its arguments.
+
+Rendering does three things: it replaces the marked block of constants, puts the text of the `common` modules that the
+template imports in the place of those imports, and writes a header. Nothing else is generated.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+from .errors import InvalidTemplate
+
+BEGIN = "# --- constants: replaced when rendered ---"
+END = "# --- end of constants ---"
+COMMON = "common."
+
+
+def constants_of(source: str, name: str = "template") -> dict[str, Any]:
+    """The checked-in constants: a working point of the template."""
+    head, block, _ = _cut(source, name)
+    constants: dict[str, Any] = {}
+    for node in ast.parse(block).body:
+        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
+            raise InvalidTemplate(f"line {head.count(chr(10)) + 1 + node.lineno} of {name}",
+                                  supported="NAME = literal between the constants marks", differs=ast.unparse(node))
+        constants[node.targets[0].id] = ast.literal_eval(node.value)
+    return constants
+
+
+def inline(source: str, read_common: Callable[[str], str], name: str = "template") -> str:
+    """`source` with each `from common.X import ...` replaced, once and recursively, by the text of common module X."""
+    return _inline(source, read_common, name, set(), {})
+
+
+def digest(source: str, read_common: Callable[[str], str], name: str = "template") -> str:
+    """sha256 of all the code of a template: inlined, without the values of the constants."""
+    head, _, tail = _cut(inline(source, read_common, name), name)
+    return hashlib.sha256((head + BEGIN + "\n" + END + tail).encode()).hexdigest()
+
+
+def render(source: str, constants: dict[str, Any], read_common: Callable[[str], str], *, header: str = "",
+           name: str = "template") -> str:
+    """The source to compile. `constants` must name exactly the constants of the block, with values of their types."""
+    declared = constants_of(source, name)
+    wrong = [n for n in sorted(declared.keys() | constants.keys())
+             if n not in declared or n not in constants or type(declared[n]) is not type(constants[n])]
+    if wrong:
+        raise InvalidTemplate(f"constants {constants} for {name}", supported=str(declared), differs=", ".join(wrong),
+                              remedy="give exactly these names, with values of these types (see the card)")
+    head, _, tail = _cut(inline(source, read_common, name), name)
+    block = "".join(f"{n} = {constants[n]!r}\n" for n in declared)
+    top = "".join(f"# {line}\n" for line in header.splitlines())
+    return f"{top}{head}{BEGIN}\n{block}{END}{tail}"
+
+
+def _cut(source: str, name: str) -> tuple[str, str, str]:
+    if source.count(BEGIN) != 1 or source.count(END) != 1 or source.index(BEGIN) > source.index(END):
+        raise InvalidTemplate(name, supported=f"one block between {BEGIN!r} and {END!r}", differs="no such block")
+    head, rest = source.split(BEGIN)
+    block, tail = rest.split(END)
+    return head, block, tail
+
+
+def _inline(source: str, read_common: Callable[[str], str], name: str, seen: set[str], owners: dict[str, str]) -> str:
+    tree = ast.parse(source, filename=name)
+    lines = source.splitlines(keepends=True)
+    _claim(tree, name, owners)
+    pieces, position = [], 0
+    for node in tree.body:
+        if not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith(COMMON)):
+            continue
+        if any(alias.asname for alias in node.names):
+            raise InvalidTemplate(f"line {node.lineno} of {name}", supported="from common.X import a, b",
+                                  differs="inlined names cannot be renamed")
+        module = str(node.module).removeprefix(COMMON)
+        pieces.append("".join(lines[position:node.lineno - 1]))
+        if module not in seen:
+            seen.add(module)
+            text = _inline(read_common(module), read_common, f"common/{module}.py", seen, owners)
+            pieces.append(f"# {'=' * 30} common/{module}.py\n{text.rstrip()}\n# {'=' * 30} end of common/{module}.py\n")
+        position = int(node.end_lineno or node.lineno)
+    return "".join(pieces) + "".join(lines[position:])
+
+
+def _claim(tree: ast.Module, name: str, owners: dict[str, str]) -> None:
+    """All inlined names share one namespace: refuse two definitions of one name in different files."""
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined = [node.name]
+        elif isinstance(node, ast.Assign):
+            defined = [n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+        else:
+            continue
+        for item in defined:
+            if owners.setdefault(item, name) != name:
+                raise InvalidTemplate(f"{item!r} in {name}", supported="one definition of each name in all files",
+                                      differs=f"{owners[item]} defines it as well", remedy="rename one of the two")

@@ -1,0 +1,72 @@
+"""Spec: what a call asks, as static facts. No batch size, no length, no stride: those are launch arguments.
+
+Which facts an op has, and which values each may take, is said in cache_schema.json (`spec_<op>`), and only there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from . import schema
+from .errors import SchemaViolation
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The static facts of one request, in the order of the schema. Hashable; equal facts are equal Specs."""
+
+    facts: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, op: str, **facts: Any) -> Spec:
+        """A Spec of `op`, checked against cache_schema.json; raises SchemaViolation."""
+        return cls.from_dict({"op": op, **facts})
+
+    @classmethod
+    def from_dict(cls, facts: dict[str, Any]) -> Spec:
+        fields = schema.spec_fields(str(facts.get("op")))
+        schema.check(facts, f"spec_{facts['op']}")
+        return cls(tuple((name, facts[name]) for name in fields))
+
+    def __getitem__(self, name: str) -> Any:
+        for key, value in self.facts:
+            if key == name:
+                return value
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        return iter(self.facts)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(self.facts)
+
+    @property
+    def op(self) -> str:
+        return self["op"]
+
+    @property
+    def arch(self) -> str:
+        return self["arch"]
+
+    def __str__(self) -> str:
+        return f"{self.op}(" + ", ".join(f"{k}={v}" for k, v in self.facts if k != "op") + ")"
+
+
+def bucket(op: str, field: str, value: int) -> int:
+    """The smallest bucket of an enumerated field that holds `value`; raises SchemaViolation when none does."""
+    buckets = sorted(schema.spec_fields(op)[field]["enum"])
+    for top in buckets:
+        if value <= top:
+            return top
+    raise SchemaViolation(f"{field} = {value}", supported=f"at most {buckets[-1]}",
+                                 differs=f"{op} has no bucket of {field} for {value}")
+
+
+def mla_decode_spec(*, arch: str, dtype: str, kv_lora_rank: int, qk_rope_head_dim: int, page_size: int, s_q: int,
+                    heads: int, causal: bool) -> Spec:
+    """The Spec of an mla_decode call: the one place where launch sizes become static facts."""
+    return Spec.of("mla_decode", arch=arch, dtype=dtype, kv_dtype=dtype, kv_lora_rank=kv_lora_rank,
+                   qk_rope_head_dim=qk_rope_head_dim, page_size=page_size,
+                   rows=bucket("mla_decode", "rows", s_q * heads), causal=causal and s_q > 1)

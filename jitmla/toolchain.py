@@ -1,0 +1,77 @@
+"""Which compiler would build a kernel here, and where the libraries are that loading one needs.
+
+Nothing here imports the compiler: versions come from the installed packages' metadata, files from the import system.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+from pathlib import Path
+
+from . import env
+from .errors import ToolchainMissing
+
+DSL = "nvidia-cutlass-dsl"
+FLAVORS = ("cu13", "cu12")  # the compiler itself takes the newest one installed
+RUNTIME = "libcute_dsl_runtime.so"
+INSTALL = "pip install 'jitmla[compile]'"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def current(options: str = "") -> tuple[tuple[str, str], ...] | None:
+    """The toolchain part of a Key built here, or None when no compiler is installed. `options`: of cute.compile."""
+    dsl = _version(DSL)
+    flavor = next((f for f in FLAVORS if _version(f"{DSL}-libs-{f}")), None)
+    if dsl is None or flavor is None:
+        return None
+    return tuple(sorted({"cute_dsl": dsl, "cuda": flavor, "host": host(), "options": options}.items()))
+
+
+@functools.lru_cache(maxsize=None)
+def host() -> str:
+    """System and processor that launcher code built here runs on."""
+    return f"{platform.system().lower()}-{platform.machine().lower()}"
+
+
+def require_compiler() -> None:
+    """Raise ToolchainMissing unless kernels can be compiled and linked here."""
+    if current() is None:
+        raise ToolchainMissing("to compile a kernel", supported=f"{DSL} (CuTe DSL)", differs="it is not installed here",
+                               remedy=f"{INSTALL}, or prewarm on another machine and carry the cache here")
+    if linker() is None:
+        raise ToolchainMissing(f"to link a kernel with {env.CC.get()!r}", supported="a C compiler driver (gcc, clang)",
+                               differs="it is not on PATH", remedy=f"install gcc, or name one in {env.CC.name}")
+
+
+def linker() -> str | None:
+    """Path of the C compiler driver, or None."""
+    return shutil.which(env.CC.get())
+
+
+def runtime_library() -> Path:
+    """The DSL's runtime library, which every kernel needs in the process; raises ToolchainMissing."""
+    if env.CUTE_RUNTIME.get():
+        path = Path(env.CUTE_RUNTIME.get())
+        if path.is_file():
+            return path
+        raise ToolchainMissing(f"{env.CUTE_RUNTIME.name}={path}", supported=f"the path of {RUNTIME}",
+                               differs="there is no such file", remedy=f"correct or unset {env.CUTE_RUNTIME.name}")
+    package = importlib.util.find_spec("nvidia_cutlass_dsl")
+    roots = list(package.submodule_search_locations or ()) if package else []
+    for path in (Path(root) / flavor / "lib" / RUNTIME for root in roots for flavor in FLAVORS):
+        if path.is_file():
+            return path
+    raise ToolchainMissing(f"to load a kernel: {RUNTIME}", supported=f"{env.CUTE_RUNTIME.name}, or an installed {DSL}",
+                           differs="neither is here", remedy=f"{INSTALL}, or copy the library here and set "
+                           f"{env.CUTE_RUNTIME.name} to its path")

@@ -1,0 +1,227 @@
+"""Work split of paged MLA decode. Every CTA computes its own share from the lengths on the device: no metadata kernel,
+no host read, so one captured CUDA graph is right for all later lengths. Decode and combine call it with the same
+arguments and get the same answer. jitmla/schedule.py has the host side, tests/test_schedule.py a brute-force model.
+
+The unit of work is a block of 64 tokens, whatever the page size; request b has n_blocks(L_b) >= 1 of them. `parts`
+CTAs (times the row tiles of a kernel that has several) share the blocks. Two splits, chosen from the lengths:
+
+aligned   every request gets the same number of parts (s = parts // B) or, when B > parts, every part gets
+          k = ceil(B / parts) whole requests. A part then has exactly one piece (or k whole requests: no partial
+          results, no combine). Best when the lengths are similar.
+even      request r costs n_blocks + fixed units and occupies [C_r, C_r + fixed + n_blocks) on a line; part p owns
+          [p * share, (p + 1) * share). Best when the lengths differ.
+
+aligned is taken when its slowest part costs at most share + bias (bias: what a second piece in a part and the combine
+cost, in blocks; a large negative bias switches aligned off, a large one forces it). least: fewest blocks of a piece.
+
+Slots of partial results: 2p if part p continues a request, 2p + 1 if it starts one that a later part continues.
+A request that one part does as a whole has no slot. A partial output is normalised (the softmax over its own blocks),
+its log-sum-exp is in base 2 and -inf where a row sees no token.
+
+s = parts // B and k = ceil(B / parts) are passed in (no divisions by B here). B >= 1. `lane` is the lane of a whole,
+converged warp; every lane gets the answer. Sums of blocks are 32-bit: up to 2^31 blocks in a batch.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+
+SPLIT_TOKENS = 64  # tokens of a block
+
+
+@cute.jit
+def n_blocks(seqlen):
+    """Blocks of a request; a request of length 0 has one, in which everything is masked."""
+    return cutlass.max((seqlen + (SPLIT_TOKENS - 1)) // SPLIT_TOKENS, 1)
+
+
+@cute.jit
+def partials(workspace: cute.Tensor, parts: Int32, rows: Int32, latent: cutlass.Constexpr):
+    """The workspace as (o_acc (2 * parts, rows, latent), lse_acc (2 * parts, rows)), fp32. 32-bit offsets: 160 parts of
+    512 rows of 512 columns are 84 million floats."""
+    o_acc = cute.make_layout((2 * parts, rows, latent), stride=(rows * latent, latent, 1))
+    lse_acc = cute.make_layout((2 * parts, rows), stride=(rows, 1))
+    after = workspace.iterator + cute.assume(2 * parts * rows * latent, divby=latent)
+    return cute.make_tensor(workspace.iterator, o_acc), cute.make_tensor(after, lse_acc)
+
+
+@cute.jit
+def choose(
+    seqlens: cute.Tensor,
+    B: Int32,
+    parts: Int32,
+    fixed: Int32,
+    least: Int32,
+    bias: Int32,
+    s: Int32,
+    k: Int32,
+    lane: Int32,
+):
+    """(aligned?, share, blocks of an aligned piece, blocks of the batch) from the sum and the maximum of the blocks."""
+    tot = Int32(0)
+    top = Int32(1)
+    for i in cutlass.range(lane, B, 32, unroll=4):
+        n = n_blocks(seqlens[i])
+        tot = tot + n
+        top = cutlass.max(top, n)
+    for x in cutlass.range_constexpr(5):
+        tot = tot + cute.arch.shuffle_sync_bfly(tot, offset=1 << x)
+        top = cutlass.max(top, cute.arch.shuffle_sync_bfly(top, offset=1 << x))
+    share = cutlass.max((tot + fixed * B + parts - 1) // parts, least)
+    piece = top
+    cost = k * (top + fixed)
+    if s > 0:
+        piece = cutlass.max((top + s - 1) // s, least)
+        if piece > 1:
+            piece = (piece + 1) // 2 * 2  # the kernels work on pairs of blocks
+        cost = piece + fixed
+    return cost <= share + bias, share, piece, tot
+
+
+@cute.jit
+def locate(seqlens: cute.Tensor, B: Int32, x0: Int32, x1: Int32, fixed: Int32, lane: Int32):
+    """(request, first block, C_r) at the cost positions x0 and x1 of the even split, in one scan."""
+    base = Int32(0)
+    r0 = Int32(0)
+    c0 = Int32(0)
+    r1 = Int32(0)
+    c1 = Int32(0)
+    for i0 in cutlass.range(0, B, 32, unroll=1):
+        i = i0 + lane
+        incl = Int32(0)
+        if i < B:
+            incl = n_blocks(seqlens[i]) + fixed
+        for x in cutlass.range_constexpr(5):
+            up = cute.arch.shuffle_sync_up(incl, offset=1 << x, mask_and_clamp=0)
+            incl = incl + (up if lane >= (1 << x) else Int32(0))
+        incl = incl + base
+        n0 = cute.arch.popc(cute.arch.vote_ballot_sync(i < B and incl <= x0))
+        n1 = cute.arch.popc(cute.arch.vote_ballot_sync(i < B and incl <= x1))
+        t0 = cute.arch.shuffle_sync(incl, offset=cutlass.max(n0 - 1, 0))
+        t1 = cute.arch.shuffle_sync(incl, offset=cutlass.max(n1 - 1, 0))
+        c0 = t0 if n0 > 0 else c0
+        c1 = t1 if n1 > 0 else c1
+        r0 = r0 + n0
+        r1 = r1 + n1
+        base = cute.arch.shuffle_sync(incl, offset=31)
+    j0 = cutlass.max(x0 - c0 - fixed, 0) if r0 < B else Int32(0)
+    j1 = cutlass.max(x1 - c1 - fixed, 0) if r1 < B else Int32(0)
+    return r0, j0, c0, r1, j1, c1
+
+
+@cute.jit
+def interval(
+    seqlens: cute.Tensor,
+    B: Int32,
+    part: Int32,
+    parts: Int32,
+    fixed: Int32,
+    least: Int32,
+    bias: Int32,
+    s: Int32,
+    k: Int32,
+    lane: Int32,
+):
+    """(r0, r1, j0, j1, blocks of the batch): requests r0 .. r1 inclusive (none when r1 < r0), first block j0 of r0, end
+    block j1 of r1, where 0 stands for the end of r1."""
+    aligned, share, piece, tot = choose(seqlens, B, parts, fixed, least, bias, s, k, lane)
+    r0 = Int32(0)
+    r1 = Int32(-1)
+    j0 = Int32(0)
+    j1 = Int32(0)
+    if aligned:
+        if s > 0:
+            r = part // s
+            j = (part - r * s) * piece
+            if r < B:
+                nb = n_blocks(seqlens[r])
+                if j < nb:
+                    r0 = r
+                    r1 = r
+                    j0 = j
+                    j1 = cutlass.min(j + piece, nb)
+        else:
+            r0 = part * k
+            r1 = cutlass.min(r0 + k, B) - 1
+    else:
+        a0, b0, c0, a1, b1, c1 = locate(seqlens, B, part * share, (part + 1) * share, fixed, lane)
+        r0 = a0
+        j0 = b0
+        r1 = a1 - 1 if b1 == 0 else a1  # 0: the interval ends exactly between two requests
+        j1 = b1
+    return r0, r1, j0, j1, tot
+
+
+@cute.jit
+def touch_table(
+    table: cute.Tensor,
+    seqlens: cute.Tensor,
+    B: Int32,
+    part: Int32,
+    s: Int32,
+    k: Int32,
+    page_size: cutlass.Constexpr,
+    lane: Int32,
+):
+    """Bring the block-table entries that an aligned split will need (at most 65536 tokens of them) into the L2 while
+    the lengths are still being read; one warp, no effect on results. Touches no entry from ceil(L / page_size) on.
+
+    It may run before griddepcontrol_wait: a length that is still being written costs a useless prefetch inside the
+    table. The load passes by the L1, where a stale line would be found again after the wait.
+    """
+    r = part * k
+    if s > 0:
+        r = part // s
+    if r < B:
+        seqlen = cute.arch.load(seqlens.iterator + r, Int32, cop="cg")
+        entries = cutlass.min((seqlen + (page_size - 1)) // page_size, table.shape[1])
+        row = table[r, None].iterator
+        for i in cutlass.range_constexpr(max(64 // page_size, 1)):
+            e = (i * 32 + lane) * 32
+            if e < entries:
+                cute.arch.prefetch((row + e).to_llvm_ptr(), cache_level="L2")
+
+
+@cute.jit
+def parts_of(
+    seqlens: cute.Tensor,
+    B: Int32,
+    item: Int32,
+    parts: Int32,
+    fixed: Int32,
+    least: Int32,
+    bias: Int32,
+    s: Int32,
+    k: Int32,
+    lane: Int32,
+):
+    """(request, its first part, number of parts) of combine item 0 .. min(B, parts) - 1; nothing to combine when the
+    number is below 2. item = request when B <= parts, else the part in which a split request starts (at most one per
+    part)."""
+    aligned, share, piece, tot = choose(seqlens, B, parts, fixed, least, bias, s, k, lane)
+    b = item
+    p0 = Int32(0)
+    n = Int32(0)
+    if aligned:
+        if s > 0:
+            p0 = item * s
+            n = (n_blocks(seqlens[item]) + piece - 1) // piece
+    else:
+        if B <= parts:
+            pre = Int32(0)
+            for i in cutlass.range(lane, item, 32, unroll=1):
+                pre = pre + n_blocks(seqlens[i]) + fixed
+            for x in cutlass.range_constexpr(5):
+                pre = pre + cute.arch.shuffle_sync_bfly(pre, offset=1 << x)
+            pos = pre + fixed
+            p0 = pos // share
+            n = (pos + n_blocks(seqlens[item]) - 1) // share - p0 + 1
+        else:
+            end = (item + 1) * share
+            r, j, c, r_, j_, c_ = locate(seqlens, B, end, end, fixed, lane)
+            p0 = item
+            if r < B and j > 0:
+                if c + fixed >= item * share:
+                    b = r
+                    n = (c + fixed + n_blocks(seqlens[r]) - 1) // share - item + 1
+    return b, p0, n

@@ -1,0 +1,55 @@
+"""Device helpers shared by the sm_90a kernels: swizzled shared-memory layouts, wgmma issue, quad reductions, L2 hints."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float16, Float32
+from cutlass.cute.nvgpu import warpgroup
+
+LOG2E = 1.4426950408889634
+INF = float("inf")
+# L2 hints of the TMA instructions (the 64-bit encodings of createpolicy)
+EVICT_FIRST, EVICT_NORMAL = 0x12F0000000000000, 0x1000000000000000
+
+
+def cutlass_dtype(name):
+    """The cutlass type of a dtype name."""
+    return {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}[name]
+
+
+def smem_atom(dtype):
+    """The 128-byte-swizzled K-major layout atom (8 rows of 128 bytes) of `dtype`."""
+    return warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, dtype)
+
+
+def swz(rows, cols, dtype):
+    """Swizzled (rows, cols) layout: tiles of 128 bytes x rows, one behind the other."""
+    return cute.tile_to_shape(smem_atom(dtype), (rows, cols), order=(0, 1))
+
+
+@cute.jit
+def ex2(x: Float32):
+    return cute.math.exp2(x, fastmath=True)
+
+
+@cute.jit
+def quad_max(x: Float32):
+    """Maximum over the 4 lanes that share an accumulator row."""
+    x = cute.arch.fmax(x, cute.arch.shuffle_sync_bfly(x, offset=1))
+    return cute.arch.fmax(x, cute.arch.shuffle_sync_bfly(x, offset=2))
+
+
+@cute.jit
+def quad_sum(x: Float32):
+    """Sum over the 4 lanes that share an accumulator row."""
+    x = x + cute.arch.shuffle_sync_bfly(x, offset=1)
+    return x + cute.arch.shuffle_sync_bfly(x, offset=2)
+
+
+@cute.jit
+def issue(op: cutlass.Constexpr, acc, a, b, zero: cutlass.Constexpr):
+    """acc (+)= a b over all k-steps of one tile; `zero`: start from zero.  The caller fences, commits and waits."""
+    atom = cute.make_mma_atom(op)
+    atom.set(warpgroup.Field.ACCUMULATE, not zero)
+    for k in cutlass.range_constexpr(cute.size(a.shape[2])):
+        cute.gemm(atom, acc, a[None, None, k], b[None, None, k], acc)
+        atom.set(warpgroup.Field.ACCUMULATE, True)

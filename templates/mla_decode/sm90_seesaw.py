@@ -1,0 +1,870 @@
+"""Dense paged MLA decode for Hopper (sm_90a), more than 16 query rows: the seesaw kernel.
+
+Algorithm. Rows = (query token, head) pairs of one request, packed; a CTA takes 64 of them (grid x) and a run of 64-token
+blocks of one or several requests (grid z, common/mla_split.py). Every block is read into shared memory once and serves
+as K (K-major, LATENT + 64 columns) and as V (the same bytes read MN-major, LATENT columns). Online softmax in the log2
+domain with sm_scale * log2(e) folded into the exponent. Whole requests go straight to `out` and `lse`; pieces go to
+fp32 partial results in `workspace`, which the combine kernel (common/mla_combine.py) merges.
+
+Tiling. Two warpgroups, no producer warp, two block buffers K0 (even block of a pair) and K1 (odd block), each in two
+halves: L = the first LATENT/2 columns, R = the rest with the rope tile. WG0 owns O.L and the softmax of even blocks, WG1
+owns O.R and the softmax of odd blocks. The rope tile of Q lives in registers, so its shared memory is the buffer P1.
+
+The pipeline, one pair of blocks (m0, m1: running maximum after the even and the odd block; m1' of the pair before):
+
+    WG0                                              WG1
+    S0 = Q K0 is there                               S1 = Q K1 is there
+    m0 = max(m1', rowmax S0); signal M0 ------M0---> m1 = max(m0, rowmax S1); signal M1
+    O.L *= 2^(m1'-m0); P0 = 2^(S0-m0)                P1 = 2^(S1-m1) -> smem; O.R *= 2^(m1'-m1)
+    O.L += P0(registers) V0.L; refill K0.L           O.R += P1(registers) V1.R (issued); signal P1
+    wait M1 <---------------------------------M1---
+    P0 *= 2^(m0-m1) -> smem; signal P0 -------P0---> wait P0; O.R += P0(smem) V0.R (issued)
+    O.L *= 2^(m0-m1)                                 P1 done: refill K1.R
+    wait P1 <---------------------------------P1---  P0 done: refill K0.R
+    O.L += P1(smem) V1.L (issued)                    S1 = Q K1 of the next pair (R, then L)
+    S0 = Q K0 of the next pair (L; then P1 done: refill K1.L; then R)
+
+The last pair of a piece has its own code: it masks, clears V rows beyond the length (0 * NaN), and refills for the next
+request of the CTA (K0 and Q early; K1, which stages the output, and the rope tile of Q in the epilogue). A piece with an
+odd number of blocks loads its last block twice; the copy is masked out.
+
+Barriers. mbarriers (TMA): K0.L K0.R K1.L K1.R, one for Q. Named barriers, one warpgroup arrives and the other waits:
+M0, M1 (the maxima are in sM), P0, P1 (the probabilities are in shared memory); one per warpgroup for its own writes.
+There are no "empty" barriers: the warpgroup whose product read half a block last also refills it.
+
+Pages. The unit is the 64-token block whatever the page size. SLOT_ORDER "rows" keeps the 8-token groups of all tiles of
+a half together, so that a page of 16 or 32 tokens is one TMA box per half (64 / PAGE_SIZE boxes per half and block);
+"tiles" keeps the 64-column tiles one behind the other (PAGE_SIZE >= 64 only). Lane l of the issuing warp holds the page
+of box l: one register per block for every page size. Block-table entries from ceil(L / PAGE_SIZE) on are never read.
+
+Cannot do: FP8 caches, page sizes below 16, ROPE other than 64, more than 512 rows (block_table is re-read for each 64).
+Fewer than 64 rows cost as much as 64.
+"""
+
+# --- constants: replaced when rendered ---
+DTYPE = "bf16"
+LATENT = 512
+ROPE = 64
+PAGE_SIZE = 64
+CAUSAL = False
+SLOT_ORDER = "tiles"
+# --- end of constants ---
+
+from types import SimpleNamespace
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.cute.runtime as rt
+import cutlass.utils.hopper_helpers as hh
+from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.memory import SmemAllocator
+
+from common.mla_combine import MlaCombine
+from common.mla_split import interval, n_blocks, partials, touch_table
+from common.sm90 import EVICT_FIRST, EVICT_NORMAL, INF, LOG2E, cutlass_dtype, ex2, issue, quad_max, quad_sum, smem_atom, swz
+
+ELEMENT = cutlass_dtype(DTYPE)
+ROWS = 64  # query rows of a CTA
+BLOCK = 64  # tokens of a block
+TILE = 64  # columns of a tile: 128 bytes, the swizzle span
+TILES = (LATENT + ROPE) // TILE  # the last one is the rope tile
+HALF = LATENT // 2  # output columns of a warpgroup
+HALF_TILES = HALF // TILE  # tiles of half L; half R has one more
+TILE_BYTES = BLOCK * TILE * ELEMENT.width // 8
+BOX_TOKENS = min(PAGE_SIZE, BLOCK)  # tokens of a TMA box
+BOXES = BLOCK // BOX_TOKENS  # boxes per half and block
+PER_PAGE = max(PAGE_SIZE // BLOCK, 1)  # blocks of a page
+Q_BOX = 4  # tiles of a Q box
+Q_FULL = 4  # mbarrier of Q; 0-3: 2 * buffer + half
+BAR_M0, BAR_M1, BAR_P0, BAR_P1, BAR_WG0, BAR_WG1 = 1, 2, 3, 4, 5, 6
+FIRST_BLOCKS = 4096  # evict-first pays for batches up to about 300 MB; beyond, only when several CTAs read a block
+M_INIT = -1.0e30  # finite, so that a row without keys has no NaN
+
+assert ROPE == TILE and LATENT in (256, 512) and PAGE_SIZE in (16, 32, 64, 128)
+assert SLOT_ORDER == "rows" or (SLOT_ORDER == "tiles" and PAGE_SIZE >= BLOCK)
+
+
+# ------------------------------------------------------------------------------------------------ layouts
+
+
+def tile_stack(n):
+    """Shared-memory layout (64 rows, 64 columns, n tiles), one tile behind the other."""
+    return cute.tile_to_shape(smem_atom(ELEMENT), (ROWS, TILE, n), order=(0, 1, 2))
+
+
+def kv_half(n):
+    """Shared-memory layout (64 tokens, 64 n columns) of one half of a block, as the MMA sees it."""
+    return cute.tile_to_shape(smem_atom(ELEMENT), (BLOCK, TILE * n), order=(1, 0) if SLOT_ORDER == "rows" else (0, 1))
+
+
+def kv_boxes(n):
+    """The same half as TMA boxes: (8, groups, 64 columns, n tiles, box) or (64, 64, n, box)."""
+    if SLOT_ORDER == "rows":
+        groups, step = BOX_TOKENS // 8, 8 * TILE * n
+        return cute.make_layout((8, groups, TILE, n, BOXES), stride=(TILE, step, 1, 8 * TILE, groups * step))
+    return cute.make_layout((BLOCK, TILE, n, 1), stride=(TILE, 1, BLOCK * TILE, BLOCK * TILE * n))
+
+
+def kv_box(n):
+    """(Shared-memory layout, shape) of one TMA box."""
+    if SLOT_ORDER == "rows":
+        outer = cute.select(kv_boxes(n), mode=[0, 1, 2, 3])
+        return cute.make_composed_layout(smem_atom(ELEMENT).inner, 0, outer), (8, BOX_TOKENS // 8, TILE, n)
+    return tile_stack(n), (BLOCK, TILE, n)
+
+
+@cute.jit
+def kv_modes(kv):
+    """(pages, PAGE_SIZE, columns) with the modes of a box: (8, groups, 64, tile, page) or (token, 64, tile, page)."""
+    page = kv.stride[0] if kv.shape[0] > 1 else Int64(TILE)  # the stride of a mode of size 1 may be anything
+    row = kv.stride[1]
+    if const_expr(SLOT_ORDER == "rows"):
+        shape, stride = (8, PAGE_SIZE // 8, TILE, TILES, kv.shape[0]), (row, 8 * row, 1, TILE, page)
+    else:
+        shape, stride = (PAGE_SIZE, TILE, TILES, kv.shape[0]), (row, 1, TILE, page)
+    return cute.make_tensor(kv.iterator, cute.make_layout(shape, stride=stride))
+
+
+def kv_tile(g, half):
+    """Boxes of one half in the global tensor: (box ..., block of the page, page)."""
+    lo, n = half * HALF_TILES, HALF_TILES + half
+    if SLOT_ORDER == "rows":
+        g = cute.domain_offset((0, 0, 0, lo, 0), g)
+        return cute.group_modes(cute.local_tile(g, (8, BOX_TOKENS // 8, TILE, n), (0, None, 0, 0, None)), 0, 4)
+    return cute.group_modes(cute.local_tile(cute.domain_offset((0, 0, lo, 0), g), (BLOCK, TILE, n), (None, 0, 0, None)), 0, 3)
+
+
+@cute.jit
+def row_strides(x):
+    """Strides of the packed rows and of the requests of a (B, s_q, H, columns) tensor."""
+    # the stride of a mode of size 1 may be anything, also none that TMA accepts
+    row = x.stride[2] if x.shape[2] > 1 else x.stride[1]
+    row = row if x.shape[1] * x.shape[2] > 1 else Int64(TILE)
+    request = x.stride[0] if x.shape[0] > 1 else Int64(TILE)
+    return cute.assume(row, divby=8), cute.assume(request, divby=8)
+
+
+@cute.jit
+def packed(x, offset: Int32, n: cutlass.Constexpr):
+    """(B, s_q, H, columns) from column `offset` on as (s_q * H rows, 64 columns, n tiles, B)."""
+    row, request = row_strides(x)
+    return cute.make_tensor(
+        x.iterator + cute.assume(offset, divby=8),
+        cute.make_layout((x.shape[1] * x.shape[2], TILE, n, x.shape[0]), stride=(row, 1, TILE, request)),
+    )
+
+
+def opaque(x):
+    """A shared-memory tensor whose address the compiler finds anew at every use. It then does the arithmetic of the MMA
+    descriptors in uniform registers; of a loop-invariant address it makes vector registers, and of each descriptor two
+    64-bit additions and four moves to uniform registers."""
+    address = cute.arch.make_warp_uniform(x.iterator.toint())
+    swizzle = smem_atom(ELEMENT).inner
+    ptr = cute.make_ptr(ELEMENT, address, cutlass.AddressSpace.smem, assumed_align=1024, swizzle_=swizzle)
+    return cute.make_tensor(ptr, x.layout)
+
+
+class MlaDecode:
+    # -------------------------------------------------------------------------------------------- host
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,
+        q_pe: cute.Tensor,
+        kv_cache: cute.Tensor,
+        block_table: cute.Tensor,
+        seq_lens: cute.Tensor,
+        sinks: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        workspace: cute.Tensor,
+        sm_scale: Float32,
+        pe_offset: Int32,
+        has_sinks: Int32,
+        parts: Int32,
+        fixed: Int32,
+        least: Int32,
+        bias: Int32,
+        warps_per_row: Int32,
+        slices: Int32,
+        rows_per_warp: Int32,
+        stream,
+    ):
+        batch, s_q, heads = q.shape[0], q.shape[1], q.shape[2]
+        rows = s_q * heads
+        o_acc, lse_acc = partials(workspace, parts, rows, LATENT)
+
+        g2s, s2g = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        tma_q, mQ = cpasync.make_tiled_tma_atom(
+            g2s, packed(q, Int32(0), TILES - 1), tile_stack(Q_BOX), (ROWS, TILE, Q_BOX)
+        )
+        tma_pe, mQpe = cpasync.make_tiled_tma_atom(g2s, packed(q_pe, pe_offset, 1), tile_stack(1), (ROWS, TILE, 1))
+        mKV = kv_modes(kv_cache)
+        tma_kl, mKl = cpasync.make_tiled_tma_atom(g2s, mKV, *kv_box(HALF_TILES))
+        tma_kr, mKr = cpasync.make_tiled_tma_atom(g2s, mKV, *kv_box(HALF_TILES + 1))
+        tma_o, mO = cpasync.make_tiled_tma_atom(
+            s2g, packed(out, Int32(0), TILES - 1), tile_stack(HALF_TILES), (ROWS, TILE, HALF_TILES)
+        )
+
+        def mma(n, b_major, a_source):
+            return hh.make_trivial_tiled_mma(
+                ELEMENT, ELEMENT, OperandMajorMode.K, b_major, Float32, (1, 1, 1), (ROWS, n), a_source
+            )
+
+        k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
+        smem, rmem = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
+        self.kernel(
+            tma_q,
+            mQ,
+            tma_pe,
+            mQpe,
+            tma_kl,
+            mKl,
+            tma_kr,
+            mKr,
+            tma_o,
+            mO,
+            block_table,
+            seq_lens,
+            sinks,
+            lse,
+            o_acc,
+            lse_acc,
+            sm_scale * LOG2E,
+            has_sinks,
+            batch,
+            s_q,
+            heads,
+            parts,
+            fixed,
+            least,
+            bias,
+            parts // batch,
+            (batch + parts - 1) // parts,
+            mma(BLOCK, k_major, smem),
+            mma(BLOCK, k_major, rmem),
+            mma(HALF, mn_major, rmem),
+            mma(HALF, mn_major, smem),
+        ).launch(
+            grid=[cute.ceil_div(rows, ROWS), 1, parts],
+            block=[256, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+            use_pdl=True,
+        )
+        row, request = row_strides(out)
+        out_rows = cute.make_tensor(out.iterator, cute.make_layout((batch, rows, LATENT), stride=(request, row, 1)))
+        MlaCombine(LATENT, DTYPE)(
+            seq_lens, out_rows, lse, sinks, o_acc, lse_acc, has_sinks, parts, fixed, least, bias, warps_per_row, slices,
+            rows_per_warp, stream,
+        )  # fmt: skip
+
+    # -------------------------------------------------------------------------------------------- loads
+    @cute.jit
+    def page_of(self, table, req, blk, seqlen, lane):
+        """What `load_half` needs to find a block of a request (seqlen > 0): the page and the block in it; pages smaller
+        than a block: the page of box `lane`."""
+        if const_expr(PAGE_SIZE < BLOCK):
+            page = table[req, cutlass.min(blk * BOXES + lane % BOXES, (seqlen - 1) // PAGE_SIZE)]
+        else:
+            page = table[req, blk // PER_PAGE]
+            if const_expr(PER_PAGE > 1):
+                page = page * PER_PAGE + blk % PER_PAGE
+        return page
+
+    @cute.jit
+    def page_of_any(self, table, req, blk, seqlen, lane):
+        """The same for a request that may be empty: its one block is masked out, any page will do."""
+        page = Int32(0)
+        if seqlen > 0:
+            page = self.page_of(table, req, blk, seqlen, lane)
+        return page
+
+    @cute.jit
+    def load_half(self, c, buf: cutlass.Constexpr, half: cutlass.Constexpr, page):
+        """Arm the barrier of one half of a buffer and fill it; called by one whole warp."""
+        bar = c.bars + (2 * buf + half)
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(bar, (HALF_TILES + half) * TILE_BYTES)
+        policy = Int64(c.sI[4]) << 32
+        for i in cutlass.range_constexpr(BOXES):
+            box_page, sub = page, 0
+            if const_expr(BOXES > 1):
+                box_page = cute.arch.shuffle_sync(page, offset=i)
+            if const_expr(PER_PAGE > 1):
+                box_page, sub = page // PER_PAGE, page % PER_PAGE
+            cute.copy(
+                c.tma_k[half],
+                c.tKgK[half][None, sub, box_page],
+                c.tKsK[buf][half][None, i],
+                tma_bar_ptr=bar,
+                cache_policy=policy,
+            )
+
+    @cute.jit
+    def load_q(self, c, req):
+        """Fill all of Q but the rope tile; arms the barrier for that too."""
+        bar = c.bars + Q_FULL
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(bar, TILES * TILE_BYTES)
+        for i in cutlass.range_constexpr((TILES - 1) // Q_BOX):
+            cute.copy(c.tma_q, c.tQgQ[None, c.m_block, i, req], c.tQsQ[None, i], tma_bar_ptr=bar)
+
+    @cute.jit
+    def load_q_rope(self, c, req):
+        cute.copy(c.tma_pe, c.tQgPe[None, c.m_block, req], c.tQsPe, tma_bar_ptr=c.bars + Q_FULL)
+
+    # -------------------------------------------------------------------------------------------- math
+    @cute.jit
+    def qk_half(self, c, ops, buf: cutlass.Constexpr, half: cutlass.Constexpr, first: cutlass.Constexpr, S, rQpe, phase):
+        """S (+)= Q K^T over the tiles of one half as soon as they landed; one wgmma group."""
+        cute.arch.mbarrier_wait(c.bars + (2 * buf + half), phase)
+        warpgroup.fence()
+        for i in cutlass.range_constexpr(HALF_TILES + half):
+            tile = half * HALF_TILES + i
+            tKi = ops.tK[half][None, None, (None, i)]
+            if const_expr(tile == TILES - 1):
+                issue(c.op_qk_r, S, rQpe, tKi, first and i == 0)
+            else:
+                issue(c.op_qk_s, S, ops.tQ[None, None, (None, tile)], tKi, first and i == 0)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def mask(self, c, S, tok0, cut, seqlen):
+        """Scores of the tokens from `cut` on (causal: from the row's own limit on) become -inf."""
+        lim = cute.make_rmem_tensor((2,), Int32)
+        for r in cutlass.range_constexpr(2):
+            lim[r] = cut
+            if const_expr(CAUSAL):
+                lim[r] = cutlass.min(cut, seqlen - c.sBack[c.row + 8 * r])
+        for i in cutlass.range_constexpr(cute.size(S)):
+            tok = tok0 + (i // 4) * 8 + (c.lane % 4) * 2 + (i % 2)
+            S[i] = S[i] if tok < lim[(i // 2) % 2] else -Float32(INF)
+
+    @cute.jit
+    def row_max(self, S, r: cutlass.Constexpr, scale):
+        m = S[2 * r]
+        for j in cutlass.range_constexpr(cute.size(S) // 4):
+            m = cute.arch.fmax(m, cute.arch.fmax(S[4 * j + 2 * r], S[4 * j + 2 * r + 1]))
+        return quad_max(m) * scale
+
+    @cute.jit
+    def scale_rows(self, x, s):
+        for i in cutlass.range_constexpr(cute.size(x)):
+            x[i] = x[i] * s[(i // 2) % 2]
+
+    @cute.jit
+    def rescale_o(self, O, s):
+        """O *= s; a warp whose 16 rows all kept their maximum skips it (exact)."""
+        if cute.arch.vote_any_sync(s[0] < 1.0 or s[1] < 1.0):
+            self.scale_rows(O, s)
+
+    @cute.jit
+    def exp_rows(self, S, rP, m, L, scale):
+        """S becomes 2^(S * scale - m), rP the same rounded; L sums the unrounded values."""
+        for r in cutlass.range_constexpr(2):
+            acc = Float32(0.0)
+            for j in cutlass.range_constexpr(cute.size(S) // 4):
+                a = ex2(S[4 * j + 2 * r] * scale - m[r])
+                b = ex2(S[4 * j + 2 * r + 1] * scale - m[r])
+                S[4 * j + 2 * r] = a
+                S[4 * j + 2 * r + 1] = b
+                acc = acc + (a + b)
+            L[r] = L[r] + acc
+        rP.store(S.load().to(ELEMENT))
+
+    @cute.jit
+    def zero_tail(self, c, buf: cutlass.Constexpr, half: cutlass.Constexpr, valid):
+        """Clear the rows from `valid` on of this warpgroup's V columns: what lies there may be NaN."""
+        sV, lane = c.sK[buf][half], c.lane
+        for row in cutlass.range(valid + c.t // 32, BLOCK, 4, unroll=1):
+            for j in cutlass.range_constexpr(HALF_TILES):
+                for e in cutlass.range_constexpr(2):
+                    sV[row, j * TILE + lane * 2 + e] = ELEMENT(0.0)
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier(barrier_id=BAR_WG0 + half, number_of_threads=128)
+
+    @cute.jit
+    def pair_wg0(
+        self, c, ops, S, O, rQpe, m, L, tok0, cut, min_lim, seqlen, scale, page0, page1, phase, nxt, more,
+        last: cutlass.Constexpr,
+    ):  # fmt: skip
+        """WG0's share of a pair. S holds the scores of the even block, on return those of the next one unless `last`."""
+        sM0, sM1, lane, row = c.sM0, c.sM1, c.lane, c.row
+        rP = cute.make_rmem_tensor(((2, 2, 2), 1, 4), ELEMENT)
+        if const_expr(last or CAUSAL):
+            if tok0 + BLOCK > min_lim:
+                self.mask(c, S, tok0, cut, seqlen)
+        sc = cute.make_rmem_tensor((2,), Float32)
+        for r in cutlass.range_constexpr(2):
+            m_new = cute.arch.fmax(m[r], self.row_max(S, r, scale))
+            sc[r] = ex2(m[r] - m_new)
+            m[r] = m_new
+            L[r] = L[r] * sc[r]
+            if lane % 4 == 0:
+                sM0[row + 8 * r] = m_new
+        cute.arch.barrier_arrive(barrier_id=BAR_M0, number_of_threads=256)
+        self.rescale_o(O, sc)
+        self.exp_rows(S, rP, m, L, scale)
+        if const_expr(last):
+            if tok0 + BLOCK > seqlen:
+                self.zero_tail(c, 0, 0, cutlass.max(seqlen - tok0, 0))
+        # O.L += P0 V0.L
+        warpgroup.fence()
+        issue(c.op_pv_r, O, rP, ops.tV[0], False)
+        warpgroup.commit_group()
+        warpgroup.wait_group(0)
+        if const_expr(last):
+            if c.warp_in_wg == 0 and more:
+                self.load_half(c, 0, 0, page0)
+        else:
+            if c.warp_in_wg == 0:
+                self.load_half(c, 0, 0, page0)
+        # the maximum after the odd block
+        cute.arch.barrier(barrier_id=BAR_M1, number_of_threads=256)
+        if const_expr(last):
+            if c.warp_in_wg == 0 and more:
+                self.load_q(c, nxt)  # both QK products of this request are done
+        for r in cutlass.range_constexpr(2):
+            m_new = sM1[row + 8 * r]
+            sc[r] = ex2(m[r] - m_new)
+            m[r] = m_new
+            L[r] = L[r] * sc[r]
+        self.scale_rows(S, sc)
+        rP.store(S.load().to(ELEMENT))
+        cute.copy(c.stsm, c.stsm_thr.retile(rP), c.tP0_st)
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier_arrive(barrier_id=BAR_P0, number_of_threads=256)
+        self.rescale_o(O, sc)
+        if const_expr(last):
+            if tok0 + 2 * BLOCK > seqlen:
+                self.zero_tail(c, 1, 0, cutlass.max(seqlen - tok0 - BLOCK, 0))
+        cute.arch.barrier(barrier_id=BAR_P1, number_of_threads=256)
+        # O.L += P1 V1.L
+        warpgroup.fence()
+        issue(c.op_pv_s, O, ops.tP, ops.tV[1], False)
+        warpgroup.commit_group()
+        if const_expr(not last):
+            self.qk_half(c, ops, 0, 0, True, S, rQpe, phase)
+            warpgroup.wait_group(1)
+            if c.warp_in_wg == 0:
+                self.load_half(c, 1, 0, page1)
+            self.qk_half(c, ops, 0, 1, False, S, rQpe, phase)
+        warpgroup.wait_group(0)
+
+    @cute.jit
+    def pair_wg1(
+        self, c, ops, S, O, rQpe, m, L, tok0, cut, min_lim, seqlen, scale, page0, page1, phase, nxt, more,
+        last: cutlass.Constexpr,
+    ):  # fmt: skip
+        """WG1's share of a pair. S holds the scores of the odd block, on return those of the next one unless `last`."""
+        sM0, sM1, lane, row = c.sM0, c.sM1, c.lane, c.row
+        rP = cute.make_rmem_tensor(((2, 2, 2), 1, 4), ELEMENT)
+        if const_expr(last or CAUSAL):
+            if tok0 + 2 * BLOCK > min_lim:
+                self.mask(c, S, tok0 + BLOCK, cut, seqlen)
+        mx = cute.make_rmem_tensor((2,), Float32)
+        for r in cutlass.range_constexpr(2):
+            mx[r] = self.row_max(S, r, scale)
+        cute.arch.barrier(barrier_id=BAR_M0, number_of_threads=256)
+        sc = cute.make_rmem_tensor((2,), Float32)
+        for r in cutlass.range_constexpr(2):
+            m_new = cute.arch.fmax(sM0[row + 8 * r], mx[r])
+            sc[r] = ex2(m[r] - m_new)
+            m[r] = m_new
+            L[r] = L[r] * sc[r]
+            if lane % 4 == 0:
+                sM1[row + 8 * r] = m_new
+        cute.arch.barrier_arrive(barrier_id=BAR_M1, number_of_threads=256)
+        self.exp_rows(S, rP, m, L, scale)
+        cute.copy(c.stsm, c.stsm_thr.retile(rP), c.tP1_st)
+        self.rescale_o(O, sc)
+        if const_expr(last):
+            if tok0 + 2 * BLOCK > seqlen:
+                self.zero_tail(c, 1, 1, cutlass.max(seqlen - tok0 - BLOCK, 0))
+        cute.arch.fence_view_async_shared()
+        # O.R += P1 V1.R
+        warpgroup.fence()
+        issue(c.op_pv_r, O, rP, ops.tV[1], False)
+        warpgroup.commit_group()
+        cute.arch.barrier_arrive(barrier_id=BAR_P1, number_of_threads=256)
+        if const_expr(last):
+            if tok0 + BLOCK > seqlen:
+                self.zero_tail(c, 0, 1, cutlass.max(seqlen - tok0, 0))
+        cute.arch.barrier(barrier_id=BAR_P0, number_of_threads=256)
+        # O.R += P0 V0.R
+        warpgroup.fence()
+        issue(c.op_pv_s, O, ops.tP, ops.tV[0], False)
+        warpgroup.commit_group()
+        if const_expr(not last):
+            warpgroup.wait_group(1)
+            if c.warp_in_wg == 0:
+                self.load_half(c, 1, 1, page1)
+            warpgroup.wait_group(0)
+            if c.warp_in_wg == 0:
+                self.load_half(c, 0, 1, page0)
+            self.qk_half(c, ops, 1, 1, True, S, rQpe, phase)
+            self.qk_half(c, ops, 1, 0, False, S, rQpe, phase)
+        warpgroup.wait_group(0)
+        if const_expr(last):
+            if c.warp_in_wg == 0 and more:
+                self.load_half(c, 0, 1, page0)
+
+    @cute.jit
+    def blocks(
+        self, c, wg: cutlass.Constexpr, table, req, nxt, more, b0, b1, seqlen, next_len, cut, min_lim, scale, S, O, rQpe, m,
+        L, ph,
+    ):  # fmt: skip
+        """All blocks b0 .. b1 - 1 of a request by one warpgroup; ph: phase of the barriers of the first pair."""
+        ops = SimpleNamespace(
+            tQ=c.qk.make_fragment_A(c.qk.partition_A(opaque(c.sQ))),
+            tK=[c.qk.make_fragment_B(c.qk.partition_B(opaque(b))) for b in c.sK[wg]],
+            tV=[c.v_view(opaque(b[wg])) for b in c.sK],
+            tP=c.pv_s.make_fragment_A(c.pv_s.partition_A(opaque(c.sP[1 - wg]))),
+        )
+        lane = c.lane
+        pair = self.pair_wg1 if wg else self.pair_wg0
+        pairs = (b1 - b0 + 1) // 2
+        self.qk_half(c, ops, wg, wg, True, S, rQpe, ph)
+        self.qk_half(c, ops, wg, 1 - wg, False, S, rQpe, ph)
+        warpgroup.wait_group(0)
+        for i in cutlass.range(pairs - 1, unroll=1):
+            blk = b0 + 2 * i
+            page0 = self.page_of(table, req, blk + 2, seqlen, lane)
+            page1 = self.page_of(table, req, cutlass.min(blk + 3, b1 - 1), seqlen, lane)
+            pair(c, ops, S, O, rQpe, m, L, blk * BLOCK, cut, min_lim, seqlen, scale, page0, page1, ph ^ 1 ^ (i & 1), nxt,
+                 more, False)  # fmt: skip
+        page0 = self.page_of_any(table, nxt, 0, next_len, lane)
+        pair(c, ops, S, O, rQpe, m, L, (b0 + 2 * pairs - 2) * BLOCK, cut, min_lim, seqlen, scale, page0, Int32(0),
+             Int32(0), nxt, more, True)  # fmt: skip
+
+    # -------------------------------------------------------------------------------------------- device
+    @cute.kernel
+    def kernel(
+        self,
+        tma_q: cute.CopyAtom,
+        mQ: cute.Tensor,
+        tma_pe: cute.CopyAtom,
+        mQpe: cute.Tensor,
+        tma_kl: cute.CopyAtom,
+        mKl: cute.Tensor,
+        tma_kr: cute.CopyAtom,
+        mKr: cute.Tensor,
+        tma_o: cute.CopyAtom,
+        mO: cute.Tensor,
+        table: cute.Tensor,
+        seqlens: cute.Tensor,
+        sinks: cute.Tensor,
+        lse: cute.Tensor,
+        o_acc: cute.Tensor,
+        lse_acc: cute.Tensor,
+        scale: Float32,
+        has_sinks: Int32,
+        batch: Int32,
+        s_q: Int32,
+        heads: Int32,
+        parts: Int32,
+        fixed: Int32,
+        least: Int32,
+        bias: Int32,
+        parts_per_request: Int32,
+        requests_per_part: Int32,
+        mma_qk_s: cute.TiledMma,
+        mma_qk_r: cute.TiledMma,
+        mma_pv_r: cute.TiledMma,
+        mma_pv_s: cute.TiledMma,
+    ):
+        tid, _, _ = cute.arch.thread_idx()
+        m_block, _, part = cute.arch.block_idx()
+        m_blocks, _, _ = cute.arch.grid_dim()
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        wg = warp_idx // 4
+        warp_in_wg = warp_idx % 4
+        t = tid % 128
+        lane = tid % 32
+        row = warp_in_wg * 16 + lane // 4  # this thread has the rows row and row + 8
+        rows = s_q * heads
+
+        if warp_idx == 0:
+            for x in (tma_q, tma_pe, tma_kl, tma_kr, tma_o):
+                cpasync.prefetch_descriptor(x)
+
+        smem = SmemAllocator()
+
+        def swizzled(layout):
+            return smem.allocate_tensor(ELEMENT, layout.outer, 1024, swizzle=layout.inner)
+
+        sQ = swizzled(swz(ROWS, LATENT + ROPE, ELEMENT))
+        sK = [[swizzled(kv_half(HALF_TILES + h)) for h in (0, 1)] for _ in (0, 1)]
+        sP0 = swizzled(swz(ROWS, BLOCK, ELEMENT))
+        sM0 = smem.allocate_tensor(Float32, cute.make_layout(ROWS), 16)
+        sM1 = smem.allocate_tensor(Float32, cute.make_layout(ROWS), 16)
+        sL = smem.allocate_tensor(Float32, cute.make_layout(2 * ROWS), 16)
+        sSink = smem.allocate_tensor(Float32, cute.make_layout(ROWS), 16)  # log2 units
+        sBack = smem.allocate_tensor(Int32, cute.make_layout(ROWS), 16)  # causal: tokens at the end a row does not see
+        sI = smem.allocate_tensor(Int32, cute.make_layout(5), 16)  # the CTA's share of the work, and the L2 hint
+        bars = smem.allocate_array(Int64, Q_FULL + 1)
+        sP1 = cute.local_tile(sQ, (ROWS, TILE), (0, TILES - 1))
+
+        if warp_idx == 0:
+            with cute.arch.elect_one():
+                for i in cutlass.range_constexpr(Q_FULL + 1):
+                    cute.arch.mbarrier_init(bars + i, 1)
+            cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        # TMA views
+        one = cute.make_layout(1)
+        q_tiles = cute.local_tile(sQ, (ROWS, TILE), (0, None))
+        tQsQ, tQgQ = cpasync.tma_partition(
+            tma_q,
+            0,
+            one,
+            cute.group_modes(cute.local_tile(q_tiles, (ROWS, TILE, Q_BOX), (0, 0, None)), 0, 3),
+            cute.group_modes(cute.local_tile(mQ, (ROWS, TILE, Q_BOX), (None, 0, None, None)), 0, 3),
+        )
+        tQsPe, tQgPe = cpasync.tma_partition(
+            tma_pe,
+            0,
+            one,
+            cute.group_modes(
+                cute.local_tile(cute.domain_offset((0, 0, TILES - 1), q_tiles), (ROWS, TILE, 1), (0, 0, 0)), 0, 3
+            ),
+            cute.group_modes(cute.local_tile(mQpe, (ROWS, TILE, 1), (None, 0, 0, None)), 0, 3),
+        )
+        tKsK, tKgK = [[None, None], [None, None]], [None, None]
+        for half, (tma, mK) in enumerate(((tma_kl, mKl), (tma_kr, mKr))):
+            for buf in (0, 1):
+                boxes = cute.make_tensor(sK[buf][half].iterator, kv_boxes(HALF_TILES + half))
+                tKsK[buf][half], tKgK[half] = cpasync.tma_partition(
+                    tma, 0, one, cute.group_modes(boxes, 0, cute.rank(boxes) - 1), kv_tile(mK, half)
+                )
+        # the output is staged in K1
+        tOgO = cute.group_modes(cute.local_tile(mO, (ROWS, TILE, HALF_TILES), (None, 0, None, None)), 0, 3)
+        sO = [cute.make_tensor(sK[1][h].iterator, swz(ROWS, HALF, ELEMENT).outer) for h in (0, 1)]
+        tOsO = [None, None]
+        for h in (0, 1):
+            stack = cute.make_tensor(sK[1][h].iterator, tile_stack(HALF_TILES).outer)
+            tOsO[h], tOgO_ = cpasync.tma_partition(tma_o, 0, one, cute.group_modes(stack, 0, 3), tOgO)
+
+        # MMA views
+        qk = mma_qk_s.get_slice(t)
+        pv_r = mma_pv_r.get_slice(t)
+        pv_s = mma_pv_s.get_slice(t)
+        stsm_atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), ELEMENT)
+        ldsm_atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), ELEMENT)
+        stsm = cute.make_tiled_copy_C(stsm_atom, mma_qk_s)
+        stsm_thr = stsm.get_slice(t)
+        stsm_o = cute.make_tiled_copy_C(stsm_atom, mma_pv_r)
+        ldsm = cute.make_tiled_copy_A(ldsm_atom, mma_qk_r)
+        ldsm_thr = ldsm.get_slice(t)
+
+        def v_view(b):
+            vt = cute.make_tensor(b.iterator, cute.select(b.layout, mode=[1, 0]))
+            return pv_s.make_fragment_B(pv_s.partition_B(cute.local_tile(vt, (HALF, BLOCK), (0, 0))))
+
+        c = SimpleNamespace(
+            t=t,
+            lane=lane,
+            warp_in_wg=warp_in_wg,
+            row=row,
+            m_block=m_block,
+            bars=bars,
+            sI=sI,
+            sM0=sM0,
+            sM1=sM1,
+            sBack=sBack,
+            sK=sK,
+            tma_q=tma_q,
+            tma_pe=tma_pe,
+            tma_k=(tma_kl, tma_kr),
+            tQgQ=tQgQ,
+            tQsQ=tQsQ,
+            tQgPe=tQgPe,
+            tQsPe=tQsPe,
+            tKgK=tKgK,
+            tKsK=tKsK,
+            sQ=sQ,
+            sP=(sP0, sP1),
+            v_view=v_view,
+            qk=qk,
+            pv_s=pv_s,
+            stsm=stsm,
+            stsm_thr=stsm_thr,
+            tP0_st=stsm_thr.partition_D(sP0),
+            tP1_st=stsm_thr.partition_D(sP1),
+            op_qk_s=mma_qk_s.op,
+            op_qk_r=mma_qk_r.op,
+            op_pv_r=mma_pv_r.op,
+            op_pv_s=mma_pv_s.op,
+        )
+
+        if warp_idx == 2:
+            touch_table(table, seqlens, batch, part, parts_per_request, requests_per_part, PAGE_SIZE, lane)
+        # everything above overlaps the previous kernel's tail
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()  # the combine waits for the end of this grid anyway
+
+        # what does not change from request to request goes through shared memory: the main loop has no register to spare
+        if warp_idx == 0:
+            r0, r1, j0, j1, total = interval(
+                seqlens, batch, part, parts, fixed, least, bias, parts_per_request, requests_per_part, lane
+            )
+            if lane == 0:
+                sI[0] = r0
+                sI[1] = r1
+                sI[2] = j0
+                sI[3] = j1
+                sI[4] = EVICT_FIRST >> 32 if m_blocks > 1 or total <= FIRST_BLOCKS else EVICT_NORMAL >> 32
+        if wg == 1 and t < ROWS:
+            g_row = m_block * ROWS + t
+            sink = -Float32(INF)
+            if has_sinks != 0 and g_row < rows:
+                sink = sinks[g_row % heads] * LOG2E
+            sSink[t] = sink
+            if const_expr(CAUSAL):
+                sBack[t] = cutlass.max(s_q - 1 - g_row // heads, 0)
+        cute.arch.sync_threads()
+        ph = Int32(0)  # phase of the K barriers; both buffers flip once per pair
+        ph_q = Int32(0)
+        next_len = seqlens[cutlass.min(sI[0], batch - 1)]
+
+        for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
+            seqlen = next_len
+            b0 = sI[2] if req == sI[0] else Int32(0)
+            b1 = sI[3] if (req == sI[1] and sI[3] > 0) else n_blocks(seqlen)
+            pairs = (b1 - b0 + 1) // 2
+            cut = cutlass.min(seqlen, b1 * BLOCK)
+            min_lim = cut
+            if const_expr(CAUSAL):
+                min_lim = cutlass.min(cut, seqlen - sBack[0])
+            more = req < sI[1]  # this CTA has another request
+            nxt = cutlass.min(req + 1, sI[1])
+            next_len = seqlens[nxt]
+
+            if req == sI[0]:
+                if warp_idx == 0:
+                    page0 = self.page_of_any(table, req, b0, seqlen, lane)
+                    self.load_q(c, req)
+                    self.load_q_rope(c, req)
+                    self.load_half(c, 0, 0, page0)
+                    self.load_half(c, 0, 1, page0)
+                if warp_idx == 4:
+                    page1 = self.page_of_any(table, req, cutlass.min(b0 + 1, b1 - 1), seqlen, lane)
+                    self.load_half(c, 1, 1, page1)
+                    self.load_half(c, 1, 0, page1)
+
+            O = cute.make_rmem_tensor(pv_r.partition_shape_C((ROWS, HALF)), Float32)
+            S = cute.make_rmem_tensor(qk.partition_shape_C((ROWS, BLOCK)), Float32)
+            rQpe = cute.make_rmem_tensor(((2, 2, 2), 1, 4), ELEMENT)
+            m = cute.make_rmem_tensor((2,), Float32)
+            L = cute.make_rmem_tensor((2,), Float32)
+            O.fill(0.0)
+            m.fill(M_INIT)
+            L.fill(0.0)
+            cute.arch.mbarrier_wait(bars + Q_FULL, ph_q)
+            ph_q = ph_q ^ 1
+            cute.copy(ldsm, ldsm_thr.partition_S(sP1), ldsm_thr.retile(rQpe))
+
+            if wg == 0:
+                self.blocks(c, 0, table, req, nxt, more, b0, b1, seqlen, next_len, cut, min_lim, scale, S, O, rQpe, m, L, ph)
+            else:
+                self.blocks(c, 1, table, req, nxt, more, b0, b1, seqlen, next_len, cut, min_lim, scale, S, O, rQpe, m, L, ph)
+            ph = ph ^ (pairs & 1)
+
+            # ------------------------------------------------ epilogue
+            for r in cutlass.range_constexpr(2):
+                L[r] = quad_sum(L[r])
+                if lane % 4 == 0:
+                    sL[wg * ROWS + row + 8 * r] = L[r]
+            cute.arch.sync_threads()
+            if warp_idx == 0 and req != sI[1]:
+                self.load_q_rope(c, req + 1)
+            # recomputed here rather than kept live through the main loop
+            first = sI[2] if req == sI[0] else Int32(0)
+            whole = first == 0 and (req != sI[1] or sI[3] == 0 or sI[3] == n_blocks(seqlens[req]))
+            split = 2 * part if first > 0 else 2 * part + 1
+            inv = cute.make_rmem_tensor((2,), Float32)
+            for r in cutlass.range_constexpr(2):
+                x = row + 8 * r
+                total = sL[x] + sL[ROWS + x]
+                weights = total
+                if whole:
+                    weights = total + ex2(sSink[x] - sM1[x])
+                inv[r] = cute.arch.rcp_approx(weights) if total != 0.0 else Float32(0.0)
+            self.scale_rows(O, inv)
+            g_row = m_block * ROWS + tid
+            if tid < ROWS and g_row < rows:
+                total = sL[tid] + sL[ROWS + tid]
+                v = cute.math.log2(total, fastmath=True) + sM1[tid] if total != 0.0 else -Float32(INF)
+                if whole:
+                    lse[req, g_row // heads, g_row % heads] = v * (1.0 / LOG2E)
+                else:
+                    lse_acc[split, g_row] = v
+            if whole:
+                if wg == 0:
+                    self.store_half(c, stsm_o, sO[0], O, tma_o, tOsO[0], tOgO_, req, 0)
+                else:
+                    self.store_half(c, stsm_o, sO[1], O, tma_o, tOsO[1], tOgO_, req, 1)
+            else:
+                for r in cutlass.range_constexpr(2):
+                    g_row = m_block * ROWS + row + 8 * r
+                    if g_row < rows:
+                        for j in cutlass.range_constexpr(HALF // 8):
+                            v2 = cute.make_rmem_tensor((2,), Float32)
+                            v2[0] = O[4 * j + 2 * r]
+                            v2[1] = O[4 * j + 2 * r + 1]
+                            at = wg * (HALF // 2) + j * 4 + lane % 4
+                            cute.autovec_copy(v2, cute.local_tile(o_acc[split, g_row, None], (2,), (at,)))
+            if warp_in_wg == 0 and req != sI[1]:
+                end = sI[3] if (req + 1 == sI[1] and sI[3] > 0) else n_blocks(next_len)
+                page1 = self.page_of_any(table, req + 1, cutlass.min(end - 1, 1), next_len, lane)
+                if wg == 0:
+                    self.load_half(c, 1, 0, page1)
+                else:
+                    self.load_half(c, 1, 1, page1)
+
+    @cute.jit
+    def store_half(self, c, stsm_o, sO, O, tma_o, tOsO, tOgO, req, half: cutlass.Constexpr):
+        """Output columns of one warpgroup through its half of K1 and one TMA store (which leaves out rows >= s_q * H)."""
+        rO = cute.make_rmem_tensor(O.layout, ELEMENT)
+        rO.store(O.load().to(ELEMENT))
+        thr = stsm_o.get_slice(c.t)
+        cute.copy(stsm_o, thr.retile(rO), thr.partition_D(sO))
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier(barrier_id=BAR_WG0 + half, number_of_threads=128)
+        if c.warp_in_wg == 0:
+            cute.copy(tma_o, tOsO, tOgO[None, c.m_block, half, req])
+            cute.arch.cp_async_bulk_commit_group()
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+
+def fake_args():
+    """Stand-ins for the arguments: every size and every stride is dynamic (strides 64-bit), the last mode contiguous."""
+    batch, s_q, heads = cute.sym_int(), cute.sym_int(), cute.sym_int()
+
+    def tensor(dtype, *shape, last=1, align=16):
+        stride = tuple(cute.sym_int64() for _ in shape[1:]) + (last,)
+        return rt.make_fake_tensor(dtype, shape, stride, assumed_align=align)
+
+    n = cute.sym_int
+    return (
+        tensor(ELEMENT, batch, s_q, heads, n()),
+        tensor(ELEMENT, batch, s_q, heads, n()),
+        tensor(ELEMENT, n(), PAGE_SIZE, LATENT + ROPE),
+        tensor(Int32, batch, n(), align=4),
+        tensor(Int32, batch, align=4),
+        tensor(Float32, n(), align=4),
+        tensor(ELEMENT, batch, s_q, heads, LATENT),
+        tensor(Float32, batch, s_q, heads, last=cute.sym_int64(), align=4),
+        tensor(Float32, n(), align=128),
+        Float32(1.0),
+        *[Int32(1)] * 9,
+        rt.make_fake_stream(use_tvm_ffi_env_stream=True),
+    )
+
+
+def entry():
+    """What to compile: the host function and its fake arguments."""
+    return MlaDecode(), fake_args()

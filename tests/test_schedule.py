@@ -1,0 +1,348 @@
+"""The work split of mla_decode: a model of templates/common/mla_split.py that is checked by brute force, the template's
+own text run lane by lane against that model, and the host rule."""
+
+import ast
+import types
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jitmla import schedule
+from jitmla.schedule import BLOCK_TOKENS, MAX_PARTS, combine_blocks, launch_args, workspace_floats
+
+COMMON = Path(__file__).parents[1] / "templates" / "common"
+FAST = settings(max_examples=400, deadline=None)
+
+
+def ceil_div(a, b):
+    return -(-a // b)
+
+
+# ------------------------------------------------------------------------------------------------- the model
+
+
+class Split:
+    """One work split; nb = blocks of each request."""
+
+    def __init__(self, nb, parts, fixed, least, bias):
+        self.nb, self.parts, self.fixed = nb, parts, fixed
+        batch, top = len(nb), max(nb)
+        self.s, self.k = parts // batch, ceil_div(batch, parts)
+        self.share = max(ceil_div(sum(nb) + fixed * batch, parts), least)
+        self.piece, cost = top, self.k * (top + fixed)
+        if self.s > 0:
+            self.piece = max(ceil_div(top, self.s), least)
+            if self.piece > 1:
+                self.piece = ceil_div(self.piece, 2) * 2
+            cost = self.piece + fixed
+        self.aligned = cost <= self.share + bias
+
+    def locate(self, x):
+        start = 0
+        for r, n in enumerate(self.nb):
+            if start + n + self.fixed > x:
+                return r, max(0, x - start - self.fixed), start
+            start += n + self.fixed
+        return len(self.nb), 0, start
+
+    def interval(self, p):
+        nb = self.nb
+        if self.aligned:
+            if self.s > 0:
+                r, j = p // self.s, p % self.s * self.piece
+                return (r, r, j, min(j + self.piece, nb[r])) if r < len(nb) and j < nb[r] else (0, -1, 0, 0)
+            return p * self.k, min(p * self.k + self.k, len(nb)) - 1, 0, 0
+        r0, j0, _ = self.locate(p * self.share)
+        r1, j1, _ = self.locate((p + 1) * self.share)
+        return r0, r1 - 1 if j1 == 0 else r1, j0, j1
+
+    def parts_of(self, item):
+        nb, fixed, share = self.nb, self.fixed, self.share
+        if self.aligned:
+            return (item, item * self.s, ceil_div(nb[item], self.piece)) if self.s > 0 else (item, 0, 0)
+        if len(nb) <= self.parts:
+            pos = sum(nb[:item]) + fixed * item + fixed
+            return item, pos // share, (pos + nb[item] - 1) // share - pos // share + 1
+        r, j, c = self.locate((item + 1) * share)
+        if r < len(nb) and j > 0 and c + fixed >= item * share:
+            return r, item, (c + fixed + nb[r] - 1) // share - item + 1
+        return item, item, 0
+
+    def pieces(self, p):
+        """(request, first block, end block) of part p, with the rules of the decode kernels."""
+        r0, r1, j0, j1 = self.interval(p)
+        for r in range(r0, r1 + 1):
+            yield r, j0 if r == r0 else 0, j1 if r == r1 and j1 > 0 else self.nb[r]
+
+
+def check(split):
+    """Every block once; slots unique; the combine reads exactly the slots written, in the order of the blocks."""
+    cover, slots = [[0] * n for n in split.nb], {}
+    for p in range(split.parts):
+        for r, b0, b1 in split.pieces(p):
+            assert 0 <= b0 < b1 <= split.nb[r]
+            for j in range(b0, b1):
+                cover[r][j] += 1
+            if (b0, b1) != (0, split.nb[r]):
+                slot = 2 * p if b0 > 0 else 2 * p + 1
+                assert slot not in slots and slot < 2 * split.parts
+                slots[slot] = r, b0, b1
+    assert all(c == 1 for row in cover for c in row)
+    seen = {}
+    for item in range(min(len(split.nb), split.parts)):
+        r, p0, n = split.parts_of(item)
+        assert n <= min(split.parts, MAX_PARTS)
+        if n > 1:
+            mine = [2 * (p0 + i) + (1 if i == 0 else 0) for i in range(n)]
+            assert not seen.keys() & set(mine)
+            seen.update((slot, r) for slot in mine)
+            ends = [0] + [slots[slot][2] for slot in mine]
+            assert [slots[slot][1] for slot in mine] == ends[:-1] and ends[-1] == split.nb[r]
+    assert seen == {slot: r for slot, (r, _, _) in slots.items()}
+
+
+def blocks(most_requests=160, most_blocks=1100):
+    """Blocks of the requests of a batch: all alike, or a mixture."""
+    size = st.integers(1, most_requests)
+    count = st.one_of(st.sampled_from([1, 2, 16, 64, 127]), st.integers(1, most_blocks))
+    alike = st.tuples(size, count).map(lambda x: [x[1]] * x[0])
+    return st.one_of(alike, size.flatmap(lambda n: st.lists(count, min_size=n, max_size=n)))
+
+
+PARTS = st.one_of(st.sampled_from([1, 2, 16, 33, 66, 96, 132, MAX_PARTS]), st.integers(1, MAX_PARTS))
+KNOBS = st.tuples(PARTS, st.integers(0, 8), st.integers(1, 6), st.sampled_from([-(10**6), 0, 3, 8, 10**6]))
+
+
+@FAST
+@given(nb=blocks(), knobs=KNOBS)
+def test_every_block_once_and_every_slot_read(nb, knobs):
+    check(Split(nb, *knobs))
+
+
+@FAST
+@given(
+    nb=blocks(),
+    rows=st.integers(1, 512),
+    sms=st.sampled_from([1, 78, 114, 132, 148]),
+    latent=st.sampled_from([256, 512]),
+)
+def test_split_with_the_launch_rule(nb, rows, sms, latent):
+    check(Split(nb, *launch_args(rows, len(nb), sms, latent)[:4]))
+
+
+def test_both_splits_are_reached():
+    assert Split([64] * 128, *launch_args(128, 128, 132)[:4]).aligned
+    assert not Split([1] * 127 + [4000], *launch_args(128, 128, 132)[:4]).aligned
+    assert Split([1000], *launch_args(16, 1, 132)[:4]).parts_of(0)[2] > 32
+
+
+# ---------------------------------------------------------------------------------- the template against the model
+
+
+WARP_WIDE = frozenset({"shuffle_sync", "shuffle_sync_up", "shuffle_sync_bfly", "vote_ballot_sync"})
+
+
+class _Lanes(ast.NodeTransformer):
+    """Turn the device functions into generators of one lane: warp-wide operations and calls become yields."""
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        name = getattr(node.func, "attr", getattr(node.func, "id", None))
+        if name in WARP_WIDE:
+            fields = [ast.Constant(name), *node.args, *(k.value for k in node.keywords if k.arg == "offset")]
+            return ast.Yield(ast.Tuple(fields, ast.Load()))
+        return ast.YieldFrom(node) if name in ("choose", "locate") else node
+
+    def visit_FunctionDef(self, node):
+        self.generic_visit(node)
+        node.decorator_list = []
+        for arg in node.args.args:
+            arg.annotation = None
+        return node
+
+
+def _int(x):
+    return int(x)
+
+
+@pytest.fixture(scope="module")
+def device():
+    """The functions of mla_split.py as generators of one lane, with the names of the DSL replaced by Python's."""
+    tree = _Lanes().visit(ast.parse((COMMON / "mla_split.py").read_text()))
+    tree.body = [n for n in tree.body if not isinstance(n, (ast.Import, ast.ImportFrom))]
+    prefetched = []
+    arch = types.SimpleNamespace(
+        popc=int.bit_count,
+        load=lambda address, dtype, cop: address.tensor[address.offset],
+        prefetch=lambda address, cache_level: prefetched.append(address.offset),
+    )
+
+    def span(lo, hi, step=1, unroll=1):
+        return range(lo, hi, step)
+
+    cutlass = types.SimpleNamespace(range=span, range_constexpr=range, max=max, min=min, Constexpr=None)
+    names = {"cutlass": cutlass, "cute": types.SimpleNamespace(arch=arch), "Int32": _int, "prefetched": prefetched}
+    exec(compile(ast.fix_missing_locations(tree), "mla_split.py", "exec"), names)  # noqa: S102
+    return types.SimpleNamespace(**names)
+
+
+def run_warp(function, *args):
+    """Run 32 lanes in lockstep; every lane must reach the same operation and return the same value."""
+    lanes = [function(*args, lane) for lane in range(32)]
+    send = [None] * 32
+    while True:
+        steps, ends = [], []
+        for lane, value in zip(lanes, send, strict=True):
+            try:
+                steps.append(lane.send(value))
+            except StopIteration as end:
+                ends.append(end.value)
+        if ends:
+            assert not steps and len(set(ends)) == 1
+            return ends[0]
+        (op,) = {step[0] for step in steps}
+        own = [step[1] for step in steps]
+        if op == "vote_ballot_sync":
+            send = [sum(1 << i for i in range(32) if own[i])] * 32
+        elif op == "shuffle_sync":
+            send = [own[step[2] % 32] for step in steps]
+        elif op == "shuffle_sync_bfly":
+            send = [own[i ^ step[2]] for i, step in enumerate(steps)]
+        else:
+            send = [own[i - step[2]] if i >= step[2] else own[i] for i, step in enumerate(steps)]
+
+
+def tokens(nb, slack):
+    """Lengths with these numbers of blocks; a request of one block may be empty."""
+    return [0 if n == 1 and slack == BLOCK_TOKENS else n * BLOCK_TOKENS - slack % BLOCK_TOKENS for n in nb]
+
+
+@settings(max_examples=250, deadline=None)
+@given(nb=blocks(most_requests=70), knobs=KNOBS, slack=st.integers(0, BLOCK_TOKENS), data=st.data())
+def test_device_code_agrees_with_the_model(device, nb, knobs, slack, data):
+    split, lengths = Split(nb, *knobs), tokens(nb, slack)
+    some = data.draw(st.lists(st.integers(0, split.parts - 1), min_size=1, max_size=3, unique=True))
+    for p in some:
+        got = run_warp(device.interval, lengths, len(nb), p, *knobs, split.s, split.k)
+        assert got[4] == sum(nb)
+        if got[1] < got[0]:
+            assert not list(split.pieces(p))
+        else:
+            assert got[:4] == split.interval(p)
+        if p < len(nb):
+            b, p0, n = run_warp(device.parts_of, lengths, len(nb), p, *knobs, split.s, split.k)
+            model = split.parts_of(p)
+            assert (n < 2 and model[2] < 2) or (b, p0, n) == model
+
+
+class Address(types.SimpleNamespace):
+    def __add__(self, n):
+        return Address(tensor=self.tensor, offset=self.offset + n)
+
+    def to_llvm_ptr(self):
+        return self
+
+
+class Vector(list):
+    @property
+    def iterator(self):
+        return Address(tensor=self, offset=0)
+
+
+class Table:
+    """A block table of which only the addresses matter."""
+
+    def __init__(self, rows, pages):
+        self.shape = (rows, pages)
+
+    def __getitem__(self, at):
+        return types.SimpleNamespace(iterator=Address(tensor=None, offset=at[0] * self.shape[1]))
+
+
+@FAST
+@given(
+    length=st.one_of(st.sampled_from([0, 1, 64, 65536, 10**6]), st.integers(0, 70000)),
+    spare=st.integers(0, 40),
+    page_size=st.sampled_from([16, 32, 64, 128]),
+    parts=st.integers(1, 8),
+    data=st.data(),
+)
+def test_touch_table_stays_inside_the_used_entries(device, length, spare, page_size, parts, data):
+    used = ceil_div(length, page_size)
+    batch = data.draw(st.integers(1, 8))
+    part = data.draw(st.integers(0, parts - 1))
+    s, k = parts // batch, ceil_div(batch, parts)
+    r = part // s if s > 0 else part * k
+    lengths, table = Vector([0] * batch), Table(batch, used + spare)
+    if r < batch:
+        lengths[r] = length
+    device.prefetched.clear()
+    for lane in range(32):
+        device.touch_table(table, lengths, batch, part, s, k, page_size, lane)
+    first = r * table.shape[1]
+    # one entry per 128-byte line, of the first 65536 tokens (at least 32 lines)
+    expect = range(first, first + min(used, max(65536 // page_size, 1024)), 32) if r < batch else []
+    assert sorted(device.prefetched) == list(expect)
+
+
+# ------------------------------------------------------------------------------------------------ the host rule
+
+
+@FAST
+@given(
+    rows=st.integers(1, 512),
+    batch=st.one_of(st.integers(1, 300), st.integers(1, 100000)),
+    sms=st.integers(1, 200),
+    latent=st.sampled_from([256, 512]),
+)
+def test_launch_args_are_what_the_kernels_can_do(rows, batch, sms, latent):
+    launch = launch_args(rows, batch, sms, latent)
+    tiles = 1 if rows <= schedule.SWAP_ROWS else ceil_div(rows, schedule.TILE_ROWS)
+    assert 1 <= launch.parts <= MAX_PARTS and launch.parts * tiles <= max(sms, tiles)
+    assert launch.fixed >= 0 and launch.least >= 1 and launch.rows_per_warp >= 1
+    assert launch.warps_per_row in (1, 2, 4, 8) and (latent // 128) % launch.slices == 0
+    assert launch.warps_per_row == 1 or launch.rows_per_warp == 1
+    if launch.warps_per_row > 1:
+        assert launch.warps_per_row <= launch.parts // batch  # no warp without a part
+        assert combine_blocks(rows, batch, launch, latent) <= 4 * sms  # one wave
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "expect"),
+    [
+        (16, 1, (96, 1, 1, 3, 8, 1, 1)),
+        (16, 32, (132, 1, 1, 3, 4, 4, 1)),
+        (16, 128, (132, 1, 1, 3, 1, 4, 1)),
+        (16, 200, (132, 4, 6, 8, 1, 4, 2)),
+        (128, 1, (66, 1, 2, 3, 8, 1, 1)),
+        (128, 8, (66, 1, 2, 3, 4, 4, 1)),
+        (128, 128, (66, 4, 6, 8, 1, 4, 2)),
+    ],
+)
+def test_launch_args_on_an_h200(rows, batch, expect):
+    assert launch_args(rows, batch, 132) == expect
+
+
+@pytest.mark.parametrize("bad", [(0, 1, 132), (1, 0, 132), (1, 1, 0), (1, 1, 132, 128)])
+def test_launch_args_refuses(bad):
+    with pytest.raises(ValueError):
+        launch_args(*bad)
+
+
+def test_workspace_holds_outputs_and_sums():
+    assert workspace_floats(66, 128, 512) == 2 * 66 * 128 * 512 + 2 * 66 * 128
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [("mla_split.py", "SPLIT_TOKENS", BLOCK_TOKENS), ("mla_combine.py", "COMBINE_MAX_PARTS", MAX_PARTS)],
+)
+def test_templates_share_the_constants(file, name, value):
+    """The templates cannot import jitmla: the numbers are stated twice and compared here."""
+    assigned = {}
+    for node in ast.parse((COMMON / file).read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            assigned[node.targets[0].id] = node.value.value
+    assert assigned[name] == value
