@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,8 @@ from .store import FAILED, LOCKS, Entry, Store, manifest_of
 REQUEST, RESULT, SOURCE, LIBRARY = "request.json", "result.json", "kernel.py", "kernel.so"  # as in _child.py
 LOG = "compile.log"
 LAST_LINES = 12
+COLOR = re.compile(r"\x1b\[[0-9;]*m")
+COMPILER_SETTINGS = ("CUTE_DSL_", "CUTE_EXPERIMENTAL_DSL_")
 
 
 @dataclass(frozen=True)
@@ -112,16 +115,22 @@ def forget_failures() -> None:
     _failed.clear()
 
 
+def stop_all() -> None:
+    """Kill every compile that this process has under way; the threads that wait for one get CompileInterrupted."""
+    for child in tuple(_children):
+        _kill(child)
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    """Kill a child with its whole group, the linker included."""
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
+
+
 def _raise_remembered(key: Key) -> None:
     if key.digest in _failed:
         e = _failed[key.digest]
         raise CompileFailed(e.asked, supported=e.supported, differs=e.differs, remedy=e.remedy)
-
-
-def stop_all() -> None:
-    """Kill the compilers that run for any thread of this process now; those threads get CompileFailed."""
-    for child in tuple(_children):
-        child.kill()
 
 
 def _locked(store: Store, key: Key) -> Any:
@@ -155,16 +164,15 @@ def _run(folder: Path, limit: float) -> int | None:
             return child.wait(limit)
         except subprocess.TimeoutExpired:
             return None
-        finally:  # also when this process is interrupted: the child's whole group, the linker included
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+        finally:  # also when this process is interrupted
+            _kill(child)
+            child.wait()
             _children.discard(child)
 
 
 def _environment() -> dict[str, str]:
     """The child's environment: no GPU, none of the user's settings of the compiler, and this process's import path."""
-    clean = {n: v for n, v in os.environ.items() if not n.startswith("CUTE_DSL_")}
+    clean = {n: v for n, v in os.environ.items() if not n.startswith(COMPILER_SETTINGS)}
     path = os.pathsep.join(os.path.abspath(p) for p in sys.path)
     return {**clean, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "PYTHONSAFEPATH": "1",
             "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
@@ -193,10 +201,11 @@ def _account(key: Key, folder: Path, store: Store | None, differs: str, remedy: 
     """The parts of the error for a compile that left its files in `folder`."""
     log = (folder / LOG).read_text(encoding="utf-8", errors="replace")
     kept = _keep(key, folder, store)
-    last = "".join(f"\n    | {line}" for line in log.rstrip().splitlines()[-LAST_LINES:])
+    differs += "".join(f"\n    | {line}" for line in log.rstrip().splitlines()[-LAST_LINES:])
     remedy = f"{remedy}; " if remedy else ""
     return {"asked": f"to compile {key.name} for {key.spec.arch} (Key {key.digest[:12]})",
-            "supported": "a source that CuTe DSL compiles without losing performance", "differs": differs + last,
+            "supported": "a source that CuTe DSL compiles without losing performance",
+            "differs": COLOR.sub("", differs),
             "remedy": f"{remedy}read the rendered source {kept / SOURCE} and the whole output {kept / LOG}"}
 
 

@@ -27,6 +27,8 @@ LOCK_TIMEOUT = EnvVar("JITMLA_LOCK_TIMEOUT", "360", "Seconds to wait for another
                       "before compiling it here as well.")
 LOG = EnvVar("JITMLA_LOG", "", "Level (`INFO`, `DEBUG`, ...) at which jitmla's events are written to stderr. "
              "Unset: nothing is written unless the application configures logging.")
+PEERS = EnvVar("JITMLA_PEERS", "", "Folder with other libraries' kernels that `jitmla bench --peers` measures as well. "
+               "Unset: those that can be imported.")
 
 ALL = tuple(v for v in globals().values() if isinstance(v, EnvVar))
 

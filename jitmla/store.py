@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -29,14 +28,13 @@ from . import __version__, env, schema, toolchain
 from .errors import CacheCorrupt, CacheUntrusted, CacheUnwritable, SchemaViolation
 from .events import emit
 from .key import Key, canonical
+from .trusted import FOLDER, corrupt, make_folder, open_trusted, read_file, write_new
 
 LAYOUT = "v1"
 SOURCE, LIBRARY, MANIFEST = "kernel.py", "kernel.so", "manifest.json"
 STAGING, LOCKS, FAILED = ".staging", ".locks", ".failed"
 STALE_SECONDS = 3600.0  # publishing takes well under a second; what is older was left by a process that was killed
 DIGEST = re.compile(r"[0-9a-f]{64}\Z")
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # O_NONBLOCK: a planted FIFO must not hang
 
 
 @dataclass(frozen=True)
@@ -139,8 +137,8 @@ class Store:
                 return None
             manifest = _read_manifest(folder, path)
             if canonical(manifest["key"]) != canonical(key.as_dict()):
-                raise _corrupt(path / MANIFEST, "it names another Key")
-            source, so_bytes = (_read_file(folder, path / name, manifest["files"][name]) for name in (SOURCE, LIBRARY))
+                raise corrupt(path / MANIFEST, "it names another Key")
+            source, so_bytes = (read_file(folder, path / name, manifest["files"][name]) for name in (SOURCE, LIBRARY))
         return Entry(key, source.decode(), so_bytes, manifest, path)
 
     def _list(self, arch: str, op: str, mention: str = "") -> Iterator[Listing]:
@@ -170,9 +168,9 @@ class Store:
             try:
                 for part in ("", *parts):
                     path = path / part
-                    fd = _open(part or path, _FOLDER, fd, path)
+                    fd = open_trusted(part or path, FOLDER, fd, path)
                     stack.callback(os.close, fd)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):  # the second: the root would lie below a file
                 fd = None
             yield fd
 
@@ -207,11 +205,11 @@ class Store:
         fault_point("begin")
         os.mkdir(name, 0o755, dir_fd=staging)
         try:
-            folder = os.open(name, _FOLDER, dir_fd=staging)
+            folder = os.open(name, FOLDER, dir_fd=staging)
             try:
                 for file, data in files.items():  # the manifest is the last
                     fault_point(f"before {file}")
-                    _write(folder, file, data)
+                    write_new(folder, file, data)
                 fault_point("before sync")
                 os.fsync(folder)
             finally:
@@ -247,15 +245,15 @@ class Store:
         """Like `_folder`, making what is missing: the root for this user alone, below it for this user to write."""
         if not self.root.is_dir():
             self.root.parent.mkdir(parents=True, exist_ok=True)
-            _mkdir(self.root, 0o700)
+            make_folder(self.root, 0o700)
         with ExitStack() as stack:
             path = self.root
-            fd = _open(path, _FOLDER, None, path)
+            fd = open_trusted(path, FOLDER, None, path)
             stack.callback(os.close, fd)
             for part in parts:
                 path = path / part
-                _mkdir(part, 0o755, fd)
-                fd = _open(part, _FOLDER, fd, path)
+                make_folder(part, 0o755, fd)
+                fd = open_trusted(part, FOLDER, fd, path)
                 stack.callback(os.close, fd)
             yield fd
 
@@ -298,7 +296,7 @@ def _self_digest(manifest: dict[str, Any]) -> str:
 
 def _read_manifest(folder: int, path: Path, mention: str = "") -> dict[str, Any]:
     """The verified manifest of the entry at `path`; empty when it does not contain the text `mention`."""
-    raw = _read_file(folder, path / MANIFEST)
+    raw = read_file(folder, path / MANIFEST)
     if mention.encode() not in raw:
         return {}
     try:
@@ -307,11 +305,11 @@ def _read_manifest(folder: int, path: Path, mention: str = "") -> dict[str, Any]
         faithful = manifest_bytes(manifest) == raw and _self_digest(manifest) == manifest["manifest_sha256"]
     except (ValueError, RecursionError) as e:
         reason = e.differs if isinstance(e, SchemaViolation) else str(e)
-        raise _corrupt(path / MANIFEST, f"not a manifest: {reason}") from e
+        raise corrupt(path / MANIFEST, f"not a manifest: {reason}") from e
     if not faithful:
-        raise _corrupt(path / MANIFEST, "it does not match its own digest")
+        raise corrupt(path / MANIFEST, "it does not match its own digest")
     if not manifest["digest"] == path.name == hashlib.sha256(canonical(manifest["key"]).encode()).hexdigest():
-        raise _corrupt(path / MANIFEST, "its Key does not match the name of its folder")
+        raise corrupt(path / MANIFEST, "its Key does not match the name of its folder")
     return manifest
 
 
@@ -329,80 +327,7 @@ def _toolchain_name(key: Key) -> str:
     return f"{fields['cute_dsl']}-{fields['cuda']}"
 
 
-# ------------------------------------------------------------------------------------------------------- files
-
-
-def _corrupt(path: Path, differs: str) -> CacheCorrupt:
-    return CacheCorrupt(f"the cache entry file {path}", supported="the bytes that its manifest names", differs=differs,
-                        remedy="none needed: it is built again and replaced")
-
-
-def _untrusted(path: Path, differs: str, remedy: str = "") -> CacheUntrusted:
-    return CacheUntrusted(f"to load code from {path}", supported="folders and files that this user or root owns, that "
-                          "nobody else can write, and that are no symbolic links", differs=differs,
-                          remedy=remedy or f"delete it, or name a folder of your own in {env.CACHE_DIR.name}")
-
-
-def _open(name: str | Path, flags: int, parent: int | None, path: Path) -> int:
-    """A descriptor of `path`, which is `name` in folder `parent`; raises FileNotFoundError and CacheUntrusted."""
-    try:
-        fd = os.open(name, flags, dir_fd=parent)
-    except PermissionError as e:
-        raise _untrusted(path, f"this user cannot open it: {e.strerror}") from e
-    except OSError as e:
-        if e.errno not in (errno.ELOOP, errno.ENOTDIR):
-            raise
-        if stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
-            raise _untrusted(path, "it is a symbolic link") from e
-        raise _corrupt(path, "it is not a folder") from e
-    try:
-        _check_trust(os.fstat(fd), path)
-    except CacheUntrusted:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _check_trust(status: os.stat_result, path: Path) -> None:
-    if status.st_uid not in (os.geteuid(), 0):
-        raise _untrusted(path, f"user id {status.st_uid} owns it, this process runs as {os.geteuid()}")
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise _untrusted(path, f"its mode is {stat.S_IMODE(status.st_mode):04o}: others can write it",
-                         f"chmod -R go-w {path}, if you know what it holds; otherwise delete it")
-
-
-def _read_file(folder: int, path: Path, stated: dict[str, Any] | None = None) -> bytes:
-    """The bytes of a file of an entry, checked against size and digest when those are `stated`; raises CacheCorrupt."""
-    try:
-        fd = _open(path.name, _FILE, folder, path)
-    except FileNotFoundError as e:
-        raise _corrupt(path, "it is missing") from e
-    with open(fd, "rb", buffering=0) as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise _corrupt(path, "it is not a regular file")
-        if stated is not None and status.st_size != stated["bytes"]:
-            raise _corrupt(path, f"it has {status.st_size} bytes, its manifest says {stated['bytes']}")
-        data = file.readall()
-    if stated is not None and hashlib.sha256(data).hexdigest() != stated["sha256"]:
-        raise _corrupt(path, "its sha256 is not the one in its manifest")
-    return data
-
-
-def _write(folder: int, name: str, data: bytes) -> None:
-    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=folder)
-    with open(fd, "wb", buffering=0) as file:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[file.write(rest) or 0:]
-        os.fsync(fd)
-
-
-def _mkdir(name: str | Path, mode: int, parent: int | None = None) -> None:
-    try:
-        os.mkdir(name, mode, dir_fd=parent)
-    except FileExistsError:
-        pass
+# ----------------------------------------------------------------------------------------------------- staging
 
 
 def _discard(path: Path) -> None:

@@ -195,8 +195,7 @@ class Oracle:
         Either way NaN and infinities must stand at the same places.
         """
         report = Report()
-        pick = torch.tensor(self.requests, device=out.device)
-        got = out if len(self.requests) == out.shape[0] else out[pick]
+        got = self._chosen(out)
         usual = self.problem.inputs == "usual"
         if usual:
             allowed = torch.maximum(torch.full_like(self.out, 8e-4), self.out.abs() * (2.01 / 128))
@@ -209,12 +208,17 @@ class Oracle:
         if usual and not report.cosine <= 5e-6:
             report.faults.append(f"cosine difference {report.cosine:.2e} > 5e-6")
         if lse is not None:
-            got = lse if len(self.requests) == lse.shape[0] else lse[pick]
+            got = self._chosen(lse)
             allowed = torch.maximum(torch.full_like(self.lse, 1e-6), self.lse.abs() * (8.01 / 65536))
             if not usual:
                 allowed = allowed + 1e-6 * self.logit
             report.lse = _worst("lse", got, self.lse, allowed, report.faults)
         return report
+
+    def _chosen(self, result: Tensor) -> Tensor:
+        if self.requests == tuple(range(result.shape[0])):
+            return result
+        return result[torch.tensor(self.requests, dtype=torch.int64, device=result.device)]
 
     def check(self, out: Tensor, lse: Tensor | None = None) -> Report:
         """`compare`, raising AssertionError with the worst place of each fault."""
@@ -253,7 +257,6 @@ def mla_decode_oracle(problem: Problem, requests: Sequence[int] | None = None) -
     p = problem
     device, (batch, s_q, heads, rank) = p.device, p.out_shape
     chosen = list(range(batch)) if requests is None else list(requests)
-    q = torch.cat(p.q_parts, -1)
     shape = (len(chosen), s_q, heads)
     out = torch.zeros(*shape, rank, dtype=torch.float64, device=device)
     spread, lse = torch.zeros_like(out), torch.full(shape, float("-inf"), dtype=torch.float64, device=device)
@@ -268,7 +271,7 @@ def mla_decode_oracle(problem: Problem, requests: Sequence[int] | None = None) -
         column = (token // p.kv_cache.shape[1]).expand(len(group), -1)
         page = torch.where(exists, p.block_table[which].long().gather(1, column), 0)
         key = torch.where(exists[..., None], p.kv_cache[page, token % p.kv_cache.shape[1]], 0).double()
-        query = q[which].double().flatten(1, 2)  # [group, s_q * heads, width]
+        query = torch.cat([part[which] for part in p.q_parts], -1).double().flatten(1, 2)  # [group, rows, width]
         x = p.sm_scale * (query @ key.transpose(1, 2))
         seen = exists[:, None].expand(-1, s_q, -1)
         if p.causal:

@@ -38,7 +38,7 @@ def current(options: str = "") -> tuple[tuple[str, str], ...] | None:
     return tuple(sorted({"cute_dsl": dsl, "cuda": flavor, "host": host(), "options": options}.items()))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def host() -> str:
     """System and processor that launcher code built here runs on."""
     return f"{platform.system().lower()}-{platform.machine().lower()}"

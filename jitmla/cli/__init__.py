@@ -6,15 +6,21 @@ Starting it loads neither torch nor the compiler. Results go to stdout, everythi
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
-from . import cache, kernels, output, prewarm
+from . import bench, cache, doctor, kernels, output, prewarm
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Kernels for Multi-head Latent Attention, compiled once and cached on disk.")
 app.command("prewarm")(prewarm.prewarm)
 app.command("kernels")(kernels.kernels)
 app.add_typer(cache.app, name="cache")
+app.command("doctor")(doctor.doctor)
+# its own parser reads the arguments, --help included
+app.command("bench", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+            )(bench.bench)
 
 
 def _version(wanted: bool) -> None:
@@ -25,8 +31,8 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def _top(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True,
-                                      help="Print the version and exit.")) -> None:
+def _top(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+                                               help="Print the version and exit.")] = False) -> None:
     pass
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -23,7 +23,7 @@ def path() -> None:
 
 @app.command("ls")
 @output.reports_errors
-def ls(as_json: bool = output.JSON) -> None:
+def ls(as_json: output.Json = False) -> None:
     """List the entries. Manifests are verified; binaries are when they are loaded."""
     store = Store()
     found = list(store.entries())
@@ -39,8 +39,11 @@ def ls(as_json: bool = output.JSON) -> None:
 
 @app.command("show")
 @output.reports_errors
-def show(key: str = typer.Argument(help="The digest of a Key, or its first digits."), as_json: bool = output.JSON,
-         source: bool = typer.Option(False, "--source", help="Print the rendered source instead.")) -> None:
+def show(
+    key: Annotated[str, typer.Argument(help="The digest of a Key, or its first digits.")],
+    source: Annotated[bool, typer.Option("--source", help="Print the rendered source instead.")] = False,
+    as_json: output.Json = False,
+) -> None:
     """Show one entry: its manifest, and where its source lies."""
     listing = _only(key)
     if source:
@@ -58,8 +61,8 @@ def show(key: str = typer.Argument(help="The digest of a Key, or its first digit
     facts = {name: value for name, value in listing.manifest.items() if name != "kernels"}
     output.table(("field", "value"), [(name, str(value)) for name, value in leaves(facts)])
     output.line("")
-    output.table(("device function", "registers", "spilled bytes", "stack bytes"),
-                 [(k["name"], str(k["registers"]), str(k["spill_bytes"]), str(k["stack_bytes"]))
+    output.table(("registers", "spilled bytes", "stack bytes", "device function"),
+                 [(str(k["registers"]), str(k["spill_bytes"]), str(k["stack_bytes"]), k["name"])
                   for k in listing.manifest["kernels"]])
 
 
@@ -83,8 +86,8 @@ def _corrupt(listing: Listing) -> Exception:
 
 def _summary(listing: Listing) -> dict[str, Any]:
     """What a script wants of an entry."""
-    known: dict[str, Any] = {"key": listing.digest, "path": str(listing.path), "source": str(listing.path / "kernel.py"),
-                             "fault": listing.fault or None}
+    known: dict[str, Any] = {"key": listing.digest, "path": str(listing.path),
+                             "source": str(listing.path / "kernel.py"), "fault": listing.fault or None}
     if listing.key is not None and listing.manifest is not None:
         known |= {"name": listing.key.name, "spec": listing.key.spec.as_dict(),
                   "toolchain": dict(listing.key.toolchain or ()),
@@ -97,6 +100,6 @@ def _row(listing: Listing) -> tuple[str, ...]:
     if listing.manifest is None:
         return (listing.digest[:output.SHORT], "corrupt", listing.fault, "", "")
     spec = known["spec"]
-    facts = " ".join(f"{name}={str(value).lower()}" for name, value in spec.items() if name != "op")
-    return (listing.digest[:output.SHORT], known["name"], facts, f"{known['toolchain']['cute_dsl']} {known['toolchain']['cuda']}",
-            str(-(-known["bytes"] // 1024)))
+    facts = output.facts({name: value for name, value in spec.items() if name != "op"})
+    toolchain = f"{known['toolchain']['cute_dsl']} {known['toolchain']['cuda']}"
+    return (listing.digest[:output.SHORT], known["name"], facts, toolchain, str(-(-known["bytes"] // 1024)))

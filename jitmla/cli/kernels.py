@@ -21,14 +21,14 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 @output.reports_errors
-def kernels(as_json: bool = output.JSON) -> None:
+def kernels(as_json: output.Json = False) -> None:
     """List the kernels that exist: op, arch, variant, and what each serves."""
     if as_json:
         for row in rows():
             output.json_line(row)
         return
-    output.table(("op", "arch", "backend", "template", "variant", "serves"),
-                 [(r["op"], r["arch"], r["backend"], r["template"], r["variant"], _serves(r["serves"])) for r in rows()])
+    columns = ("op", "arch", "backend", "template", "variant")
+    output.table((*columns, "serves"), [(*(row[c] for c in columns), _serves(row["serves"])) for row in rows()])
 
 
 def _serves(supports: dict[str, list[Any]]) -> str:

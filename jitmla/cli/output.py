@@ -1,12 +1,12 @@
-"""How the command prints: one JSON object a line for scripts, tables for people, the four parts of an error for both."""
+"""How the command prints: JSON objects for scripts, tables for people, the four parts of an error for both."""
 
 from __future__ import annotations
 
 import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -25,7 +25,7 @@ USAGE = (InvalidArgument, InvalidArgumentType, NoTemplate, SchemaViolation, Unkn
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 SHORT = 12  # digits of a digest that people see
-JSON = typer.Option(False, "--json", help="Print JSON, one object a line, for scripts.")
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line, for scripts.")]
 
 
 def line(text: str) -> None:
@@ -43,19 +43,30 @@ def json_line(value: Any) -> None:
     line(json.dumps(value))
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """A table on stdout. Columns fold when the terminal is narrow; a pipe gets them whole."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout. Cells fold when the terminal is narrow; in a pipe each row is one line."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    grid = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in rows:
         grid.add_row(*(Text(cell, overflow="fold") for cell in row))
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=max(console.measure(grid).maximum, 20))
+        console = Console(highlight=False, width=10_000)
     console.print(grid)
+
+
+def facts(values: Mapping[str, Any]) -> str:
+    """`dtype=bf16 page_size=64 causal=false`: the form that --spec takes."""
+    return " ".join(f"{name}={str(value).lower()}" for name, value in values.items())
+
+
+def common(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The fields that have one value in all rows."""
+    first = rows[0] if rows else {}
+    return {name: value for name, value in first.items() if all(row.get(name) == value for row in rows)}
 
 
 def reports_errors(command: Command) -> Command:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import collections
 import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from .. import arch as arches
 from .. import compile, env, events, models, registry, schema, toolchain
@@ -40,21 +40,23 @@ class Outcome:
 
 
 @output.reports_errors
-def prewarm(model: str | None = typer.Option(None, "--model", metavar="NAME|PATH", help="A known model, or the path of "
-                                             "its Hugging Face config.json."),
-            tp: int = typer.Option(1, "--tp", min=1, help="Ranks that share the model's heads."),
-            arch: str = typer.Option(..., "--arch", help="GPU architecture, such as sm_90a (H100, H200)."),
-            page_size: list[int] = typer.Option([], "--page-size", help="Page size of the cache; repeat it for several. "
-                                                "Default: every size that is served."),
-            max_s_q: int | None = typer.Option(None, "--max-s-q", min=1, help="Most query tokens per request (1 + draft "
-                                               "tokens). Default: 4."),
-            dtype: str | None = typer.Option(None, "--dtype", help="bf16 or fp16. Default: the model's."),
-            op: str | None = typer.Option(None, "--op", help="Instead of --model: one op, described by --spec."),
-            spec: list[str] = typer.Option([], "--spec", metavar="FIELD=VALUE", help="One field of the Spec; repeat it "
-                                           "for all but op and arch (docs/schema.md)."),
-            jobs: int | None = typer.Option(None, "--jobs", min=1, help="Kernels to compile at once. Default: the CPU "
-                                            "cores this process may use."),
-            as_json: bool = output.JSON) -> None:
+def prewarm(
+    arch: Annotated[str, Option(metavar="ARCH", help="GPU architecture, such as sm_90a (H100, H200).")],
+    model: Annotated[str | None, Option(metavar="NAME|PATH", help="A known model, or the path of its Hugging Face "
+                                        "config.json.")] = None,
+    tp: Annotated[int, Option(metavar="N", min=1, help="Ranks that share the model's heads.")] = 1,
+    page_size: Annotated[list[int] | None, Option(metavar="N", help="Page size of the engine's cache; repeat it for "
+                                                  "several. Default: every size that is served.")] = None,
+    max_s_q: Annotated[int | None, Option(metavar="N", min=1, help="Most query tokens per request (1 + draft tokens). "
+                                          f"Default: {models.MAX_S_Q}.")] = None,
+    dtype: Annotated[str | None, Option(metavar="DTYPE", help="bf16 or fp16. Default: the model's.")] = None,
+    op: Annotated[str | None, Option(metavar="OP", help="Instead of --model: one op, described by --spec.")] = None,
+    spec: Annotated[list[str] | None, Option(metavar="FIELD=VALUE", help="One field of the Spec; repeat it for all but "
+                                             "op and arch (docs/schema.md).")] = None,
+    jobs: Annotated[int | None, Option(metavar="N", min=1, help="Kernels to compile at once. Default: the CPU cores "
+                                       "that this process may use.")] = None,
+    as_json: output.Json = False,
+) -> None:
     """Compile every kernel that serving a model can need, on a machine with or without a GPU, and keep them on disk.
 
     With --json, one object for each Key as it is done: status (compiled, hit, failed), seconds, key, name, spec.
@@ -63,10 +65,10 @@ def prewarm(model: str | None = typer.Option(None, "--model", metavar="NAME|PATH
         raise typer.BadParameter("give either --model, or --op with --spec")
     if op is not None:
         _refuse({"--page-size": page_size, "--dtype": dtype, "--max-s-q": max_s_q}, "belongs to --model")
-        choices = _choices([_spec(op, arch, spec)])
+        choices = _choices([_spec(op, arch, spec or [])])
     else:
         _refuse({"--spec": spec}, "belongs to --op")
-        choices = _choices(_reachable(model, tp, arch, page_size, max_s_q, dtype))
+        choices = _choices(_reachable(model or "", tp, arch, page_size or models.PAGE_SIZES, max_s_q, dtype))
     outcomes: list[Outcome] = []
     try:
         for outcome in _shown(_outcomes(choices, Store(), jobs or _cores()), len(choices), as_json):
@@ -82,7 +84,7 @@ def prewarm(model: str | None = typer.Option(None, "--model", metavar="NAME|PATH
 
 def _refuse(options: dict[str, Any], why: str) -> None:
     for name, value in options.items():
-        if value not in (None, []):
+        if value:
             raise typer.BadParameter(f"{name} {why}")
 
 
@@ -90,11 +92,12 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _reachable(model: str, tp: int, arch: str, page_sizes: list[int], max_s_q: int | None, dtype: str | None) -> list[Spec]:
+def _reachable(model: str, tp: int, arch: str, page_sizes: Sequence[int], max_s_q: int | None,
+               dtype: str | None) -> list[Spec]:
     """Every Spec that serving the model can reach; raises UnknownModel, UnknownArch and InvalidArgument."""
     try:
-        return models.specs_for(model, tp=tp, arch=arch, page_sizes=page_sizes or models.PAGE_SIZES,
-                                max_s_q=max_s_q or models.MAX_S_Q, dtype=dtype)
+        return models.specs_for(model, tp=tp, arch=arch, page_sizes=page_sizes, max_s_q=max_s_q or models.MAX_S_Q,
+                                dtype=dtype)
     except SchemaViolation as error:
         raise _misput(f"--model {model} with these options", error) from error
 
@@ -186,8 +189,8 @@ def _one(choice: Choice, store: Store) -> Outcome:
             store.side_folder(LOCKS)  # a cache that cannot be written is known before the time is spent
             entry = compile.get_or_compile(choice.key, choice.source, store, builder=build)
         if entry.path is None:
-            raise CacheUnwritable(f"to store {choice.key.name} in {store.root}", supported="a writable folder with free "
-                                  "space", differs="it was compiled and could not be stored",
+            raise CacheUnwritable(f"to store {choice.key.name} in {store.root}", differs="it was compiled, not stored",
+                                  supported="a writable folder with free space",
                                   remedy=f"free space, or name another folder in {env.CACHE_DIR.name}")
     except JitmlaError as error:
         key = choice.key.digest if choice.key.toolchain else None
@@ -219,13 +222,17 @@ def _shown(outcomes: Iterator[Outcome], total: int, as_json: bool) -> Iterator[O
 
 
 def _summarise(outcomes: list[Outcome], total: int) -> None:
-    """The table, then each error once, then one line."""
+    """What the Specs have in common, a table of the rest, each error once, and the sums."""
+    specs = [o.choice.spec.as_dict() for o in outcomes]
+    shared = output.common(specs)
+    output.line(output.facts(shared) + "\n")
     output.table(("status", "seconds", "kernel", "serves", "key"),
                  [(o.status, f"{o.seconds:.1f}", o.choice.key.name,
-                   " ".join(f"{k}={str(v).lower()}" for k, v in o.choice.spec if k != "op"),
-                   (o.key or "")[:output.SHORT]) for o in outcomes])
+                   output.facts({name: value for name, value in spec.items() if name not in shared}),
+                   (o.key or "")[:output.SHORT]) for o, spec in zip(outcomes, specs, strict=True)])
+    output.line("")
     for text in dict.fromkeys(str(o.error) for o in outcomes if o.error):
         output.complain(text)
-    counts = collections.Counter(o.status for o in outcomes)
-    left = {"not done": total - len(outcomes)} if total > len(outcomes) else {}
-    output.line(", ".join(f"{n} {status}" for status, n in {**counts, **left}.items()))
+    counts = {status: sum(o.status == status for o in outcomes) for status in ("compiled", "hit", "failed")}
+    counts["not done"] = total - len(outcomes)
+    output.line(", ".join(f"{count} {status}" for status, count in counts.items() if count))

@@ -1,4 +1,4 @@
-"""Device helpers shared by the sm_90a kernels: swizzled shared-memory layouts, wgmma issue, quad reductions, L2 hints."""
+"""Device helpers of the sm_90a kernels: swizzled shared-memory layouts, wgmma issue, quad reductions, L2 hints."""
 
 import cutlass
 import cutlass.cute as cute

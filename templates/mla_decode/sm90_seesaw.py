@@ -1,14 +1,14 @@
 """Dense paged MLA decode for Hopper (sm_90a), more than 16 query rows: the seesaw kernel.
 
-Algorithm. Rows = (query token, head) pairs of one request, packed; a CTA takes 64 of them (grid x) and a run of 64-token
-blocks of one or several requests (grid z, common/mla_split.py). Every block is read into shared memory once and serves
-as K (K-major, LATENT + 64 columns) and as V (the same bytes read MN-major, LATENT columns). Online softmax in the log2
-domain with sm_scale * log2(e) folded into the exponent. Whole requests go straight to `out` and `lse`; pieces go to
-fp32 partial results in `workspace`, which the combine kernel (common/mla_combine.py) merges.
+Algorithm. Rows = (query token, head) pairs of one request, packed; a CTA takes 64 of them (grid x) and a run of
+64-token blocks of one or several requests (grid z, common/mla_split.py). Every block is read into shared memory once
+and serves as K (K-major, LATENT + 64 columns) and as V (the same bytes read MN-major, LATENT columns). Online softmax
+in the log2 domain with sm_scale * log2(e) folded into the exponent. Whole requests go straight to `out` and `lse`;
+pieces go to fp32 partial results in `workspace`, which the combine kernel (common/mla_combine.py) merges.
 
 Tiling. Two warpgroups, no producer warp, two block buffers K0 (even block of a pair) and K1 (odd block), each in two
-halves: L = the first LATENT/2 columns, R = the rest with the rope tile. WG0 owns O.L and the softmax of even blocks, WG1
-owns O.R and the softmax of odd blocks. The rope tile of Q lives in registers, so its shared memory is the buffer P1.
+halves: L = the first LATENT/2 columns, R = the rest with the rope tile. WG0 owns O.L and the softmax of even blocks,
+WG1 owns O.R and the softmax of odd blocks. The rope tile of Q lives in registers; its shared memory is the buffer P1.
 
 The pipeline, one pair of blocks (m0, m1: running maximum after the even and the odd block; m1' of the pair before):
 
@@ -24,9 +24,9 @@ The pipeline, one pair of blocks (m0, m1: running maximum after the even and the
     O.L += P1(smem) V1.L (issued)                    S1 = Q K1 of the next pair (R, then L)
     S0 = Q K0 of the next pair (L; then P1 done: refill K1.L; then R)
 
-The last pair of a piece has its own code: it masks, clears V rows beyond the length (0 * NaN), and refills for the next
-request of the CTA (K0 and Q early; K1, which stages the output, and the rope tile of Q in the epilogue). A piece with an
-odd number of blocks loads its last block twice; the copy is masked out.
+The last pair of a piece has its own code: it masks, clears V rows beyond the length (0 * NaN), and refills for the
+next request of the CTA (K0 and Q early; K1, which stages the output, and the rope tile of Q in the epilogue). A piece
+with an odd number of blocks loads its last block twice; the copy is masked out.
 
 Barriers. mbarriers (TMA): K0.L K0.R K1.L K1.R, one for Q. Named barriers, one warpgroup arrives and the other waits:
 M0, M1 (the maxima are in sM), P0, P1 (the probabilities are in shared memory); one per warpgroup for its own writes.
@@ -62,7 +62,8 @@ from cutlass.memory import SmemAllocator
 
 from common.mla_combine import MlaCombine
 from common.mla_split import interval, n_blocks, partials, touch_table
-from common.sm90 import EVICT_FIRST, EVICT_NORMAL, INF, LOG2E, cutlass_dtype, ex2, issue, quad_max, quad_sum, smem_atom, swz
+from common.sm90 import EVICT_FIRST, EVICT_NORMAL, INF, LOG2E, cutlass_dtype, smem_atom, swz
+from common.sm90 import ex2, issue, quad_max, quad_sum
 
 ELEMENT = cutlass_dtype(DTYPE)
 ROWS = 64  # query rows of a CTA
@@ -75,6 +76,7 @@ TILE_BYTES = BLOCK * TILE * ELEMENT.width // 8
 BOX_TOKENS = min(PAGE_SIZE, BLOCK)  # tokens of a TMA box
 BOXES = BLOCK // BOX_TOKENS  # boxes per half and block
 PER_PAGE = max(PAGE_SIZE // BLOCK, 1)  # blocks of a page
+LOG2_PAGE, LOG2_PER_PAGE = PAGE_SIZE.bit_length() - 1, PER_PAGE.bit_length() - 1
 Q_BOX = 4  # tiles of a Q box
 Q_FULL = 4  # mbarrier of Q; 0-3: 2 * buffer + half
 BAR_M0, BAR_M1, BAR_P0, BAR_P1, BAR_WG0, BAR_WG1 = 1, 2, 3, 4, 5, 6
@@ -132,7 +134,8 @@ def kv_tile(g, half):
     if SLOT_ORDER == "rows":
         g = cute.domain_offset((0, 0, 0, lo, 0), g)
         return cute.group_modes(cute.local_tile(g, (8, BOX_TOKENS // 8, TILE, n), (0, None, 0, 0, None)), 0, 4)
-    return cute.group_modes(cute.local_tile(cute.domain_offset((0, 0, lo, 0), g), (BLOCK, TILE, n), (None, 0, 0, None)), 0, 3)
+    g = cute.domain_offset((0, 0, lo, 0), g)
+    return cute.group_modes(cute.local_tile(g, (BLOCK, TILE, n), (None, 0, 0, None)), 0, 3)
 
 
 @cute.jit
@@ -156,9 +159,10 @@ def packed(x, offset: Int32, n: cutlass.Constexpr):
 
 
 def opaque(x):
-    """A shared-memory tensor whose address the compiler finds anew at every use. It then does the arithmetic of the MMA
-    descriptors in uniform registers; of a loop-invariant address it makes vector registers, and of each descriptor two
-    64-bit additions and four moves to uniform registers."""
+    """The same shared-memory tensor with an address that went through a shuffle: the compiler then knows that it is
+    uniform and not that it is a constant, and does the arithmetic of the MMA descriptors in uniform registers. For a
+    plain address it does it in vector registers, with two 64-bit additions and four moves to uniform registers per MMA.
+    To be called in the branch of one warpgroup; in code that both share it has no effect."""
     address = cute.arch.make_warp_uniform(x.iterator.toint())
     swizzle = smem_atom(ELEMENT).inner
     ptr = cute.make_ptr(ELEMENT, address, cutlass.AddressSpace.smem, assumed_align=1024, swizzle_=swizzle)
@@ -191,6 +195,11 @@ class MlaDecode:
         rows_per_warp: Int32,
         stream,
     ):
+        """q (B, s_q, H, >= LATENT) and q_pe, whose rope part starts at column pe_offset (q itself and LATENT when they
+        are joined); kv_cache (pages >= 1, PAGE_SIZE, LATENT + ROPE); block_table (B, max_pages); seq_lens (B);
+        sinks (>= H), not read unless has_sinks; out (B, s_q, H, LATENT); lse (B, s_q, H); workspace: see
+        mla_split.partials. Strides may be anything within these: q, q_pe, kv_cache, out multiples of 8; the (query
+        token, head) rows of q, q_pe and out evenly spaced. sm_scale > 0. From parts on: the split and the combine."""
         batch, s_q, heads = q.shape[0], q.shape[1], q.shape[2]
         rows = s_q * heads
         o_acc, lse_acc = partials(workspace, parts, rows, LATENT)
@@ -262,23 +271,23 @@ class MlaDecode:
 
     # -------------------------------------------------------------------------------------------- loads
     @cute.jit
-    def page_of(self, table, req, blk, seqlen, lane):
-        """What `load_half` needs to find a block of a request (seqlen > 0): the page and the block in it; pages smaller
-        than a block: the page of box `lane`."""
+    def page_of(self, c, req, blk, seqlen):
+        """What `load_half` needs to find a block of a request (seqlen > 0): page * PER_PAGE + block of the page; with
+        pages smaller than a block, the page of box `lane`."""
         if const_expr(PAGE_SIZE < BLOCK):
-            page = table[req, cutlass.min(blk * BOXES + lane % BOXES, (seqlen - 1) // PAGE_SIZE)]
+            page = c.table[req, cutlass.min(blk * BOXES + (c.lane & (BOXES - 1)), (seqlen - 1) >> LOG2_PAGE)]
         else:
-            page = table[req, blk // PER_PAGE]
+            page = c.table[req, blk >> LOG2_PER_PAGE]
             if const_expr(PER_PAGE > 1):
-                page = page * PER_PAGE + blk % PER_PAGE
+                page = (page << LOG2_PER_PAGE) + (blk & (PER_PAGE - 1))
         return page
 
     @cute.jit
-    def page_of_any(self, table, req, blk, seqlen, lane):
+    def page_of_any(self, c, req, blk, seqlen):
         """The same for a request that may be empty: its one block is masked out, any page will do."""
         page = Int32(0)
         if seqlen > 0:
-            page = self.page_of(table, req, blk, seqlen, lane)
+            page = self.page_of(c, req, blk, seqlen)
         return page
 
     @cute.jit
@@ -293,7 +302,7 @@ class MlaDecode:
             if const_expr(BOXES > 1):
                 box_page = cute.arch.shuffle_sync(page, offset=i)
             if const_expr(PER_PAGE > 1):
-                box_page, sub = page // PER_PAGE, page % PER_PAGE
+                box_page, sub = page >> LOG2_PER_PAGE, page & (PER_PAGE - 1)
             cute.copy(
                 c.tma_k[half],
                 c.tKgK[half][None, sub, box_page],
@@ -317,7 +326,9 @@ class MlaDecode:
 
     # -------------------------------------------------------------------------------------------- math
     @cute.jit
-    def qk_half(self, c, ops, buf: cutlass.Constexpr, half: cutlass.Constexpr, first: cutlass.Constexpr, S, rQpe, phase):
+    def qk_half(
+        self, c, ops, buf: cutlass.Constexpr, half: cutlass.Constexpr, first: cutlass.Constexpr, S, rQpe, phase
+    ):  # fmt: skip
         """S (+)= Q K^T over the tiles of one half as soon as they landed; one wgmma group."""
         cute.arch.mbarrier_wait(c.bars + (2 * buf + half), phase)
         warpgroup.fence()
@@ -331,13 +342,13 @@ class MlaDecode:
         warpgroup.commit_group()
 
     @cute.jit
-    def mask(self, c, S, tok0, cut, seqlen):
+    def mask(self, c, x, S, tok0):
         """Scores of the tokens from `cut` on (causal: from the row's own limit on) become -inf."""
         lim = cute.make_rmem_tensor((2,), Int32)
         for r in cutlass.range_constexpr(2):
-            lim[r] = cut
+            lim[r] = x.cut
             if const_expr(CAUSAL):
-                lim[r] = cutlass.min(cut, seqlen - c.sBack[c.row + 8 * r])
+                lim[r] = cutlass.min(x.cut, x.seqlen - c.sBack[c.row + 8 * r])
         for i in cutlass.range_constexpr(cute.size(S)):
             tok = tok0 + (i // 4) * 8 + (c.lane % 4) * 2 + (i % 2)
             S[i] = S[i] if tok < lim[(i // 2) % 2] else -Float32(INF)
@@ -386,16 +397,13 @@ class MlaDecode:
         cute.arch.barrier(barrier_id=BAR_WG0 + half, number_of_threads=128)
 
     @cute.jit
-    def pair_wg0(
-        self, c, ops, S, O, rQpe, m, L, tok0, cut, min_lim, seqlen, scale, page0, page1, phase, nxt, more,
-        last: cutlass.Constexpr,
-    ):  # fmt: skip
-        """WG0's share of a pair. S holds the scores of the even block, on return those of the next one unless `last`."""
-        sM0, sM1, lane, row = c.sM0, c.sM1, c.lane, c.row
+    def pair_wg0(self, c, x, ops, S, O, rQpe, m, L, tok0, page0, page1, phase, last: cutlass.Constexpr):
+        """WG0's share of a pair. S has the scores of the even block, on return those of the next unless `last`."""
+        sM0, sM1, lane, row, scale, seqlen = c.sM0, c.sM1, c.lane, c.row, c.scale, x.seqlen
         rP = cute.make_rmem_tensor(((2, 2, 2), 1, 4), ELEMENT)
         if const_expr(last or CAUSAL):
-            if tok0 + BLOCK > min_lim:
-                self.mask(c, S, tok0, cut, seqlen)
+            if tok0 + BLOCK > x.min_lim:
+                self.mask(c, x, S, tok0)
         sc = cute.make_rmem_tensor((2,), Float32)
         for r in cutlass.range_constexpr(2):
             m_new = cute.arch.fmax(m[r], self.row_max(S, r, scale))
@@ -416,7 +424,7 @@ class MlaDecode:
         warpgroup.commit_group()
         warpgroup.wait_group(0)
         if const_expr(last):
-            if c.warp_in_wg == 0 and more:
+            if c.warp_in_wg == 0 and x.more:
                 self.load_half(c, 0, 0, page0)
         else:
             if c.warp_in_wg == 0:
@@ -424,8 +432,8 @@ class MlaDecode:
         # the maximum after the odd block
         cute.arch.barrier(barrier_id=BAR_M1, number_of_threads=256)
         if const_expr(last):
-            if c.warp_in_wg == 0 and more:
-                self.load_q(c, nxt)  # both QK products of this request are done
+            if c.warp_in_wg == 0 and x.more:
+                self.load_q(c, x.nxt)  # both QK products of this request are done
         for r in cutlass.range_constexpr(2):
             m_new = sM1[row + 8 * r]
             sc[r] = ex2(m[r] - m_new)
@@ -454,16 +462,13 @@ class MlaDecode:
         warpgroup.wait_group(0)
 
     @cute.jit
-    def pair_wg1(
-        self, c, ops, S, O, rQpe, m, L, tok0, cut, min_lim, seqlen, scale, page0, page1, phase, nxt, more,
-        last: cutlass.Constexpr,
-    ):  # fmt: skip
-        """WG1's share of a pair. S holds the scores of the odd block, on return those of the next one unless `last`."""
-        sM0, sM1, lane, row = c.sM0, c.sM1, c.lane, c.row
+    def pair_wg1(self, c, x, ops, S, O, rQpe, m, L, tok0, page0, page1, phase, last: cutlass.Constexpr):
+        """WG1's share of a pair. S has the scores of the odd block, on return those of the next unless `last`."""
+        sM0, sM1, lane, row, scale, seqlen = c.sM0, c.sM1, c.lane, c.row, c.scale, x.seqlen
         rP = cute.make_rmem_tensor(((2, 2, 2), 1, 4), ELEMENT)
         if const_expr(last or CAUSAL):
-            if tok0 + 2 * BLOCK > min_lim:
-                self.mask(c, S, tok0 + BLOCK, cut, seqlen)
+            if tok0 + 2 * BLOCK > x.min_lim:
+                self.mask(c, x, S, tok0 + BLOCK)
         mx = cute.make_rmem_tensor((2,), Float32)
         for r in cutlass.range_constexpr(2):
             mx[r] = self.row_max(S, r, scale)
@@ -508,36 +513,30 @@ class MlaDecode:
             self.qk_half(c, ops, 1, 0, False, S, rQpe, phase)
         warpgroup.wait_group(0)
         if const_expr(last):
-            if c.warp_in_wg == 0 and more:
+            if c.warp_in_wg == 0 and x.more:
                 self.load_half(c, 0, 1, page0)
 
     @cute.jit
-    def blocks(
-        self, c, wg: cutlass.Constexpr, table, req, nxt, more, b0, b1, seqlen, next_len, cut, min_lim, scale, S, O, rQpe, m,
-        L, ph,
-    ):  # fmt: skip
-        """All blocks b0 .. b1 - 1 of a request by one warpgroup; ph: phase of the barriers of the first pair."""
+    def blocks(self, c, x, wg: cutlass.Constexpr, S, O, rQpe, m, L, ph):
+        """All blocks of the piece x by one warpgroup; ph: phase of the barriers of the first pair."""
         ops = SimpleNamespace(
             tQ=c.qk.make_fragment_A(c.qk.partition_A(opaque(c.sQ))),
             tK=[c.qk.make_fragment_B(c.qk.partition_B(opaque(b))) for b in c.sK[wg]],
             tV=[c.v_view(opaque(b[wg])) for b in c.sK],
             tP=c.pv_s.make_fragment_A(c.pv_s.partition_A(opaque(c.sP[1 - wg]))),
         )
-        lane = c.lane
         pair = self.pair_wg1 if wg else self.pair_wg0
-        pairs = (b1 - b0 + 1) // 2
+        pairs = (x.b1 - x.b0 + 1) >> 1
         self.qk_half(c, ops, wg, wg, True, S, rQpe, ph)
         self.qk_half(c, ops, wg, 1 - wg, False, S, rQpe, ph)
         warpgroup.wait_group(0)
         for i in cutlass.range(pairs - 1, unroll=1):
-            blk = b0 + 2 * i
-            page0 = self.page_of(table, req, blk + 2, seqlen, lane)
-            page1 = self.page_of(table, req, cutlass.min(blk + 3, b1 - 1), seqlen, lane)
-            pair(c, ops, S, O, rQpe, m, L, blk * BLOCK, cut, min_lim, seqlen, scale, page0, page1, ph ^ 1 ^ (i & 1), nxt,
-                 more, False)  # fmt: skip
-        page0 = self.page_of_any(table, nxt, 0, next_len, lane)
-        pair(c, ops, S, O, rQpe, m, L, (b0 + 2 * pairs - 2) * BLOCK, cut, min_lim, seqlen, scale, page0, Int32(0),
-             Int32(0), nxt, more, True)  # fmt: skip
+            blk = x.b0 + 2 * i
+            page0 = self.page_of(c, x.req, blk + 2, x.seqlen)
+            page1 = self.page_of(c, x.req, cutlass.min(blk + 3, x.b1 - 1), x.seqlen)
+            pair(c, x, ops, S, O, rQpe, m, L, blk * BLOCK, page0, page1, ph ^ 1 ^ (i & 1), False)
+        page0 = self.page_of_any(c, x.nxt, 0, x.next_len)
+        pair(c, x, ops, S, O, rQpe, m, L, (x.b0 + 2 * pairs - 2) * BLOCK, page0, Int32(0), Int32(0), True)
 
     # -------------------------------------------------------------------------------------------- device
     @cute.kernel
@@ -587,8 +586,8 @@ class MlaDecode:
         rows = s_q * heads
 
         if warp_idx == 0:
-            for x in (tma_q, tma_pe, tma_kl, tma_kr, tma_o):
-                cpasync.prefetch_descriptor(x)
+            for tma in (tma_q, tma_pe, tma_kl, tma_kr, tma_o):
+                cpasync.prefetch_descriptor(tma)
 
         smem = SmemAllocator()
 
@@ -641,12 +640,12 @@ class MlaDecode:
                     tma, 0, one, cute.group_modes(boxes, 0, cute.rank(boxes) - 1), kv_tile(mK, half)
                 )
         # the output is staged in K1
-        tOgO = cute.group_modes(cute.local_tile(mO, (ROWS, TILE, HALF_TILES), (None, 0, None, None)), 0, 3)
+        gO = cute.group_modes(cute.local_tile(mO, (ROWS, TILE, HALF_TILES), (None, 0, None, None)), 0, 3)
         sO = [cute.make_tensor(sK[1][h].iterator, swz(ROWS, HALF, ELEMENT).outer) for h in (0, 1)]
-        tOsO = [None, None]
+        tOsO, tOgO = [None, None], None
         for h in (0, 1):
             stack = cute.make_tensor(sK[1][h].iterator, tile_stack(HALF_TILES).outer)
-            tOsO[h], tOgO_ = cpasync.tma_partition(tma_o, 0, one, cute.group_modes(stack, 0, 3), tOgO)
+            tOsO[h], tOgO = cpasync.tma_partition(tma_o, 0, one, cute.group_modes(stack, 0, 3), gO)
 
         # MMA views
         qk = mma_qk_s.get_slice(t)
@@ -664,6 +663,7 @@ class MlaDecode:
             vt = cute.make_tensor(b.iterator, cute.select(b.layout, mode=[1, 0]))
             return pv_s.make_fragment_B(pv_s.partition_B(cute.local_tile(vt, (HALF, BLOCK), (0, 0))))
 
+        # read-only in loops and branches: what is assigned there would have to be a value of the program
         c = SimpleNamespace(
             t=t,
             lane=lane,
@@ -672,6 +672,8 @@ class MlaDecode:
             m_block=m_block,
             bars=bars,
             sI=sI,
+            table=table,
+            scale=scale,
             sM0=sM0,
             sM1=sM1,
             sBack=sBack,
@@ -706,7 +708,7 @@ class MlaDecode:
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()  # the combine waits for the end of this grid anyway
 
-        # what does not change from request to request goes through shared memory: the main loop has no register to spare
+        # what does not change from request to request lies in shared memory: the main loop has no register to spare
         if warp_idx == 0:
             r0, r1, j0, j1, total = interval(
                 seqlens, batch, part, parts, fixed, least, bias, parts_per_request, requests_per_part, lane
@@ -734,7 +736,6 @@ class MlaDecode:
             seqlen = next_len
             b0 = sI[2] if req == sI[0] else Int32(0)
             b1 = sI[3] if (req == sI[1] and sI[3] > 0) else n_blocks(seqlen)
-            pairs = (b1 - b0 + 1) // 2
             cut = cutlass.min(seqlen, b1 * BLOCK)
             min_lim = cut
             if const_expr(CAUSAL):
@@ -745,13 +746,13 @@ class MlaDecode:
 
             if req == sI[0]:
                 if warp_idx == 0:
-                    page0 = self.page_of_any(table, req, b0, seqlen, lane)
+                    page0 = self.page_of_any(c, req, b0, seqlen)
                     self.load_q(c, req)
                     self.load_q_rope(c, req)
                     self.load_half(c, 0, 0, page0)
                     self.load_half(c, 0, 1, page0)
                 if warp_idx == 4:
-                    page1 = self.page_of_any(table, req, cutlass.min(b0 + 1, b1 - 1), seqlen, lane)
+                    page1 = self.page_of_any(c, req, cutlass.min(b0 + 1, b1 - 1), seqlen)
                     self.load_half(c, 1, 1, page1)
                     self.load_half(c, 1, 0, page1)
 
@@ -767,11 +768,14 @@ class MlaDecode:
             ph_q = ph_q ^ 1
             cute.copy(ldsm, ldsm_thr.partition_S(sP1), ldsm_thr.retile(rQpe))
 
+            x = SimpleNamespace(  # the piece: blocks b0 .. b1 - 1 of req, tokens < cut; the next request of this CTA
+                req=req, nxt=nxt, more=more, b0=b0, b1=b1, seqlen=seqlen, next_len=next_len, cut=cut, min_lim=min_lim
+            )
             if wg == 0:
-                self.blocks(c, 0, table, req, nxt, more, b0, b1, seqlen, next_len, cut, min_lim, scale, S, O, rQpe, m, L, ph)
+                self.blocks(c, x, 0, S, O, rQpe, m, L, ph)
             else:
-                self.blocks(c, 1, table, req, nxt, more, b0, b1, seqlen, next_len, cut, min_lim, scale, S, O, rQpe, m, L, ph)
-            ph = ph ^ (pairs & 1)
+                self.blocks(c, x, 1, S, O, rQpe, m, L, ph)
+            ph = ph ^ (((b1 - b0 + 1) >> 1) & 1)  # one flip per pair
 
             # ------------------------------------------------ epilogue
             for r in cutlass.range_constexpr(2):
@@ -787,11 +791,11 @@ class MlaDecode:
             split = 2 * part if first > 0 else 2 * part + 1
             inv = cute.make_rmem_tensor((2,), Float32)
             for r in cutlass.range_constexpr(2):
-                x = row + 8 * r
-                total = sL[x] + sL[ROWS + x]
+                at = row + 8 * r
+                total = sL[at] + sL[ROWS + at]
                 weights = total
                 if whole:
-                    weights = total + ex2(sSink[x] - sM1[x])
+                    weights = total + ex2(sSink[at] - sM1[at])
                 inv[r] = cute.arch.rcp_approx(weights) if total != 0.0 else Float32(0.0)
             self.scale_rows(O, inv)
             g_row = m_block * ROWS + tid
@@ -804,9 +808,9 @@ class MlaDecode:
                     lse_acc[split, g_row] = v
             if whole:
                 if wg == 0:
-                    self.store_half(c, stsm_o, sO[0], O, tma_o, tOsO[0], tOgO_, req, 0)
+                    self.store_half(c, stsm_o, sO[0], O, tma_o, tOsO[0], tOgO, req, 0)
                 else:
-                    self.store_half(c, stsm_o, sO[1], O, tma_o, tOsO[1], tOgO_, req, 1)
+                    self.store_half(c, stsm_o, sO[1], O, tma_o, tOsO[1], tOgO, req, 1)
             else:
                 for r in cutlass.range_constexpr(2):
                     g_row = m_block * ROWS + row + 8 * r
@@ -819,7 +823,7 @@ class MlaDecode:
                             cute.autovec_copy(v2, cute.local_tile(o_acc[split, g_row, None], (2,), (at,)))
             if warp_in_wg == 0 and req != sI[1]:
                 end = sI[3] if (req + 1 == sI[1] and sI[3] > 0) else n_blocks(next_len)
-                page1 = self.page_of_any(table, req + 1, cutlass.min(end - 1, 1), next_len, lane)
+                page1 = self.page_of_any(c, req + 1, cutlass.min(end - 1, 1), next_len)
                 if wg == 0:
                     self.load_half(c, 1, 0, page1)
                 else:
@@ -827,7 +831,7 @@ class MlaDecode:
 
     @cute.jit
     def store_half(self, c, stsm_o, sO, O, tma_o, tOsO, tOgO, req, half: cutlass.Constexpr):
-        """Output columns of one warpgroup through its half of K1 and one TMA store (which leaves out rows >= s_q * H)."""
+        """Output columns of one warpgroup, through its half of K1 and one TMA store that clips rows >= s_q * H."""
         rO = cute.make_rmem_tensor(O.layout, ELEMENT)
         rO.store(O.load().to(ELEMENT))
         thr = stsm_o.get_slice(c.t)
@@ -841,7 +845,8 @@ class MlaDecode:
 
 
 def fake_args():
-    """Stand-ins for the arguments: every size and every stride is dynamic (strides 64-bit), the last mode contiguous."""
+    """Stand-ins for the arguments: every size and every stride is dynamic (strides 64-bit); lse may have any strides,
+    in the others the last mode is contiguous."""
     batch, s_q, heads = cute.sym_int(), cute.sym_int(), cute.sym_int()
 
     def tensor(dtype, *shape, last=1, align=16):

@@ -9,13 +9,12 @@ All kernels are those of tests/keysets.py, so these tests run from a prewarmed c
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
 import re
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jitmla
@@ -23,7 +22,6 @@ import jitmla.ops.mla_decode as op
 from jitmla import dispatch, events, schedule
 from jitmla.errors import InvalidArgument, MissNotAllowed, NoTemplate
 from jitmla.testing import (
-    GARBAGE_PAGES,
     Problem,
     Report,
     guarded,
@@ -40,19 +38,11 @@ pytestmark = [
                        reason="needs a GPU of compute capability 9.0: the kernels under test are for sm_90a"),
 ]
 
-PREWARMED = os.environ.get("JITMLA_CACHE_DIR")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Deterministic: the same examples everywhere. 150 of them meet each of the 27 Keys about five times.
 DRAWN = settings(max_examples=150, derandomize=True, database=None, deadline=None,
                  suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 WORST: list[Report] = []
-
-
-@pytest.fixture(autouse=True)
-def prewarmed_cache(monkeypatch):
-    """The cache that the environment names, not a private empty one: these kernels take minutes to compile."""
-    if PREWARMED:
-        monkeypatch.setenv("JITMLA_CACHE_DIR", PREWARMED)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,7 +59,7 @@ def summary(request):
 
 
 def run(problem: Problem, out_strides=None, lse_strides=None):
-    """(out, lse) of the kernel. Outputs and workspace are NaN before the call; what lies around them must not change."""
+    """(out, lse) of the kernel. Outputs and workspace are NaN before the call; what is around them must not change."""
     out = guarded(problem.out_shape, problem.dtype, problem.device, out_strides)
     lse = guarded(problem.out_shape[:3], torch.float32, problem.device, lse_strides)
     with poisoned_empty() as allocated:
@@ -116,6 +106,10 @@ def batches(draw):
     return [draw(LENGTH)] * draw(st.sampled_from([2, 8, 32, 66, 131, 132, 133, 153]))
 
 
+OUT_STRIDES = ["dense", "padded"]
+LSE_STRIDES = ["dense", "heads first", "loose"]
+
+
 @st.composite
 def calls(draw, specs):
     """(arguments of mla_decode_problem, kind of out, kind of lse) of a call that the drawn Spec serves."""
@@ -134,7 +128,7 @@ def calls(draw, specs):
         row_pad=draw(st.sampled_from([0, 8, 64])), page_pad=draw(st.sampled_from([0, 8, 520])),
         extra_table=draw(st.integers(0, 3)), spare_pages=draw(st.integers(1, 5)), first_page=draw(st.integers(0, 3)),
         seed=draw(st.integers(0, 2**20)))
-    return arguments, draw(st.sampled_from(["dense", "padded"])), draw(st.sampled_from(["dense", "heads first", "loose"]))
+    return arguments, draw(st.sampled_from(OUT_STRIDES)), draw(st.sampled_from(LSE_STRIDES))
 
 
 def strides_of(problem: Problem, out_kind: str, lse_kind: str):
@@ -208,17 +202,25 @@ def test_every_split_of_the_work(monkeypatch, heads, s_q, name):
         assert torch.equal(lse.isfinite().all(-1).all(-1), problem.seq_lens >= s_q)
 
 
-@pytest.mark.parametrize("shape", [(w, s, r) for w in (1, 2, 4, 8) for s in (1, 2, 4) for r in (1, 2)
-                                   if s == 4 or w == 8], ids=lambda s: "warps %d, slices %d, rows %d" % s)
-def test_every_shape_of_the_combine(monkeypatch, shape):
-    """The launch shapes that the rule can give, on batches that need few, many and very many parts per row."""
-    warps, slices, rows_per_warp = shape
+# (warps_per_row, slices, rows_per_warp): all that the rule can give
+COMBINES = [(8, 1, 1), (8, 2, 1), (8, 4, 1), (4, 4, 1), (2, 4, 1), (1, 4, 1), (1, 4, 2)]
+
+
+@pytest.mark.parametrize("warps, slices, rows_per_warp", COMBINES)
+def test_every_shape_of_the_combine(monkeypatch, warps, slices, rows_per_warp):
+    """On batches that need few, many and very many parts per row, whichever shape the rule would take for them."""
     rule = schedule.launch_args
-    monkeypatch.setattr(schedule, "launch_args", lambda *a: rule(*a)._replace(
-        warps_per_row=warps, slices=slices, rows_per_warp=rows_per_warp))
-    for heads, lengths in ((16, [20000]), (13, [3000, 0, 1, 700, 5000]), (128, [9000, 100]), (100, [64] * 40 + [4000])):
-        monkeypatch.setattr(op, "_prepared", {})
-        problem = mla_decode_problem(lengths, heads=heads, device="cuda", seed=heads, sinks="mixed")
+
+    def forced(rows, batch, sms, latent=512):
+        return rule(rows, batch, sms, latent)._replace(warps_per_row=warps, slices=min(slices, latent // 128),
+                                                       rows_per_warp=rows_per_warp)
+
+    monkeypatch.setattr(schedule, "launch_args", forced)
+    monkeypatch.setattr(op, "_prepared", {})
+    for heads, latent, lengths in ((16, 512, [20000]), (13, 512, [3000, 0, 1, 700, 5000]), (128, 512, [9000, 100]),
+                                   (100, 512, [64] * 40 + [4000]), (16, 256, [700, 9000]), (70, 256, [2000, 1, 3000])):
+        problem = mla_decode_problem(lengths, heads=heads, kv_lora_rank=latent, page_size=64 if latent == 512 else 32,
+                                     device="cuda", seed=heads, sinks="mixed")
         check(problem, *run(problem, lse_strides=(heads * 3, 1, 2)))
 
 
@@ -263,7 +265,7 @@ def test_cache_beyond_2_to_the_31_elements(heads):
     """Pages at the end of a cache of 4.4 GB, so that element offsets need more than 32 bits."""
     first = 2**31 // (64 * 576) + 1
     problem = mla_decode_problem([3000, 64, 0, 777], heads=heads, device="cuda", seed=1, first_page=first)
-    assert int(problem.block_table.max()) == max(GARBAGE_PAGES) and problem.kv_cache.numel() > 2**31
+    assert problem.kv_cache.numel() > 2**31
     check(problem, *run(problem))
 
 
@@ -303,10 +305,9 @@ def test_more_requests_than_a_grid_has_in_y_or_z():
 # ------------------------------------------------------------------------------------------------- streams and graphs
 
 
-def captured(call, warm=1):
-    """(graph, result) of `call` captured on a side stream, as engines do."""
-    for _ in range(warm):
-        call()
+def captured(call):
+    """(graph, result) of `call`, captured after one eager call, as engines do."""
+    call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = call()
@@ -319,7 +320,7 @@ def test_graph_is_right_for_later_lengths(heads, s_q, sinks):
     """Captured once with short lengths; replayed with longer, no, permuted and very uneven lengths."""
     full = [4096, 64, 700, 2500, 130, 1000, 64, 6000]
     problem = mla_decode_problem(full, heads=heads, s_q=s_q, device="cuda", seed=6, sinks=sinks)
-    table, lens = problem.block_table.clone(), problem.seq_lens.clone()
+    table = problem.block_table.clone()
     problem.seq_lens.copy_(torch.tensor([17, 0, 513, 1, 2, 64, 3, 65]))
     out = torch.empty(problem.out_shape, dtype=problem.dtype, device="cuda")
     lse = torch.empty(problem.out_shape[:3], device="cuda")
@@ -341,33 +342,25 @@ def test_graph_is_right_for_later_lengths(heads, s_q, sinks):
         eager = run(problem)
         assert same(replayed[0], eager[0]) and same(replayed[1], eager[1]), lengths
         check(dataclasses.replace(problem, lengths=tuple(lengths)), *replayed)
-    assert torch.equal(lens.cpu(), torch.tensor(full, dtype=torch.int32))
 
 
 def test_layers_in_one_graph():
     """Calls back to back, each query the output of the call before: a kernel that starts early must not read early, and
     must not overwrite the workspace that the call before still reads."""
-    width = 512
-    big = mla_decode_problem([3000, 40, 900, 64], heads=16, device="cuda", seed=7, query="pair")
+    narrow = mla_decode_problem([3000, 40, 900, 64], heads=16, device="cuda", seed=7, query="pair")
     wide = mla_decode_problem([2000, 0, 500, 65], heads=128, device="cuda", seed=8, query="pair")
 
-    def layers():
+    def layers(pause=lambda: None):
         results = []
-        for problem in (big, wide):
+        for problem in (narrow, wide):
             x, pe = problem.q
             for _ in range(6):
                 x, lse = jitmla.mla_decode((x, pe), *problem.args[1:], **problem.kwargs, return_lse=True)
+                pause()
                 results += [x, lse]
-            assert x.shape[-1] == width
         return results
 
-    expected = []
-    for problem in (big, wide):
-        x, pe = problem.q
-        for _ in range(6):
-            x, lse = jitmla.mla_decode((x, pe), *problem.args[1:], **problem.kwargs, return_lse=True)
-            torch.cuda.synchronize()
-            expected += [x, lse]
+    expected = layers(pause=torch.cuda.synchronize)
     for got in (layers(), layers()):
         assert all(same(a, b) for a, b in zip(got, expected, strict=True))
     graph, results = captured(layers)
@@ -386,8 +379,7 @@ def test_back_to_back_calls_share_the_workspace():
     for problem in problems:
         expected.append(run(problem))
         torch.cuda.synchronize()
-    order = [random.Random(0).randrange(len(problems)) for _ in range(200)]
-    order = [(i + n) % len(problems) for n, i in enumerate(order)]
+    order = random.Random(0).choices(range(len(problems)), k=200)
     results = [jitmla.mla_decode(*problems[i].args, **problems[i].kwargs, return_lse=True) for i in order]
     wrong = [i for i, (out, lse) in zip(order, results, strict=True)
              if not (same(out, expected[i][0]) and same(lse, expected[i][1]))]
@@ -405,7 +397,6 @@ def test_current_stream_is_used():
         torch.cuda._sleep(20_000_000)
         q.copy_(problem.q)
         got = jitmla.mla_decode(q, *problem.args[1:], **problem.kwargs, return_lse=True)
-        torch.cuda._sleep(20_000_000)
     torch.cuda.current_stream().wait_stream(stream)
     assert same(got[0], expected[0]) and same(got[1], expected[1])
 

@@ -1,0 +1,109 @@
+"""Writes the pages that are generated: docs/env.md, docs/schema.md, docs/benchmarks/README.md, and the support matrix
+in README.md.
+
+`make docs` runs it; tests/test_docs.py fails when a page differs from what this would write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jitmla import env, registry, schema
+from jitmla.bench import report
+from jitmla.bench import report
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- support matrix: written by `make docs` -->", "<!-- end of support matrix -->"
+
+
+def pages() -> dict[Path, str]:
+    """Every generated page and its text."""
+    readme = ROOT / "README.md"
+    head, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    benchmarks = ROOT / "docs" / "benchmarks"
+    return {benchmarks / "README.md": report.page(report.read(benchmarks)),
+            ROOT / "docs" / "env.md": env.as_markdown(), ROOT / "docs" / "schema.md": schema_page(),
+            readme: f"{head}{BEGIN}\n{matrix()}\n{END}{rest.split(END)[1]}"}
+
+
+def matrix() -> str:
+    """One table for each op: a row for each template, a column for each field that its cards restrict."""
+    return "\n\n".join(_table_of(op) for op in registry.ops())
+
+
+def _table_of(op: str) -> str:
+    templates = registry.templates(op)
+    fields = list(dict.fromkeys(field for t in templates for field in t.supports))
+    rows = [["arch", "backend", "template", *(_title(f) for f in fields)]]
+    rows += [[", ".join(t.archs), t.backend, t.name, *(_values(f, t.supports.get(f, ["any"])) for f in fields)]
+             for t in templates]
+    return f"**{op}**\n\n" + _markdown(rows)
+
+
+def _title(field: str) -> str:
+    return "s_q * heads" if field == "rows" else field
+
+
+def _values(field: str, values: list[Any]) -> str:
+    """The values, or for a bucket the range that its largest one stands for."""
+    return f"1 to {max(values)}" if field == "rows" else ", ".join(str(v).lower() for v in values)
+
+
+def schema_page() -> str:
+    """Every field of a manifest, and of a Spec of each op."""
+    document = schema.document()
+    parts = ["# Fields of a cache entry", "Generated from `cache_schema.json`.", document["description"],
+             "## Manifest", _fields(schema.definition("manifest"))]
+    for name in document["definitions"]:
+        if name.startswith("spec_"):
+            definition = schema.definition(name)
+            parts += [f"## Spec of `{name.removeprefix('spec_')}`", definition["description"], _fields(definition)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _fields(definition: dict[str, Any]) -> str:
+    rows = [["field", "value", "identity", "meaning"]]
+    for name, field in _walk(definition):
+        rows.append([f"`{name}`", _kind(field), "yes" if field.get("identity") else "", field.get("description", "")])
+    return _markdown(rows)
+
+
+def _walk(definition: dict[str, Any], at: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(dotted name, schema) of every field; a Spec is left to its own section."""
+    for name, field in definition.get("properties", {}).items():
+        resolved = {**schema.definition(field["$ref"].rpartition("/")[2]), **field} if "$ref" in field else field
+        inner = resolved["items"] if resolved.get("type") == "array" else resolved
+        dotted = f"{at}.{name}" if at else name
+        if "properties" in inner:
+            yield from _walk(inner, dotted + ("[]" if inner is not resolved else ""))
+        else:
+            yield dotted, resolved
+
+
+def _kind(field: dict[str, Any]) -> str:
+    if "const" in field:
+        return f"`{field['const']}`"
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if "oneOf" in field:
+        return "one of the Specs below"
+    if "patternProperties" in field:
+        return "constants by name"
+    limits = [str(field[limit]) for limit in ("minimum", "maximum") if limit in field]
+    if "pattern" in field:
+        limits = [f"`{field['pattern']}`".replace("|", "\\|")]
+    return field["type"] + (f" ({' to '.join(limits)}{' or more' if 'minimum' in field and len(limits) == 1 else ''})"
+                            if limits else "")
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+
+
+if __name__ == "__main__":
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+        print(path.relative_to(ROOT))

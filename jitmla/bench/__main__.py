@@ -1,0 +1,60 @@
+"""Command line of the benchmarks; `jitmla bench` calls `main` with its arguments."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import JitmlaError
+from . import report
+
+
+def mla_decode(peers: bool, json_file: Path | None, commit: str | None, command: str) -> dict[str, Any]:
+    """Measure, print the table, and write the JSON file if asked to."""
+    import torch
+
+    from ..errors import NoTemplate
+    if not torch.cuda.is_available():
+        raise NoTemplate("jitmla bench on a machine without an NVIDIA GPU", supported="a CUDA device",
+                         differs="torch.cuda.is_available() is false", remedy="run it where the GPU is")
+    from . import mla_decode as ours
+    from .peers import available
+    from .timing import ceilings
+    found, absent = available() if peers else ([], {})
+    result = report.environment(command, commit)
+    result |= {"op": "mla_decode", "peers": {p.name: p.note for p in found}, "absent": absent,
+               "ceilings": ceilings(), "host": ours.host(found), "rows": []}
+    for row in ours.rows(found):
+        result["rows"].append(row)
+        times = ", ".join(f"{name} {t['us']:.1f} us" for name, t in row["times"].items())
+        print(f"{report.case_name(row['case'])}: {times}", file=sys.stderr, flush=True)
+    result["toolchain"] = result["rows"][0]["toolchain"]
+    report.show(result)
+    if json_file:
+        report.write(result, json_file)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of `python -m jitmla.bench ...`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="python -m jitmla.bench", description="Measure jitmla's kernels on this GPU.")
+    commands = parser.add_subparsers(dest="op", required=True)
+    op = commands.add_parser("mla_decode", help="paged MLA decode")
+    op.add_argument("--peers", action="store_true", help="measure FlashMLA and FlashInfer as well, where they are")
+    op.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    op.add_argument("--commit", help="what to record as the commit, where this is a copy without its .git")
+    options = parser.parse_args(argv)
+    try:
+        mla_decode(options.peers, options.json, options.commit, " ".join(["jitmla bench", *argv]))
+    except JitmlaError as e:
+        print(f"{type(e).__name__}: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

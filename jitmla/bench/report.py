@@ -1,0 +1,147 @@
+"""Results as JSON, as a table on the terminal, and as a page of the docs."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+METHOD = """\
+GPU time from the start of a call's first kernel to the end of its last one, from the profiler; CUDA graph replay; cold
+and clean L2 (256 MB of something else are read before each call); the contenders of a case take turns inside one
+profile; median of 20. Each contender's result is compared with float64 before it is timed. TFLOP/s count
+2 * s_q * heads * kv * (2 * kv_lora_rank + qk_rope_head_dim) without a discount for the causal limit; GB/s count cache
+rows, q and out once. Ratio: time of the better peer over ours. What peers plan anew for each step is not in their
+times: FlashMLA's metadata kernel, FlashInfer's plan() on the host with a copy from the device."""
+
+INTRODUCTION = """\
+Generated from the files `*.json` in this folder by `make docs`; `jitmla bench mla_decode --peers --json FILE` makes
+such a file. It holds the machine, the date, the commit, the exact command, and the raw samples beside the medians."""
+
+
+def environment(command: str, commit: str | None = None) -> dict[str, Any]:
+    """Where and with what a result was measured."""
+    import torch
+    return {"machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+            "gpu": torch.cuda.get_device_name(), "driver": _output("nvidia-smi", "--query-gpu=driver_version",
+                                                                  "--format=csv,noheader", "--id=0"),
+            "torch": torch.__version__, "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            "commit": commit or _commit(), "command": command}
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, marked when files differ from it; None outside of a checkout."""
+    root = str(Path(__file__).resolve().parents[2])
+    commit = _output("git", "-C", root, "rev-parse", "HEAD")
+    return commit and commit + (" with changes" if _output("git", "-C", root, "status", "--porcelain") else "")
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, or None where there is no such command or it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """As JSON, one line per case."""
+    text = json.dumps({**rounded(result), "rows": ["ROW"]}, indent=1)
+    rows = ",\n  ".join(json.dumps(row) for row in rounded(result["rows"]))
+    path.write_text(text.replace('"ROW"', rows) + "\n", encoding="utf-8")
+
+
+def rounded(value: Any) -> Any:
+    """With floats to four significant digits: more would be noise."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def case_name(case: dict[str, Any]) -> str:
+    """Short: what differs from bf16, 512 + 64, pages of 64."""
+    name = f"h{case['heads']}" + (f" s_q{case['s_q']}" if case["s_q"] > 1 else "") + f" B{case['batch']}"
+    name += f" kv {'1..' if case['ragged'] else ''}{case['kv']}"
+    usual = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "page_size": 64, "dtype": "bf16"}
+    words = {"kv_lora_rank": "rank ", "qk_rope_head_dim": "rope ", "page_size": "page ", "dtype": ""}
+    return name + "".join(f", {words[f]}{case[f]}" for f in usual if case[f] != usual[f])
+
+
+def header(result: dict[str, Any]) -> list[str]:
+    peers = [name for name in result["peers"] if name not in result["absent"]]
+    return ["case", "jitmla us", "TFLOP/s", "GB/s", *(f"{p} us" for p in peers), "ratio", "kernel"]
+
+
+def cells(result: dict[str, Any]) -> list[list[str]]:
+    """The rows of the table, as text."""
+    peers = [name for name in result["peers"] if name not in result["absent"]]
+    lines = []
+    for row in result["rows"]:
+        ours = row["times"]["jitmla"]
+        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        lines.append([case_name(row["case"]), f"{ours['us']:.1f}", f"{ours['tflops']:.0f}", f"{ours['gbps']:.0f}",
+                      *(f"{row['times'][p]['us']:.1f}" if p in row["times"] else "-" for p in peers), ratio,
+                      row["kernel"].removeprefix("mla_decode/")])
+    return lines
+
+
+def ceilings_text(result: dict[str, Any]) -> str:
+    c = result["ceilings"]
+    return (f"In the same run: copy {c['copy']['gbps']:.0f} GB/s (read + written), read {c['read']['gbps']:.0f} GB/s, "
+            f"bf16 matmul 8192 {c['matmul']['tflops']:.0f} TFLOP/s.")
+
+
+def host_text(result: dict[str, Any]) -> str:
+    return "Host time of one eager call, out given: " + "; ".join(
+        f"{case_name(h['case'])}: " + ", ".join(f"{name} {us:.1f} us" for name, us in h["us"].items())
+        for h in result["host"]) + "."
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a result to the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    console = Console()
+    table = Table(title=f"mla_decode on {result['gpu']}, {result['date']}")
+    for i, name in enumerate(header(result)):
+        table.add_column(name, justify="left" if i == 0 or name == "kernel" else "right")
+    for line in cells(result):
+        table.add_row(*line)
+    console.print(table)
+    console.print(ceilings_text(result))
+    console.print(host_text(result))
+    for name, reason in result["absent"].items():
+        console.print(f"{name}: not measured: {reason}")
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """One section of the docs page."""
+    names, lines = header(result), cells(result)
+    toolchain = ", ".join(f"{k} {v}" for k, v in sorted(result["toolchain"].items()) if v)
+    text = [f"## {result['op']} on {result['gpu']}, {result['date']}", "",
+            f"`{result['command']}` at commit {result['commit'] or 'unknown'}; driver {result['driver'] or 'unknown'}, "
+            f"torch {result['torch']}; kernels built by {toolchain or 'an unknown toolchain'}; {result['machine']}.",
+            "",
+            "| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 2) + "---|"]
+    text += ["| " + " | ".join(line) + " |" for line in lines]
+    text += ["", ceilings_text(result), "", host_text(result)]
+    text += [f"\n{name}: not measured ({reason})." for name, reason in result["absent"].items()]
+    return "\n".join(text) + "\n"
+
+
+def page(results: Sequence[dict[str, Any]]) -> str:
+    """docs/benchmarks/README.md: all results, newest first."""
+    newest = sorted(results, key=lambda r: (r["date"], r["command"]), reverse=True)
+    sections = [markdown(r) for r in newest] or ["There are no results yet.\n"]
+    return "\n".join(["# Benchmarks", "", INTRODUCTION, "", METHOD, "", *sections])
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]

@@ -1,0 +1,69 @@
+"""What every test has: a kernel cache of its own, no remembered failures, and the marker `gpu`."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from jitmla import compile, events
+from jitmla.store import Store
+
+from .support.keys import make_key, publish
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; uses the cache that JITMLA_CACHE_DIR names")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        torch = pytest.importorskip("torch")
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(request, monkeypatch, tmp_path):
+    """The root of this test's cache: private, except for gpu tests, which may be given a prewarmed one."""
+    if request.node.get_closest_marker("gpu") and os.environ.get("JITMLA_CACHE_DIR"):
+        yield Path(os.environ["JITMLA_CACHE_DIR"])
+        return
+    monkeypatch.setenv("JITMLA_CACHE_DIR", str(tmp_path / "cache"))
+    yield tmp_path / "cache"
+    compile.forget_failures()
+
+
+@pytest.fixture
+def store(cache_dir):
+    return Store()
+
+
+@pytest.fixture
+def key():
+    return make_key()
+
+
+@pytest.fixture
+def entry(store, key):
+    """A published entry of `key`, whose library is arbitrary bytes."""
+    return publish(store, key)
+
+
+@pytest.fixture
+def seen():
+    """The events of this test, as a list of events.Event."""
+    happened = []
+    stop = events.subscribe(happened.append)
+    yield happened
+    stop()
+
+
+@pytest.fixture
+def python_env(cache_dir):
+    """The environment for a Python subprocess that imports jitmla and tests."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, sys.path)])}
+
+

@@ -1,0 +1,66 @@
+"""Every example runs. Those that need a GPU are left to `make test-gpu`."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from .conftest import REPOSITORY
+
+EXAMPLES = REPOSITORY / "examples"
+
+
+def run(env, name, *args):
+    return subprocess.run([sys.executable, EXAMPLES / name, *args], env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_the_list_is_complete():
+    listed = set(re.findall(r"`(\w+\.py)`", (EXAMPLES / "README.md").read_text(encoding="utf-8")))
+    assert listed == {path.name for path in EXAMPLES.glob("*.py")}
+
+
+def test_decode(python_env):
+    done = run({**python_env, "CUDA_VISIBLE_DEVICES": ""}, "decode.py")
+    assert done.returncode == 0, done.stderr
+    assert "out [3, 1, 16, 512] torch.bfloat16 on cpu" in done.stdout
+
+
+def test_keys(python_env):
+    done = run(python_env, "keys.py", "kimi-k2", "8")
+    assert done.returncode == 0, done.stderr
+    assert "kimi-k2 on 8 ranks can reach 5 kernels" in done.stdout and '"""' in done.stdout
+
+
+def check_demo(done):
+    """What `make demo` shows: the request, the choice, both times, the source and the check."""
+    assert done.returncode == 0, done.stderr
+    lines = {line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in done.stdout.splitlines()}
+    assert lines["request"].startswith("deepseek-v3, one new token: mla_decode(arch=sm_90a, dtype=bf16")
+    assert "variant" in lines["choice"]
+    with open(lines["source"], encoding="utf-8") as file:
+        assert "def entry()" in file.read()
+    cold = float(re.match(r"([\d.]+) s from an empty cache", lines["cold"]).group(1))
+    warm = [float(ms) for ms in re.findall(r"([\d.]+) ms to", lines["warm"])]
+    assert len(warm) == 2 and sum(warm) / 1e3 < cold
+    assert lines["check"].startswith("matches float64")
+    return lines
+
+
+@pytest.mark.slow
+def test_demo_without_gpu(python_env, tmp_path):
+    lines = check_demo(run({**python_env, "CUDA_VISIBLE_DEVICES": ""}, "demo.py", str(tmp_path / "demo")))
+    assert lines["call"].endswith("on cpu: backend reference") and "time" not in lines
+
+
+@pytest.mark.gpu
+def test_demo_with_gpu(python_env, tmp_path):
+    lines = check_demo(run(python_env, "demo.py", str(tmp_path / "demo")))
+    assert lines["call"].endswith("on cuda: backend sm90") and " us for " in lines["time"]
+
+
+@pytest.mark.gpu
+def test_cuda_graph(python_env):
+    done = run(python_env, "cuda_graph.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("agrees with the reference") == 2

@@ -1,0 +1,107 @@
+"""jitmla.schema against the jsonschema package, which is the judge of what the schema means."""
+
+import json
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jitmla import schema
+from jitmla.errors import SchemaViolation
+from jitmla.resources import SCHEMA
+
+from .documents import mutated, valid
+
+FEW = settings(max_examples=30, deadline=None, derandomize=True, database=None)
+MANY = settings(FEW, max_examples=400)
+DEFINITIONS = ("manifest", "key", "spec_mla_decode", "name")  # the other ones are part of a manifest
+JUDGES = {name: jsonschema.Draft7Validator({"$ref": f"#/definitions/{name}",
+                                            "definitions": schema.document()["definitions"]}) for name in DEFINITIONS}
+
+
+def accepts(value, name):
+    try:
+        schema.check(value, name)
+    except SchemaViolation:
+        return False
+    return True
+
+
+def keywords(form):
+    """Every keyword used in a schema; names of properties and definitions are not keywords."""
+    for word, inner in form.items():
+        yield word
+        if word in ("properties", "patternProperties", "definitions"):
+            for child in inner.values():
+                yield from keywords(child)
+        elif word == "oneOf":
+            for child in inner:
+                yield from keywords(child)
+        elif isinstance(inner, dict):
+            yield from keywords(inner)
+
+
+def test_the_schema_is_a_draft_7_schema():
+    jsonschema.Draft7Validator.check_schema(json.loads(SCHEMA.read_text(encoding="utf-8")))
+
+
+def test_the_schema_uses_only_what_is_covered():
+    used = set(keywords(schema.document()))
+    assert used <= schema.KEYWORDS | schema.ANNOTATIONS, used - schema.KEYWORDS - schema.ANNOTATIONS
+    assert used >= schema.KEYWORDS, f"covered, but not used: {schema.KEYWORDS - used}"
+
+
+def test_what_the_root_describes_is_a_manifest():
+    assert schema.document()["$ref"] == "#/definitions/manifest"
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+@FEW
+@given(st.data())
+def test_valid_documents_are_accepted(name, data):
+    document = data.draw(valid(name))
+    schema.check(document, name)
+    assert JUDGES[name].is_valid(document)
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+@MANY
+@given(st.data())
+def test_the_same_documents_are_accepted_and_refused(name, data):
+    document = data.draw(mutated(name))
+    assert accepts(document, name) == JUDGES[name].is_valid(document), document
+
+
+@pytest.mark.parametrize("name, value", [
+    ("sha256", "0" * 64), ("name", "a_name")])
+def test_a_trailing_newline_is_refused(name, value):
+    """Python's `$`, and so the jsonschema package, would let it pass; JSON Schema's `$` does not."""
+    assert accepts(value, name)
+    assert not accepts(value + "\n", name)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda d: d.pop("rows"), "'rows' is missing"),
+    (lambda d: d.update(batch=3), "unknown field 'batch'"),
+    (lambda d: d.update(page_size=0), "spec_mla_decode.page_size: 0 is out of range"),
+    (lambda d: d.update(page_size="64"), "is not of type integer"),
+    (lambda d: d.update(causal=1), "1 is not of type boolean"),
+    (lambda d: d.update(dtype="bf8"), "'bf8' is not one of ['bf16', 'fp16']"),
+    (lambda d: d.update(op="mla"), "'mla' is not 'mla_decode'"),
+])
+def test_the_error_names_the_field(change, words):
+    document = {"op": "mla_decode", "arch": "sm_90a", "dtype": "bf16", "kv_dtype": "bf16", "kv_lora_rank": 512,
+                "qk_rope_head_dim": 64, "page_size": 64, "rows": 16, "causal": False}
+    schema.check(document, "spec_mla_decode")
+    change(document)
+    with pytest.raises(SchemaViolation) as caught:
+        schema.check(document, "spec_mla_decode")
+    assert words in caught.value.differs
+    assert "delete the entry" in caught.value.remedy
+
+
+def test_the_fields_of_an_unknown_op():
+    with pytest.raises(SchemaViolation, match="op 'mla_encode'") as caught:
+        schema.spec_fields("mla_encode")
+    assert caught.value.supported == "mla_decode"
