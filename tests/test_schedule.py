@@ -13,7 +13,7 @@ from jitmla import schedule
 from jitmla.schedule import BLOCK_TOKENS, MAX_PARTS, combine_blocks, launch_args, workspace_floats
 
 COMMON = Path(__file__).parents[1] / "templates" / "common"
-FAST = settings(max_examples=400, deadline=None)
+FAST = settings(max_examples=200, deadline=None)
 
 
 def ceil_div(a, b):
@@ -219,7 +219,7 @@ def tokens(nb, slack):
     return [0 if n == 1 and slack == BLOCK_TOKENS else n * BLOCK_TOKENS - slack % BLOCK_TOKENS for n in nb]
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(nb=blocks(most_requests=70), knobs=KNOBS, slack=st.integers(0, BLOCK_TOKENS), data=st.data())
 def test_device_code_agrees_with_the_model(device, nb, knobs, slack, data):
     split, lengths = Split(nb, *knobs), tokens(nb, slack)

@@ -137,7 +137,7 @@ class MlaCombine:
         sMl = smem.allocate_tensor(Float32, cute.make_layout((2, COMBINE_WARPS)), 16)  # its maximum and its sum
         sO = smem.allocate_tensor(Float32, cute.make_layout((4, 32, 4, COMBINE_WARPS)), 16)
 
-        # request, first part, parts; read again for every row, because what is derived from them would be kept and spilled
+        # request, first part, parts: read again for every row, or what is derived from them is kept, and spilled
         sJob = smem.allocate_tensor(Int32, cute.make_layout((4, COMBINE_WARPS)), 16)
 
         chunk = bx & ((Int32(1) << lc) - 1)
@@ -153,7 +153,9 @@ class MlaCombine:
             for i in cutlass.range(rows_per_warp, unroll=1):
                 r = row0 + (i << (3 - lw))
                 if r < mO.shape[1]:
-                    self.one_row(mO, mLse, mSinks, mOacc, mLacc, sW, sMl, sO, sJob, has_sinks, r, w, lane, chunk, lw, ls)
+                    self.one_row(
+                        mO, mLse, mSinks, mOacc, mLacc, sW, sMl, sO, sJob, has_sinks, r, w, lane, chunk, lw, ls
+                    )
 
     @cute.jit
     def one_row(self, mO, mLse, mSinks, mOacc, mLacc, sW, sMl, sO, sJob, has_sinks, r, w, lane, chunk, lw, ls):

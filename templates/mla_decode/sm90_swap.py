@@ -7,9 +7,9 @@ The query rows are the N of the MMA (8 or 16) instead of a mostly empty M of 64.
 memory, and the rest is a ring of KV tiles: about 200 KB in flight, which is what a memory-bound kernel needs.
 
 Tiling. One CTA per part (mla_split.py); a part walks over 64-token blocks, whatever the page size. A tile is 64 tokens
-x 64 columns; SLOT_TILES tiles are one slot of the ring (RING slots), a block is (LATENT + ROPE) / 64 / SLOT_TILES slots.
-In a slot the 8-token groups of all tiles lie together, so a page of 16 or 32 tokens is a contiguous piece of it and one
-TMA box:
+x 64 columns; SLOT_TILES tiles are one slot of the ring of RING slots; a block is (LATENT + ROPE) / 64 / SLOT_TILES
+slots. In a slot the 8-token groups of all tiles lie together, so a page of 16 or 32 tokens is a contiguous piece of it
+and one TMA box:
 
     slot = [tokens 0-7: tile 0 | tile 1 | tile 2] [tokens 8-15: tile 0 | tile 1 | tile 2] ... [tokens 56-63: ...]
             `------------ page of 16 tokens: one box (64 columns, 8 rows, 3 tiles, 2 groups) ------------'
@@ -24,8 +24,9 @@ own; nothing crosses between them until the end of the request. One TMA warp run
     out and lse (sinks applied here), pieces of split requests to the workspace; then Q's memory is free (q_free).
 
 The combine (mla_combine.py) is launched behind it with PDL. Page ids are read only for pages that hold tokens
-(j < ceil(L / PAGE_SIZE)): the boxes behind the end of a request repeat its last page, and for a request of length 0 they
-lie outside the tensor map and are filled with zeros. Rows behind the end are masked in S and cleared in V (0 * NaN).
+(j < ceil(L / PAGE_SIZE)): the boxes behind the end of a request repeat its last page, and for a request of length 0
+they lie outside the tensor map and are filled with zeros. Rows behind the end are masked in S and cleared in V
+(0 * NaN).
 
 Cannot: more than ROWS query rows; page sizes other than 16, 32, 64, 128; sm_scale <= 0 (the maximum is taken before
 scaling); FP8; a ROPE width other than 64.
@@ -397,7 +398,9 @@ class MlaDecode:
                 self.load_q(c, req)
             for j in cutlass.range(b0, b1, unroll=1):
                 following = self.page_id(mTable, req, cutlass.min(j + 1, b1 - 1), last, lane, pages)
-                at = [page] if const_expr(BOXES == 1) else [cute.arch.shuffle_sync(page, offset=u) for u in range(BOXES)]
+                at = [page]
+                if const_expr(BOXES > 1):
+                    at = [cute.arch.shuffle_sync(page, offset=u) for u in range(BOXES)]
                 part_of_page = j % (PAGE_SIZE // BLOCK) if const_expr(PAGE_SIZE > BLOCK) else 0
                 for i in cutlass.range_constexpr(SLOTS):
                     full = c["full"] + slot
@@ -498,9 +501,7 @@ class MlaDecode:
             cute.arch.mbarrier_arrive(c["empty"] + (number * SLOTS + lane) % RING)
 
     @cute.jit
-    def consume(
-        self, c, mma_qk, sQ, sI, mSeqlens, mSinks, mO, mLse, mOacc, mLacc, c_log2, has_sinks, part, t, tid
-    ):
+    def consume(self, c, mma_qk, sQ, sI, mSeqlens, mSinks, mO, mLse, mOacc, mLacc, c_log2, has_sinks, part, t, tid):
         lane, w, wg, sL, sM = c["lane"], c["w"], c["wg"], c["sL"], c["sM"]
         s_q, heads = mLse.shape[1], mLse.shape[2]
         sX = cute.make_tensor(cute.recast_ptr(sQ.iterator, dtype=Float32), cute.make_layout((128, HALF)))  # merge area

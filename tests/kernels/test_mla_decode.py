@@ -8,6 +8,7 @@ All kernels are those of tests/keysets.py, so these tests run from a prewarmed c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import re
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 import jitmla
 import jitmla.ops.mla_decode as op
-from jitmla import dispatch, events, schedule
+from jitmla import dispatch, events, schedule, workspace
 from jitmla.errors import InvalidArgument, MissNotAllowed, NoTemplate
 from jitmla.testing import (
     Problem,
@@ -58,14 +59,28 @@ def summary(request):
                   f"derandomized, {DRAWN.max_examples}; {torch.cuda.get_device_name()}")
 
 
+@contextlib.contextmanager
+def fresh_workspace():
+    """Within it no workspace is kept from earlier calls, so that the next one is allocated, and poisoned."""
+    kept = dict(workspace._workspaces)
+    workspace._workspaces.clear()
+    try:
+        yield
+        for _, counters in workspace._workspaces.values():
+            assert not bool(counters.any()), "a launch did not leave its counters at zero"
+    finally:
+        workspace._workspaces.clear()
+        workspace._workspaces.update(kept)
+
+
 def run(problem: Problem, out_strides=None, lse_strides=None):
     """(out, lse) of the kernel. Outputs and workspace are NaN before the call; what is around them must not change."""
     out = guarded(problem.out_shape, problem.dtype, problem.device, out_strides)
     lse = guarded(problem.out_shape[:3], torch.float32, problem.device, lse_strides)
-    with poisoned_empty() as allocated:
+    with fresh_workspace(), poisoned_empty() as allocated:
         got = jitmla.mla_decode(*problem.args, **problem.kwargs, out=out.tensor, lse=lse.tensor, return_lse=True,
                                 backend="sm90")
-    assert len(allocated) == (1 if problem.lengths else 0), "one workspace, and nothing else, is allocated"
+    assert len(allocated) == 1, "the workspace, and nothing else, is allocated"
     assert got[0] is out.tensor and got[1] is lse.tensor
     assert out.intact() and lse.intact(), "written outside of out or lse"
     return got
@@ -384,6 +399,50 @@ def test_back_to_back_calls_share_the_workspace():
     wrong = [i for i, (out, lse) in zip(order, results, strict=True)
              if not (same(out, expected[i][0]) and same(lse, expected[i][1]))]
     assert not wrong
+
+
+SIDE_BY_SIDE = [(16, [9000, 5]), (128, [4000, 30]), (16, [70, 700, 3000])]
+
+
+def test_streams_side_by_side():
+    """Calls on different streams may run at the same time: they share neither workspace nor counters."""
+    problems = [mla_decode_problem(lengths, heads=h, device="cuda", seed=i) for i, (h, lengths) in
+                enumerate(SIDE_BY_SIDE)]
+    expected = [run(problem) for problem in problems]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in problems]
+    results = []
+    for _ in range(40):
+        for problem, stream in zip(problems, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(jitmla.mla_decode(*problem.args, **problem.kwargs, return_lse=True))
+    torch.cuda.synchronize()
+    wrong = [i for i, (out, lse) in enumerate(results) if not (same(out, expected[i % len(problems)][0])
+                                                               and same(lse, expected[i % len(problems)][1]))]
+    assert not wrong
+
+
+def test_graphs_side_by_side():
+    """Graphs may be replayed at the same time as one another and as eager calls."""
+    problems = [mla_decode_problem(lengths, heads=h, device="cuda", seed=i) for i, (h, lengths) in
+                enumerate(SIDE_BY_SIDE)]
+    expected = [run(problem) for problem in problems]
+    graphs = [captured(lambda p=problem: jitmla.mla_decode(*p.args, **p.kwargs, return_lse=True))
+              for problem in problems]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in problems]
+    eager = []
+    for _ in range(40):
+        for (graph, (out, lse)), stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                out.fill_(float("nan"))
+                lse.fill_(float("nan"))
+                graph.replay()
+        eager.append(jitmla.mla_decode(*problems[0].args, **problems[0].kwargs, return_lse=True))
+    torch.cuda.synchronize()
+    for (_, result), exact in zip(graphs, expected, strict=True):
+        assert same(result[0], exact[0]) and same(result[1], exact[1])
+    assert all(same(out, expected[0][0]) and same(lse, expected[0][1]) for out, lse in eager)
 
 
 def test_current_stream_is_used():
