@@ -49,8 +49,8 @@ class Check:
 def doctor(as_json: output.Json = False) -> None:
     """Check what this machine lacks.
 
-    Shows what is installed, and what would stop a compile or a launch, each with its remedy. Exit
-    code 1 when the main job cannot be done: with a GPU to launch, without one to compile.
+    Shows what is installed, and what would stop a compile or a launch, each with its remedy. Exit code 1 when the main
+    job cannot be done: with a GPU to launch, without one to compile.
     """
     drivers = gpu_count()
     checks = list(findings(drivers))

@@ -203,7 +203,7 @@ def _check_query(q: Any, kv_lora_rank: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(kv_lora_rank, int) or kv_lora_rank not in (64, 128, 256, 512):
         raise InvalidArgument(f"kv_lora_rank={kv_lora_rank!r}", supported="64, 128, 256 or 512",
                               differs="it is none of them",
-                              remedy="pass the model's kv_lora_rank: the width of its cached latent, without the rope part")
+                              remedy="pass the width of the cached latent, without the rope part")
     if isinstance(q, (tuple, list)):
         if len(q) != 2:
             raise InvalidArgumentType(f"q: a {type(q).__name__} of {len(q)}", supported="a tensor, or (q_nope, q_pe)",
@@ -233,9 +233,10 @@ def _check_query(q: Any, kv_lora_rank: Any) -> tuple[Tensor, Tensor]:
                               remedy="split the query tokens over several calls (longer suffixes are prefill)")
     rope = (q_nope.shape[3] - kv_lora_rank) if q_nope is q_pe else q_pe.shape[3]
     if rope not in (0, 16, 32, 64):
-        raise InvalidArgument(f"q: {checks.describe(q_nope)}", supported="qk_rope_head_dim 0, 16, 32 or 64",
+        name, value = ("q", q_nope) if q_nope is q_pe else ("q_pe", q_pe)
+        raise InvalidArgument(f"{name}: {checks.describe(value)}", supported="qk_rope_head_dim 0, 16, 32 or 64",
                               differs=f"with kv_lora_rank = {kv_lora_rank} it is {rope}",
-                              remedy="compare q's last dimension with the model's kv_lora_rank + qk_rope_head_dim")
+                              remedy=f"compare the last dimension of {name} with the model's config")
     return q_nope, q_pe
 
 

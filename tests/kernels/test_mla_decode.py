@@ -460,6 +460,7 @@ def test_current_stream_is_used():
     assert same(got[0], expected[0]) and same(got[1], expected[1])
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_call_does_not_synchronize_nor_emit_events():
     problem = mla_decode_problem([2000, 5, 64], heads=16, device="cuda")
     jitmla.mla_decode(*problem.args, **problem.kwargs)
