@@ -30,7 +30,7 @@ from jitmla.testing import (
     mla_decode_problem,
     poisoned_empty,
 )
-from tests.keysets import ROWS, covering, product
+from tests.keysets import ROWS, covering, only_when_asked, product
 
 pytestmark = [
     pytest.mark.gpu,
@@ -165,7 +165,13 @@ def test_drawn_problems(call):
     check_drawn(call)
 
 
+@pytest.fixture
+def asked_for(request):
+    only_when_asked(request.config)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("asked_for")
 @given(calls(product()))
 @settings(DRAWN, max_examples=600)
 def test_drawn_problems_of_every_key(call):
