@@ -97,10 +97,14 @@ class MlaCombine:
         lane = tid % 32
         self.sync()  # the partial results of all warps are written, and sShare
         if tid == 0:
-            if sShare[1] > 1 and part - sShare[0] < sShare[1]:
-                self.count(counters, sShare[0] * tiles + tile, sShare[1] + sShare[2], True)
-            if sShare[3] > 1:
-                self.count(counters, part * tiles + tile, 2 * sShare[3], True)
+            continues = sShare[1] > 1 and part - sShare[0] < sShare[1]
+            starts = sShare[3] > 1
+            if continues or starts:
+                cute.arch.fence_acq_rel_gpu()  # with the barrier: releases what the whole CTA has written
+            if continues:
+                self.count(counters, sShare[0] * tiles + tile, sShare[1] + sShare[2])
+            if starts:
+                self.count(counters, part * tiles + tile, 2 * sShare[3])
         for i in cutlass.range(2, unroll=1):
             p0 = sShare[0] if i == 0 else part
             n = sShare[1] if i == 0 else sShare[3]
@@ -112,7 +116,7 @@ class MlaCombine:
                     seen = self.arrivals(counters, at)
                     while seen < n:
                         seen = self.arrivals(counters, at)
-                    self.count(counters, at, n + sharers, False)
+                    self.count(counters, at, n + sharers)
                 self.sync()
                 self.rows(
                     area, out, lse, sinks, o_acc, lse_acc, flags, heads, req, p0, n, w * sharers + part - p0,
@@ -120,11 +124,10 @@ class MlaCombine:
                 )  # fmt: skip
 
     @cute.jit
-    def count(self, counters: cute.Tensor, at: Int32, total: Int32, release: cutlass.Constexpr):
-        """Increment a counter, the last of `total` times to 0. Releases what the CTA wrote before its last barrier."""
-        order = "release" if release else "relaxed"
+    def count(self, counters: cute.Tensor, at: Int32, total: Int32):
+        """Increment a counter, the last of `total` times to 0."""
         cute.arch.inline_ptx(
-            f"red.{order}.gpu.global.inc.u32 [{{$r0}}], {{$r1}};",
+            "red.relaxed.gpu.global.inc.u32 [{$r0}], {$r1};",
             read_only_args=[(counters.iterator + at).llvm_ptr, total - 1],
         )
 

@@ -733,14 +733,17 @@ class MlaDecode:
         ph = Int32(0)  # phase of the K barriers; both buffers flip once per pair
         ph_q = Int32(0)
         next_len = seqlens[cutlass.min(sI[0], batch - 1)]
-        if tid == 32:  # while the first loads are under way
+        # A branch on warp_idx, here while the first loads are under way: after one on tid, the compiler does not take
+        # the warps for converged, and moves descriptors to uniform registers for every MMA of the main loop.
+        if warp_idx == 1:
             p0, n, sharers, started = sharing(seqlens, part, parts_per_request, sI[5], sI[0], sI[1], sI[2], sI[3])
-            sShare[0] = p0
-            sShare[1] = n
-            sShare[2] = sharers
-            sShare[3] = started
-            sShare[4] = sI[0]
-            sShare[5] = sI[1]
+            if lane == 0:
+                sShare[0] = p0
+                sShare[1] = n
+                sShare[2] = sharers
+                sShare[3] = started
+                sShare[4] = sI[0]
+                sShare[5] = sI[1]
 
         for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
             seqlen = next_len

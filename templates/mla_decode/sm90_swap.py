@@ -371,14 +371,16 @@ class MlaDecode:
         if warp_idx == 8:
             self.produce(c, mTable, mSeqlens, sI, pages)
         else:
-            if tid == 0:  # while the first loads are under way
+            # while the first loads are under way; a branch on tid would make the compiler take the warps for diverged
+            if warp_idx == 0:
                 p0, n, sharers, started = sharing(mSeqlens, part, s, sI[5], sI[0], sI[1], sI[2], sI[3])
-                sShare[0] = p0
-                sShare[1] = n
-                sShare[2] = sharers
-                sShare[3] = started
-                sShare[4] = sI[0]
-                sShare[5] = sI[1]
+                if lane == 0:
+                    sShare[0] = p0
+                    sShare[1] = n
+                    sShare[2] = sharers
+                    sShare[3] = started
+                    sShare[4] = sI[0]
+                    sShare[5] = sI[1]
             self.consume(
                 c, mma_qk, sQ, sI, mSeqlens, mSinks, mO, mLse, mOacc, mLacc, c_log2, flags, s_q, heads, part, t, tid
             )
