@@ -185,8 +185,8 @@ CASES = [
     (128, 7, 64, 5, 3, 3, 2),
     (256, 2, 0, 2, 5, 5, 1),
     (256, 16, 0, 8, 2, 3, 0),  # a sharer without a piece
-    (512, 5, 64, 64, 3, 3, 1),
-    (512, 16, 0, 16, 2, 2, 0),  # 4 units a warp
+    (512, 14, 64, 64, 3, 3, 1),  # 3 units a warp, not a power of two parts
+    (512, 9, 0, 9, 2, 2, 0),
     (512, 2, 0, 2, 9, 33, 0),  # more sharers than units
     (512, 1, 0, 1, 33, 2, 0),  # two rounds of 32 log-sum-exps, ring filled more than once
     (128, 1, 0, 1, 160, 1, 0),
