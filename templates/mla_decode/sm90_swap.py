@@ -678,7 +678,7 @@ def fake_args():
     return (
         tensor(ELEMENT, batch, s_q, heads, n(), align=16, divisor=8),
         tensor(ELEMENT, batch, s_q, heads, n(), align=16, divisor=8),
-        tensor(ELEMENT, n(), PAGE_SIZE, WIDTH, align=16, divisor=8),
+        tensor(ELEMENT, n(), PAGE_SIZE, LATENT + ROPE, align=16, divisor=8),
         tensor(Int32, batch, n(), align=4),
         tensor(Int32, batch, align=4),
         tensor(Float32, n(), align=4),
