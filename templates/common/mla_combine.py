@@ -45,7 +45,7 @@ from common.sm90 import INF, LOG2E, cutlass_dtype, ex2
 
 COMBINE_WARPS = 8
 COMBINE_MAX_PARTS = 160  # of one request
-COMBINE_ENTRIES = 196  # weights of a warp: 32 + 160, and 3 that are read and not used
+COMBINE_ENTRIES = 196  # weights of a warp: 32 + 160, and 3 that are read with the last four; a multiple of 4
 COMBINE_FLOOR = -1.0e30  # stands for the maximum of no weights: finite, so that -inf - maximum is never NaN
 HAS_SINKS, WANTS_LSE, COOPERATIVE = 1, 2, 4  # bits of the flags
 
@@ -206,21 +206,23 @@ class MlaCombine:
             cute.arch.cp_async_wait_group(ring // 4 - 1)
             for u in cutlass.range_constexpr(4):
                 cute.autovec_copy(sX[None, lane, (e + u) & (ring - 1), w], rX[None, u])
-                rW[u] = sW[e + u, w]
+            at_weight = cute.assume(w * COMBINE_ENTRIES + e, divby=4)
+            cute.autovec_copy(cute.make_tensor(sW.iterator + at_weight, cute.make_layout(4)), rW)
             for u in cutlass.range_constexpr(4):
-                if e + u < loads:
-                    for x in cutlass.range_constexpr(4):
-                        rO[x] = rO[x] + rW[u] * rX[x, u]
-                    done = done + 1
-                    if done == n:
+                for x in cutlass.range_constexpr(4):
+                    rO[x] = rO[x] + rW[u] * rX[x, u]
+                done = done + 1
+                if done == n:
+                    if e + u < loads:  # what is added after the last unit is garbage
                         self.store(out, req, row0 + (unit >> log_slices), unit & ((1 << log_slices) - 1), rO, lane)
-                        rO.fill(0.0)
-                        done = Int32(0)
-                        unit = unit + step
-            for u in cutlass.range_constexpr(4):
-                if e + ring + u < loads:
-                    self.load(get4, o_acc, at, sX[None, lane, (e + u) & (ring - 1), w])
-                    part, at, unit_at = self.following(part, at, unit_at, n, slot, step)
+                    rO.fill(0.0)
+                    done = Int32(0)
+                    unit = unit + step
+            if e + ring < loads:
+                for u in cutlass.range_constexpr(4):
+                    if e + ring + u < loads:
+                        self.load(get4, o_acc, at, sX[None, lane, (e + u) & (ring - 1), w])
+                        part, at, unit_at = self.following(part, at, unit_at, n, slot, step)
             cute.arch.cp_async_commit_group()
 
     @cute.jit
