@@ -12,7 +12,6 @@ from typing import Any
 
 from jitmla import env, registry, schema
 from jitmla.bench import report
-from jitmla.bench import report
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- support matrix: written by `make docs` -->", "<!-- end of support matrix -->"

@@ -1,7 +1,7 @@
 """One kernel from request to result: a decode step of DeepSeek-V3 goes through all of jitmla. `make demo` runs it.
 
-It uses a cache of its own, emptied first: build/demo-cache, or the folder given as an argument. Without a GPU that jitmla
-has kernels for, it compiles for sm_90a all the same, and the result comes from the PyTorch reference.
+It uses a cache of its own, emptied first: build/demo-cache, or the folder given as an argument. Without a GPU that
+jitmla has kernels for, it compiles for sm_90a all the same, and the result comes from the PyTorch reference.
 """
 
 from __future__ import annotations

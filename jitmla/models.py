@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,14 @@ KNOWN = {m.name: m for m in (
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 
 
-def model(name_or_path: str | Path) -> MlaModel:
-    """A known model by name, or one read from a Hugging Face `config.json` (or a folder that holds one)."""
+def model(name_or_path: str | Path, dtype: str | None = None) -> MlaModel:
+    """A known model by name, or one read from a Hugging Face `config.json` (or a folder that holds one).
+
+    dtype: "bf16" or "fp16", instead of the model's own. Raises UnknownModel.
+    """
     if str(name_or_path) in KNOWN:
-        return KNOWN[str(name_or_path)]
+        known = KNOWN[str(name_or_path)]
+        return replace(known, dtype=dtype or known.dtype)
     path = Path(name_or_path)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
@@ -55,21 +59,26 @@ def model(name_or_path: str | Path) -> MlaModel:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise UnknownModel(f"model config {path}", supported="a Hugging Face config.json", differs=str(e)) from e
-    return _from_config(config, path)
+    return _from_config(config, path, dtype)
 
 
-def _from_config(config: dict[str, Any], path: Path) -> MlaModel:
-    text = config.get("text_config", config)  # multimodal models keep the language model's dimensions apart
+def _from_config(config: Any, path: Path, dtype: str | None) -> MlaModel:
+    # multimodal models keep the language model's dimensions apart
+    text = config.get("text_config", config) if isinstance(config, dict) else config
+    if not isinstance(text, dict):
+        raise UnknownModel(f"model config {path}", supported="a Hugging Face config.json",
+                           differs=f"it holds a {type(text).__name__} instead of an object")
     fields = ("num_attention_heads", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
     missing = [f for f in fields if not isinstance(text.get(f), int)]
     if missing:
         raise UnknownModel(f"model config {path}", supported="a model with Multi-head Latent Attention",
                            differs=f"it has no {', '.join(missing)}")
-    dtype = next((c[n] for c in (text, config) for n in ("torch_dtype", "dtype") if c.get(n)), "bfloat16")
-    if dtype not in _DTYPES:
-        raise UnknownModel(f"model config {path}", supported=" or ".join(_DTYPES), differs=f"its dtype is {dtype!r}",
+    own = next((c[n] for c in (text, config) for n in ("torch_dtype", "dtype") if c.get(n)), "bfloat16")
+    if dtype is None and own not in _DTYPES:
+        raise UnknownModel(f"model config {path}", supported=" or ".join(_DTYPES), differs=f"its dtype is {own!r}",
                            remedy="name the dtype that the kernels run in: dtype='bf16'")
-    return MlaModel(str(config.get("model_type", path.parent.name)), *(text[f] for f in fields), dtype=_DTYPES[dtype])
+    return MlaModel(str(config.get("model_type", path.parent.name)), *(text[f] for f in fields),
+                    dtype=dtype or _DTYPES[own])
 
 
 def specs_for(name_or_path: str | Path, *, tp: int, arch: str, page_sizes: Iterable[int] = PAGE_SIZES,
@@ -77,16 +86,16 @@ def specs_for(name_or_path: str | Path, *, tp: int, arch: str, page_sizes: Itera
     """Every Spec that mla_decode can meet when serving the model: any batch and lengths, s_q up to max_s_q, causal or
     not."""
     arches.check(arch)
-    dims = model(name_or_path)
+    dims = model(name_or_path, dtype)
     if tp < 1 or dims.num_attention_heads % tp:
         raise InvalidArgument(f"tp={tp} for {dims.name}",
                               supported=f"a divisor of its {dims.num_attention_heads} heads",
                               differs="heads cannot be split evenly")
     heads = dims.num_attention_heads // tp
-    dtype = dtype or dims.dtype
     return list(dict.fromkeys(
-        mla_decode_spec(arch=arch, dtype=dtype, kv_lora_rank=dims.kv_lora_rank, qk_rope_head_dim=dims.qk_rope_head_dim,
-                        page_size=page_size, s_q=s_q, heads=heads, causal=causal)
+        mla_decode_spec(arch=arch, dtype=dims.dtype, kv_lora_rank=dims.kv_lora_rank,
+                        qk_rope_head_dim=dims.qk_rope_head_dim, page_size=page_size, s_q=s_q, heads=heads,
+                        causal=causal)
         for page_size in page_sizes for s_q in range(1, max_s_q + 1) for causal in (True, False)))
 
 

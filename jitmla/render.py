@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,18 +17,27 @@ from .errors import InvalidTemplate
 BEGIN = "# --- constants: replaced when rendered ---"
 END = "# --- end of constants ---"
 COMMON = "common."
+_parser = threading.Lock()
 
 
 def constants_of(source: str, name: str = "template") -> dict[str, Any]:
     """The checked-in constants: a working point of the template."""
     head, block, _ = _cut(source, name)
     constants: dict[str, Any] = {}
-    for node in ast.parse(block).body:
+    for node in _parse(block, name).body:
         if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
-            raise InvalidTemplate(f"line {head.count(chr(10)) + 1 + node.lineno} of {name}",
-                                  supported="NAME = literal between the constants marks", differs=ast.unparse(node))
-        constants[node.targets[0].id] = ast.literal_eval(node.value)
+            raise _not_a_constant(head, node, name)
+        try:
+            constants[node.targets[0].id] = ast.literal_eval(node.value)
+        except ValueError as e:
+            raise _not_a_constant(head, node, name) from e
     return constants
+
+
+def _not_a_constant(head: str, node: ast.stmt, name: str) -> InvalidTemplate:
+    # the block begins with the end of the line that has the first mark
+    return InvalidTemplate(f"line {head.count(chr(10)) + node.lineno} of {name}",
+                           supported="NAME = literal between the constants marks", differs=ast.unparse(node))
 
 
 def inline(source: str, read_common: Callable[[str], str], name: str = "template") -> str:
@@ -56,6 +66,12 @@ def render(source: str, constants: dict[str, Any], read_common: Callable[[str], 
     return f"{top}{head}{BEGIN}\n{block}{END}{tail}"
 
 
+def _parse(source: str, name: str) -> ast.Module:
+    # one thread at a time: before 3.11.8 and 3.12.1, threads that parse at once get a SystemError (CPython gh-106905)
+    with _parser:
+        return ast.parse(source, filename=name)
+
+
 def _cut(source: str, name: str) -> tuple[str, str, str]:
     if source.count(BEGIN) != 1 or source.count(END) != 1 or source.index(BEGIN) > source.index(END):
         raise InvalidTemplate(name, supported=f"one block between {BEGIN!r} and {END!r}", differs="no such block")
@@ -65,7 +81,7 @@ def _cut(source: str, name: str) -> tuple[str, str, str]:
 
 
 def _inline(source: str, read_common: Callable[[str], str], name: str, seen: set[str], owners: dict[str, str]) -> str:
-    tree = ast.parse(source, filename=name)
+    tree = _parse(source, name)
     lines = source.splitlines(keepends=True)
     _claim(tree, name, owners)
     pieces, position = [], 0

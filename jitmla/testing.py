@@ -120,11 +120,11 @@ def mla_decode_problem(lengths: Sequence[int], *, heads: int, s_q: int = 1, page
 
     max_pages = max(counts, default=0) + extra_table
     garbage = torch.tensor(GARBAGE_PAGES if poison else (0,), dtype=torch.int32, device=device)
-    block_table = garbage.repeat(batch * (max_pages + 1) // len(garbage) + 1)[:batch * (max_pages + 1)]
-    block_table = block_table.view(batch, max_pages + 1)[:, :max_pages]  # its row stride is not its width
+    table = garbage.repeat(batch * (max_pages + 1) // len(garbage) + 1)[:batch * (max_pages + 1)]
     where = torch.tensor([b * (max_pages + 1) + j for b, c in enumerate(counts) for j in range(c)], dtype=torch.int64,
                          device=device)
-    block_table._base.view(-1)[where] = ids.int()
+    table[where] = ids.int()
+    block_table = table.view(batch, max_pages + 1)[:, :max_pages]  # its row stride is not its width
 
     joined = normal(batch, s_q, heads, width)
     q: Tensor | tuple[Tensor, Tensor]

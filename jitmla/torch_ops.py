@@ -61,7 +61,7 @@ def call_mla_decode(q: Any, kv_cache: Tensor, block_table: Tensor, seq_lens: Ten
                     causal: bool, sinks: Tensor | None, out: Tensor | None, lse: Tensor | None, return_lse: bool,
                     backend: str) -> Any:
     """What jitmla.mla_decode does while torch.compile traces it."""
-    q_nope, q_pe = q if isinstance(q, tuple) else (q, None)
+    q_nope, q_pe = q if isinstance(q, (tuple, list)) else (q, None)
     inputs = (q_nope, q_pe, kv_cache, block_table, seq_lens, sinks, kv_lora_rank, sm_scale, causal, backend)
     if out is None and lse is None:
         out, lse = torch.ops.jitmla.mla_decode(*inputs)

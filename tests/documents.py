@@ -1,4 +1,4 @@
-"""Hypothesis strategies for documents that cache_schema.json accepts, made from the schema itself, and mutations of them."""
+"""Hypothesis strategies, made from cache_schema.json itself: documents that it accepts, and mutations of them."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def mutated(draw, name: str):
             document = copy.deepcopy(document)
             del get(document, place[:-1])[place[-1]]
         elif change == "add" and isinstance(inner, dict):
-            document = replaced(document, (*place, draw(st.sampled_from(["extra", "A", "a", "A1", "key"]))), draw(VALUES))
+            name = draw(st.sampled_from(["extra", "A", "a", "A1", "key"]))
+            document = replaced(document, (*place, name), draw(VALUES))
         elif change == "add" and isinstance(inner, list):
             document = replaced(document, place, [*inner, draw(VALUES)])
         elif change == "perturb" and isinstance(inner, (str, int, float)):

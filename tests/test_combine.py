@@ -104,7 +104,7 @@ class Async:
 
 
 class _Lanes(ast.NodeTransformer):
-    """Turn the device methods into generators of one lane: warp-wide operations and calls of generators become yields."""
+    """Turn the device methods into generators of one lane: warp-wide operations and calls of generators are yields."""
 
     def visit_Call(self, node):
         self.generic_visit(node)
@@ -128,8 +128,9 @@ def combiner(late):
     tree.body = [n for n in tree.body if not isinstance(n, (ast.Import, ast.ImportFrom))]
     unit = Async(late)
     arch = types.SimpleNamespace(
-        fmax=max, rcp_approx=lambda x: Number(1 / x if x else math.inf), cp_async_commit_group=unit.commit, cp_async_wait_group=unit.wait
-    )
+        fmax=max, rcp_approx=lambda x: Number(1 / x if x else math.inf),
+        cp_async_commit_group=unit.commit, cp_async_wait_group=unit.wait,
+    )  # fmt: skip
     cute = types.SimpleNamespace(
         arch=arch, copy=unit.copy, autovec_copy=move, make_tensor=Tensor, make_layout=layout, make_rmem_tensor=rmem,
         make_copy_atom=lambda *a, **k: None, assume=lambda x, divby: assumed(x, divby),
@@ -144,7 +145,8 @@ def combiner(late):
     )
     names = {
         "cutlass": cutlass, "cute": cute, "cpasync": cpasync, "Int32": int, "Float32": Number, "INF": math.inf,
-        "LOG2E": math.log2(math.e), "cutlass_dtype": lambda x: x, "ex2": lambda x: Number(2.0**x if x < 1000 else math.inf),
+        "LOG2E": math.log2(math.e), "cutlass_dtype": lambda x: x,
+        "ex2": lambda x: Number(2.0**x if x < 1000 else math.inf),
         "const_expr": lambda x: x,
     }  # fmt: skip
     exec(compile(ast.fix_missing_locations(tree), "mla_combine.py", "exec"), names)  # noqa: S102

@@ -28,6 +28,14 @@ HANGING = ("import os, subprocess, time\nchild = subprocess.Popen(['sleep', '600
            "open({path!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}\\n')\ntime.sleep(600)\n")
 
 
+@pytest.fixture(autouse=True)
+def temporary(monkeypatch, tmp_path):
+    """Where compiles work and failed ones leave their sources."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return tmp_path / "temporary"
+
+
 def kinds(seen):
     return [event.kind for event in seen]
 
@@ -226,7 +234,7 @@ def test_the_library_does_not_depend_on_folder_process_or_environment(real, tmp_
                           CUTE_DSL_KEEP="ptx", CUDA_VISIBLE_DEVICES="0") == real.so_bytes
     for path in (tmp_path, tempfile.gettempdir(), Path(__file__).parents[1], Path.home()):
         assert str(path).encode() + b"/" not in real.so_bytes
-    assert list(tmp_path.glob("jitmla-*")) == []
+    assert list(tmp_path.glob("jitmla-*")) == []  # nothing is left in TMPDIR
 
 
 @needs_compiler
@@ -281,11 +289,10 @@ def test_a_failing_compile_shows_its_last_lines_its_source_and_fails_at_once_aga
 
 
 @needs_compiler
-def test_without_a_store_the_failed_source_is_kept_elsewhere(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_without_a_store_the_failed_source_is_kept_elsewhere(temporary):
     with pytest.raises(CompileFailed) as caught:
         build(tiny_key(), FAILING)
-    (kept,) = tmp_path.iterdir()
+    (kept,) = temporary.iterdir()
     assert (kept / "kernel.py").read_text() == FAILING and str(kept) in caught.value.remedy
 
 

@@ -12,7 +12,8 @@ EXAMPLES = REPOSITORY / "examples"
 
 
 def run(env, name, *args):
-    return subprocess.run([sys.executable, EXAMPLES / name, *args], env=env, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, EXAMPLES / name, *args]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
 def test_the_list_is_complete():

@@ -4,13 +4,15 @@ and a call that passes the wrapper ends at the CUDA driver."""
 
 import ast
 import ctypes
+import os
 from pathlib import Path
 
 import pytest
 
 from jitmla import compile, load, registry
+from jitmla.store import Store
 
-from .keysets import spec
+from .keysets import covering, spec
 from .support.tiny import needs_compiler
 
 pytestmark = needs_compiler
@@ -65,13 +67,15 @@ ARGUMENTS = {
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
-    """The fastest one to compile; the others have the same fake arguments (below)."""
+    """The fastest one to compile; the others have the same fake arguments (below). The store is that of
+    test_templates_compile.py."""
     tvm_ffi = pytest.importorskip("tvm_ffi")
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    store = Store(os.environ.get("JITMLA_TEST_CACHE") or shared / "compiled")
     choice = registry.choose(spec("bf16", LATENT, PAGE, HEADS, False))
-    path = tmp_path_factory.mktemp("guard") / "kernel.so"
-    path.write_bytes(compile.build(choice.key, choice.source()).so_bytes)
-    load.runtime()
-    function = tvm_ffi.load_module(path).get_function("mla_decode")
+    assert choice.spec in covering()
+    function = load.load(compile.get_or_compile(choice.key, choice.source, store), "mla_decode")
 
     def call(**over):
         assert over.keys() <= ARGUMENTS.keys()

@@ -68,8 +68,8 @@ class Split:
 
 
     def shares(self, p):
-        """(request, p0, parts with a piece, sharers) of each split request that part p has to combine, by looking at the
-        pieces of all parts. What `sharing` computes from the share of p alone."""
+        """(request, p0, parts with a piece, sharers) of each split request that part p has to combine, by looking at
+        the pieces of all parts. What `sharing` computes from the share of p alone."""
         found = []
         for r, owners in enumerate(self.owners):
             sharers = range(r * self.s, r * self.s + self.s) if self.aligned and self.s > 0 else owners
@@ -257,8 +257,8 @@ def shares(device, split, lengths, p, unit, r0, r1, j0, j1):
 
 
 def run_parts(split, tiles, counters, rng):
-    """Run all CTAs of a launch in a random order of steps: attention work, arrivals, then for each split request a wait,
-    a departure and its combine. Returns how often each (request, sharer) was combined."""
+    """Run all CTAs of a launch in a random order of steps: attention work, arrivals, then for each split request a
+    wait, a departure and its combine. Returns each (request, row tile, sharer) that was combined."""
 
     def increment(at, total):  # red.inc
         counters[at] = 0 if counters[at] >= total - 1 else counters[at] + 1

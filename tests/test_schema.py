@@ -14,7 +14,7 @@ from jitmla.resources import SCHEMA
 from .documents import mutated, valid
 
 FEW = settings(max_examples=30, deadline=None, derandomize=True, database=None)
-MANY = settings(FEW, max_examples=400)
+MANY = settings(FEW, max_examples=250)
 DEFINITIONS = ("manifest", "key", "spec_mla_decode", "name")  # the other ones are part of a manifest
 JUDGES = {name: jsonschema.Draft7Validator({"$ref": f"#/definitions/{name}",
                                             "definitions": schema.document()["definitions"]}) for name in DEFINITIONS}

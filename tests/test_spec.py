@@ -10,7 +10,7 @@ from jitmla.spec import Spec, bucket, mla_decode_spec
 
 from .documents import valid
 
-DETERMINED = settings(deadline=None, derandomize=True, database=None)
+DETERMINED = settings(deadline=None, derandomize=True, database=None, max_examples=50)
 FACTS = {"arch": "sm_90a", "dtype": "bf16", "kv_dtype": "bf16", "kv_lora_rank": 512, "qk_rope_head_dim": 64,
          "page_size": 64, "rows": 16, "causal": False}
 

@@ -317,13 +317,6 @@ def test_an_untrusted_entry_is_not_replaced(store, entry, key):
     assert entry.path.exists()
 
 
-def test_a_root_that_cannot_be_opened_is_not_trusted(tmp_path, key, store, entry):
-    store.root.chmod(0o000)
-    tmp_path.chmod(0o755)
-    with unprivileged(), pytest.raises(CacheUntrusted, match="cannot open it"):
-        store.find(key)
-
-
 # -------------------------------------------------------------------------------------------------- no writing
 
 
@@ -333,6 +326,14 @@ def public():
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         yield Store(os.path.join(folder, "cache"))
+
+
+def test_a_root_that_cannot_be_opened_is_not_trusted(public, key):
+    publish(public, key)
+    public.root.chmod(0o000)
+    with unprivileged(), pytest.raises(CacheUntrusted, match="cannot open it"):
+        public.find(key)
+    public.root.chmod(0o700)
 
 
 def test_a_read_only_cache_can_be_read_and_says_when_it_cannot_be_written(public, key):

@@ -6,6 +6,6 @@ import typer
 
 
 def bench(context: typer.Context) -> None:
-    """Measure jitmla's kernels on this GPU, beside other libraries."""
+    """Measure the kernels on this GPU."""
     from ..bench.__main__ import main
     raise typer.Exit(main(context.args))

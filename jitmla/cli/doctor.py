@@ -47,9 +47,10 @@ class Check:
 
 @output.reports_errors
 def doctor(as_json: output.Json = False) -> None:
-    """Check this machine: what is installed, and what would stop a compile or a launch, with the remedy.
+    """Check what this machine lacks.
 
-    Exit code 1 when the main job cannot be done: with a GPU to launch, without one to compile.
+    Shows what is installed, and what would stop a compile or a launch, each with its remedy. Exit code 1 when the main
+    job cannot be done: with a GPU to launch, without one to compile.
     """
     drivers = gpu_count()
     checks = list(findings(drivers))
@@ -194,20 +195,21 @@ def _package(module: str, package: str) -> Check:
 
 def _torch(probe: subprocess.Popen[str], drivers: int) -> Iterator[Check]:
     out, fault = _outcome(probe)
-    version = _version("torch") or "not installed"
+    version = _version("torch")
+    seen: dict[str, Any] = {"cuda": None, "devices": []} if fault else json.loads(out.splitlines()[-1])
     if fault:
-        yield Check("torch", f"{version}; cannot be imported: {fault}", [LAUNCH], "pip install --force-reinstall torch")
-        return
-    seen: dict[str, Any] = json.loads(out.splitlines()[-1])
-    yield Check("torch", version + (f", CUDA {seen['cuda']}" if seen["cuda"] else ", without CUDA"))
+        yield Check("torch", f"{version}; it cannot be imported: {fault}" if version else "not installed", [LAUNCH],
+                    "pip install --force-reinstall torch" if version else "pip install torch")
+    else:
+        yield Check("torch", f"{version}, " + (f"CUDA {seen['cuda']}" if seen["cuda"] else "without CUDA"))
     if not drivers:
         yield Check("GPU", "none", [LAUNCH])
-        return
-    if not seen["devices"]:
+    elif fault:
+        yield Check("GPU", f"{drivers}, by what the driver says")
+    elif not seen["devices"]:
         yield Check("GPU", f"{drivers}, but torch sees none", [LAUNCH],
                     "install a CUDA build of torch that fits the driver" if not seen["cuda"] else
                     "check CUDA_VISIBLE_DEVICES, and that the driver is new enough for this build of torch")
-        return
     served = {name for op in registry.ops() for template in registry.templates(op) for name in template.archs}
     for name, major, minor in seen["devices"]:
         known = arch.BY_CAPABILITY.get((major, minor))

@@ -22,7 +22,9 @@ def rows() -> Iterator[dict[str, Any]]:
 
 @output.reports_errors
 def kernels(as_json: output.Json = False) -> None:
-    """List the kernels that exist: op, arch, variant, and what each serves."""
+    """List the kernels that exist.
+
+    One row for each op, arch and variant, with what each serves."""
     if as_json:
         for row in rows():
             output.json_line(row)

@@ -57,9 +57,10 @@ def prewarm(
                                        "that this process may use.")] = None,
     as_json: output.Json = False,
 ) -> None:
-    """Compile every kernel that serving a model can need, on a machine with or without a GPU, and keep them on disk.
+    """Compile every kernel that a model can need.
 
-    With --json, one object for each Key as it is done: status (compiled, hit, failed), seconds, key, name, spec.
+    Works on a machine with or without a GPU; the kernels are kept on disk. With --json, one object for each
+    Key as it is done: status (compiled, hit, failed), seconds, key, name, spec; for a failed one also the error.
     """
     if (model is None) == (op is None):
         raise typer.BadParameter("give either --model, or --op with --spec")
@@ -156,10 +157,11 @@ def _outcomes(choices: list[Choice], store: Store, jobs: int) -> Iterator[Outcom
             yield outcome
     finally:
         stopping.set()
-        compile.stop_all()
         deadline = time.monotonic() + STOP_SECONDS
-        for worker in workers:
-            worker.join(max(0.0, deadline - time.monotonic()))
+        while any(worker.is_alive() for worker in workers) and time.monotonic() < deadline:
+            compile.stop_all()  # again and again: a thread may have been about to start one
+            workers[0].join(0.02)
+            workers = [worker for worker in workers if worker.is_alive()]
 
 
 def _work(todo: queue.SimpleQueue[Choice], done: queue.SimpleQueue[Outcome | BaseException], store: Store,

@@ -21,7 +21,8 @@ def describe(tensor: Tensor) -> str:
 def tensor(name: str, value: Any, layout: str, rank: int) -> None:
     if not isinstance(value, Tensor):
         raise InvalidArgumentType(f"{name}: a {type(value).__name__}", supported=f"a tensor {name} {layout}",
-                                  differs=f"{name} is not a torch.Tensor")
+                                  differs=f"{name} is not a torch.Tensor",
+                                  remedy=f"make it one, for example with torch.as_tensor({name})")
     if value.dim() != rank:
         raise InvalidArgument(f"{name}: {describe(value)}", supported=f"{name} {layout}",
                               differs=f"it has {value.dim()} dimensions, not {rank}",
@@ -39,7 +40,8 @@ def dtype(name: str, value: Tensor, allowed: Sequence[torch.dtype]) -> None:
 def shape(name: str, value: Tensor, layout: str, expected: Sequence[int]) -> None:
     if tuple(value.shape) != tuple(expected):
         raise InvalidArgument(f"{name}: {describe(value)}", supported=f"{name} {layout} = {list(expected)}",
-                              differs=f"its shape is {list(value.shape)}")
+                              differs=f"its shape is {list(value.shape)}",
+                              remedy=f"pass {name} with that shape; its sizes follow from q and kv_lora_rank")
 
 
 def device(name: str, value: Tensor, expected: torch.device) -> None:
@@ -79,5 +81,6 @@ def finite_number(name: str, value: Any) -> float:
         raise InvalidArgumentType(f"{name}: {type(value).__name__}", supported=f"{name}: a float",
                                   differs=f"{value!r} is not a number", remedy="pass a Python float")
     if not math.isfinite(value):
-        raise InvalidArgument(f"{name}={value}", supported="a finite number", differs="it is not finite")
+        raise InvalidArgument(f"{name}={value}", supported="a finite number", differs="it is not finite",
+                              remedy=f"look where {name} is computed")
     return float(value)

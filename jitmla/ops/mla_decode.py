@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Literal, overload
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from .. import dispatch, events, schedule, torch_ops
 from ..errors import InvalidArgument, InvalidArgumentType
 from ..spec import mla_decode_spec
+from ..workspace import scratch
 from . import checks, reference
 
 OP = "mla_decode"
@@ -83,14 +85,15 @@ def mla_decode(q: Any, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, 
         prepared = _prepared.get(call)
     except (AttributeError, TypeError, ValueError):
         prepared = call = None  # not tensors, or not hashable: prepare() says what is wrong
-    if prepared is None or q_nope.requires_grad or kv_cache.requires_grad or type(sm_scale) is not float:
+    if (prepared is None or type(sm_scale) is not float or not isfinite(sm_scale)
+            or q_nope.requires_grad or q_pe.requires_grad or kv_cache.requires_grad):
         prepared = _prepare(q, kv_cache, block_table, seq_lens, kv_lora_rank, sm_scale, causal, sinks, out, lse,
                             backend)
         if call is not None:
             if len(_prepared) >= PREPARED_MAX:
                 _prepared.clear()
             _prepared[call] = prepared
-        q_nope, q_pe = q if isinstance(q, tuple) else (q, q)
+        q_nope, q_pe = q if isinstance(q, (tuple, list)) else (q, q)
     if out is None:
         out = torch.empty(prepared.out_shape, dtype=q_nope.dtype, device=q_nope.device)
     if lse is None:
@@ -122,9 +125,7 @@ class Prepared:
             reference.mla_decode(q[..., :rank], q_pe, kv_cache, block_table, seq_lens, sm_scale=sm_scale,
                                  causal=self.causal, sinks=sinks, out=out, lse=lse)
             return
-        # allocated per call: the caching allocator is right for every stream and for graph capture, and takes 1 us
-        workspace = torch.empty(self.workspace, dtype=torch.float32, device=q.device)
-        semaphores = torch.zeros(self.semaphores, dtype=torch.int32, device=q.device)
+        workspace, semaphores = scratch(q.device.index, self.workspace, self.semaphores)
         try:
             self.plan(q, q_pe, kv_cache, block_table, seq_lens, workspace if sinks is None else sinks, out, lse,
                       workspace, semaphores, sm_scale, self.pe_offset,
@@ -162,7 +163,8 @@ def _prepare(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_ran
     out_shape = (batch, s_q, heads, kv_lora_rank)
     _check_outputs(out, lse, out_shape, q_nope)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q_nope, q_pe, kv_cache)):
-        raise InvalidArgument("mla_decode on tensors that require a gradient", supported="inference only",
+        names = [n for n, t in (("q", q_nope), ("q_pe", q_pe), ("kv_cache", kv_cache)) if t.requires_grad]
+        raise InvalidArgument(f"mla_decode on tensors that require a gradient: {names[0]}", supported="inference only",
                               differs="there is no backward", remedy="call it under torch.inference_mode()")
     limit_per_row = bool(causal) and s_q > 1
     if _takes_reference(backend, q_nope):
@@ -204,11 +206,12 @@ def _check_query(q: Any, kv_lora_rank: Any) -> tuple[Tensor, Tensor]:
     layout = "[batch, s_q, heads, kv_lora_rank + qk_rope_head_dim]"
     if not isinstance(kv_lora_rank, int) or kv_lora_rank not in (64, 128, 256, 512):
         raise InvalidArgument(f"kv_lora_rank={kv_lora_rank!r}", supported="64, 128, 256 or 512",
-                              differs="it is none of them")
+                              differs="it is none of them",
+                              remedy="pass the width of the cached latent, without the rope part")
     if isinstance(q, (tuple, list)):
         if len(q) != 2:
             raise InvalidArgumentType(f"q: a {type(q).__name__} of {len(q)}", supported="a tensor, or (q_nope, q_pe)",
-                                      differs="it is not a pair")
+                                      differs="it is not a pair", remedy="pass the two parts, or one tensor of both")
         q_nope, q_pe = q
         checks.tensor("q_nope", q_nope, "[batch, s_q, heads, kv_lora_rank]", 4)
         checks.tensor("q_pe", q_pe, "[batch, s_q, heads, qk_rope_head_dim]", 4)
@@ -221,7 +224,8 @@ def _check_query(q: Any, kv_lora_rank: Any) -> tuple[Tensor, Tensor]:
         checks.tensor("q", q, layout, 4)
         if q.shape[3] < kv_lora_rank:
             raise InvalidArgument(f"q: {checks.describe(q)}", supported=layout,
-                                  differs=f"its last dimension is smaller than kv_lora_rank = {kv_lora_rank}")
+                                  differs=f"its last dimension is smaller than kv_lora_rank = {kv_lora_rank}",
+                                  remedy="pass q after absorption (q_nope @ W_UK), or the pair (q_nope, q_pe)")
     checks.dtype("q", q_nope, list(checks.DTYPE_NAMES))
     for name, value in (("q", q_nope), ("q_pe", q_pe)):
         checks.contiguous_last(name, value)
@@ -233,8 +237,10 @@ def _check_query(q: Any, kv_lora_rank: Any) -> tuple[Tensor, Tensor]:
                               remedy="split the query tokens over several calls (longer suffixes are prefill)")
     rope = (q_nope.shape[3] - kv_lora_rank) if q_nope is q_pe else q_pe.shape[3]
     if rope not in (0, 16, 32, 64):
-        raise InvalidArgument(f"q: {checks.describe(q_nope)}", supported="qk_rope_head_dim 0, 16, 32 or 64",
-                              differs=f"with kv_lora_rank = {kv_lora_rank} it is {rope}")
+        name, value = ("q", q_nope) if q_nope is q_pe else ("q_pe", q_pe)
+        raise InvalidArgument(f"{name}: {checks.describe(value)}", supported="qk_rope_head_dim 0, 16, 32 or 64",
+                              differs=f"with kv_lora_rank = {kv_lora_rank} it is {rope}",
+                              remedy=f"compare the last dimension of {name} with the model's config")
     return q_nope, q_pe
 
 
@@ -247,7 +253,8 @@ def _check_cache(kv_cache: Any, block_table: Any, seq_lens: Any, batch: int, wid
     checks.contiguous_last("kv_cache", kv_cache)
     if not 1 <= kv_cache.shape[1] <= MAX_PAGE:
         raise InvalidArgument(f"kv_cache: {checks.describe(kv_cache)}", supported=f"page_size 1 to {MAX_PAGE}",
-                              differs=f"page_size is {kv_cache.shape[1]}")
+                              differs=f"page_size is {kv_cache.shape[1]}",
+                              remedy="view the cache with smaller pages, and its block table accordingly")
     checks.tensor("block_table", block_table, "[batch, max_pages]", 2)
     checks.dtype("block_table", block_table, [torch.int32])
     checks.shape("block_table", block_table, "[batch, max_pages]", [batch, block_table.shape[1]])

@@ -9,29 +9,31 @@ most two: one that it continues, one that it starts). Then it waits for the othe
     ...                                                      (S sharers, n <= S of them with a piece)
 
 A unit is 128 columns of one row: one float4 per lane and part. Unit k * 8 S + w * S + i belongs to warp w of the i-th
-sharer, so that units spread over the CTAs before they spread over the warps of one. A warp has at most 32 / S + 1 units,
-and reads the parts of one after the other:
+sharer, so that units spread over the CTAs before they spread over the warps of one. A warp has at most 32 / S + 1
+units, and reads the parts of one after the other:
 
-    cp.async   log-sum-exps of all its units (4 bytes a lane) | 32 float4 of each lane in flight: 16 KB a warp
+    cp.async   log-sum-exps of all its units, 4 bytes a lane; then 32 float4 of each lane in flight (latent 512)
     weights    a segment of 2^ceil(log2 n) lanes reduces one unit: maximum, sum, sink; weights / sum to shared memory
     sum        4 float4 at a time from the lane's own slots, refilled at once; at the end of a unit store 128 columns
 
-Every lane reads back only what it loaded itself, so nothing but the weights crosses lanes and no warp waits for another.
+A lane reads back only what it loaded itself, so nothing but the weights crosses lanes and no warp waits for another.
 The sum over the parts has a fixed order: equal launch arguments and lengths give equal bits.
 
 Counters: one int32 per (first part p0 of a request, row tile), zero before the launch. An arrival and a departure are
-both "increment, but n + S - 1 becomes 0" (red.inc): n arrivals and S departures later it is zero again. Waiters wait for
-a value >= n; the counter falls back to zero only when all have seen that.
+both "increment, but n + S - 1 becomes 0" (red.inc): after n arrivals and S departures it is zero again. One waits for
+a value >= n; the counter falls back to zero only when everybody has seen that.
 
 Waiting needs the parts of a request to run at the same time. No CTA waits before it has arrived everywhere, so it is
-enough that all CTAs of the grid are resident: the grid is at most one CTA per SM. The hazard: a kernel that holds SMs
-until this one ends, or fewer SMs than the device reports (green contexts), would make it wait forever. COOPERATIVE in
-the flags has the driver refuse such a launch.
+enough that all CTAs of the grid are resident: the grid is at most one CTA per SM. The hazard: two such grids that each
+hold some of the SMs (streams of different priority), or fewer SMs than the device reports (green contexts), would make
+it wait for ever. COOPERATIVE in the flags makes it a cooperative launch, which the driver refuses rather than start in
+part.
 
 Sinks (natural-log logits, one per head) are one more weight without a value; the log-sum-exp leaves them out.
 
-Partial outputs have their columns permuted within each 128, so that a thread of the decode kernel stores its accumulators
-as float4: position 4 l + e of 128 holds column column(l, e), and e = 0, 1 and e = 2, 3 are neighbours if `pairs`.
+Partial outputs have their columns permuted within each 128, so that a thread of the decode kernel stores its
+accumulators as float4: position 4 l + e of 128 holds column column(l, e); with `pairs`, e = 0, 1 and e = 2, 3 are
+neighbours.
 
 Cannot: more than 160 parts per request; latent sizes that are no multiple of 128 or above 512.
 """
@@ -45,7 +47,7 @@ from common.sm90 import INF, LOG2E, cutlass_dtype, ex2
 
 COMBINE_WARPS = 8
 COMBINE_MAX_PARTS = 160  # of one request
-COMBINE_ENTRIES = 196  # weights of a warp: 32 + 160, and 3 that are read with the last four; a multiple of 4
+COMBINE_ENTRIES = 196  # weights of a warp: 32 + 160, and 3 that are read with the last ones; a multiple of 4
 COMBINE_FLOOR = -1.0e30  # stands for the maximum of no weights: finite, so that -inf - maximum is never NaN
 HAS_SINKS, WANTS_LSE, COOPERATIVE = 1, 2, 4  # bits of the flags
 
@@ -156,7 +158,7 @@ class MlaCombine:
         w: Int32,
         lane: Int32,
     ):
-        """Combine the units first, first + step, ... of the rows row0 .. of a request with the parts p0 .. p0 + n - 1."""
+        """Combine the units first, first + step, ... of the rows row0 .. of a request of parts p0 .. p0 + n - 1."""
         log_slices, ring = self.log_slices, self.ring
         sX = cute.make_tensor(area, cute.make_layout((4, 32, ring, COMBINE_WARPS)))
         sW = cute.make_tensor(
@@ -232,7 +234,7 @@ class MlaCombine:
 
     @cute.jit
     def following(self, part: Int32, at: Int32, unit_at: Int32, n: Int32, slot: Int32, step: Int32):
-        """(part, its address, that of the unit's first part) of the load that follows: the next part, the next unit."""
+        """(part, its address, that of the unit's first part) of the load that follows: next part or next unit."""
         at = at + (slot if part == 0 else 2 * slot)  # slots 2 p0 + 1, 2 p0 + 2, 2 p0 + 4, ...
         part = part + 1
         if part == n:
@@ -258,7 +260,7 @@ class MlaCombine:
         w: Int32,
         lane: Int32,
     ):
-        """Log-sum-exps to weights, divided by their sum; the log-sum-exps of the rows whose first unit this warp has."""
+        """Log-sum-exps to weights, divided by their sum; lse of the rows whose first unit this warp has."""
         log_slices = self.log_slices
         log_seg = Int32(0)
         for x in cutlass.range_constexpr(5):

@@ -124,8 +124,8 @@ def interval(
     k: Int32,
     lane: Int32,
 ):
-    """(r0, r1, j0, j1, blocks of the batch, unit): requests r0 .. r1 inclusive (none when r1 < r0), first block j0 of r0,
-    end block j1 of r1, where 0 stands for the end of r1. unit is for `sharing`."""
+    """(r0, r1, j0, j1, blocks of the batch, unit): requests r0 .. r1 inclusive (none when r1 < r0), first block j0 of
+    r0, end block j1 of r1, where 0 stands for the end of r1. unit is for `sharing`."""
     aligned, share, piece, tot = choose(seqlens, B, parts, fixed, least, bias, s, k, lane)
     r0 = Int32(0)
     r1 = Int32(-1)

@@ -866,8 +866,8 @@ class MlaDecode:
 
 
 def fake_args():
-    """Stand-ins for the arguments. The compiled function refuses a call that differs from them: B, s_q and H are the same
-    everywhere but in lse, which may be a dummy; strides of 16-bit tensors are multiples of 8, or the size is 1."""
+    """Stand-ins for the arguments. The compiled function refuses a call that differs from them: B, s_q and H are the
+    same everywhere but in lse, which may be a dummy; strides of 16-bit tensors are multiples of 8, or the size is 1."""
     batch, s_q, heads = cute.sym_int(), cute.sym_int(), cute.sym_int()
 
     def tensor(dtype, *shape, align, divisor=1, last=1):

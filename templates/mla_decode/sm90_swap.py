@@ -7,9 +7,9 @@ The query rows are the N of the MMA (8 or 16) instead of a mostly empty M of 64.
 memory, and the rest is a ring of KV tiles: about 200 KB in flight, which is what a memory-bound kernel needs.
 
 Tiling. One CTA per part (mla_split.py); a part walks over 64-token blocks, whatever the page size. A tile is 64 tokens
-x 64 columns; SLOT_TILES tiles are one slot of the ring (RING slots), a block is (LATENT + ROPE) / 64 / SLOT_TILES slots.
-In a slot the 8-token groups of all tiles lie together, so a page of 16 or 32 tokens is a contiguous piece of it and one
-TMA box:
+x 64 columns; SLOT_TILES tiles are one slot of the ring of RING slots; a block is (LATENT + ROPE) / 64 / SLOT_TILES
+slots. In a slot the 8-token groups of all tiles lie together, so a page of 16 or 32 tokens is a contiguous piece of it
+and one TMA box:
 
     slot = [tokens 0-7: tile 0 | tile 1 | tile 2] [tokens 8-15: tile 0 | tile 1 | tile 2] ... [tokens 56-63: ...]
             `------------ page of 16 tokens: one box (64 columns, 8 rows, 3 tiles, 2 groups) ------------'
@@ -25,9 +25,9 @@ own; nothing crosses between them until the end of the request. One TMA warp run
 
     end of the CTA: the math warps merge the pieces of split requests together with the other CTAs (mla_combine.py)
 
-Page ids are read only for pages that hold tokens
-(j < ceil(L / PAGE_SIZE)): the boxes behind the end of a request repeat its last page, and for a request of length 0 they
-lie outside the tensor map and are filled with zeros. Rows behind the end are masked in S and cleared in V (0 * NaN).
+Page ids are read only for pages that hold tokens (j < ceil(L / PAGE_SIZE)): the boxes behind the end of a request
+repeat its last page, and for a request of length 0 they lie outside the tensor map and are filled with zeros. Rows
+behind the end are masked in S and cleared in V (0 * NaN).
 
 Cannot: more than ROWS query rows; page sizes other than 16, 32, 64, 128; sm_scale <= 0 (the maximum is taken before
 scaling); FP8; a ROPE width other than 64.
@@ -427,7 +427,9 @@ class MlaDecode:
                 self.load_q(c, req)
             for j in cutlass.range(b0, b1, unroll=1):
                 following = self.page_id(mTable, req, cutlass.min(j + 1, b1 - 1), last, lane, pages)
-                at = [page] if const_expr(BOXES == 1) else [cute.arch.shuffle_sync(page, offset=u) for u in range(BOXES)]
+                at = [page]
+                if const_expr(BOXES > 1):
+                    at = [cute.arch.shuffle_sync(page, offset=u) for u in range(BOXES)]
                 part_of_page = j % (PAGE_SIZE // BLOCK) if const_expr(PAGE_SIZE > BLOCK) else 0
                 for i in cutlass.range_constexpr(SLOTS):
                     full = c["full"] + slot
@@ -632,7 +634,7 @@ class MlaDecode:
 
     @cute.jit
     def store_partial(self, c, rO, lo: cutlass.Constexpr, mOacc, slot):
-        """The same with permuted columns: a row of two tiles has four accumulators of a thread, 128 bytes of 8 lanes."""
+        """The same with permuted columns: 8 lanes store 128 bytes of a row, 4 accumulators each of two tiles."""
         lane, w = c["lane"], c["w"]
         v4 = cute.make_rmem_tensor((4,), Float32)
         for i in cutlass.range_constexpr(HALF // 4):
@@ -666,8 +668,8 @@ class MlaDecode:
 
 
 def fake_args():
-    """Stand-ins for the arguments. The compiled function refuses a call that differs from them: B, s_q and H are the same
-    everywhere but in lse, which may be a dummy; strides of 16-bit tensors are multiples of 8, or the size is 1."""
+    """Stand-ins for the arguments. The compiled function refuses a call that differs from them: B, s_q and H are the
+    same everywhere but in lse, which may be a dummy; strides of 16-bit tensors are multiples of 8, or the size is 1."""
     batch, s_q, heads = cute.sym_int(), cute.sym_int(), cute.sym_int()
 
     def tensor(dtype, *shape, align, divisor=1, last=1):

@@ -8,6 +8,7 @@ All kernels are those of tests/keysets.py, so these tests run from a prewarmed c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import re
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 import jitmla
 import jitmla.ops.mla_decode as op
-from jitmla import dispatch, events, schedule
+from jitmla import dispatch, events, schedule, workspace
 from jitmla.errors import InvalidArgument, MissNotAllowed, NoTemplate
 from jitmla.testing import (
     Problem,
@@ -58,14 +59,28 @@ def summary(request):
                   f"derandomized, {DRAWN.max_examples}; {torch.cuda.get_device_name()}")
 
 
+@contextlib.contextmanager
+def fresh_workspace():
+    """Within it no workspace is kept from earlier calls, so that the next one is allocated, and poisoned."""
+    kept = dict(workspace._workspaces)
+    workspace._workspaces.clear()
+    try:
+        yield
+        for _, counters in workspace._workspaces.values():
+            assert not bool(counters.any()), "a launch did not leave its counters at zero"
+    finally:
+        workspace._workspaces.clear()
+        workspace._workspaces.update(kept)
+
+
 def run(problem: Problem, out_strides=None, lse_strides=None):
     """(out, lse) of the kernel. Outputs and workspace are NaN before the call; what is around them must not change."""
     out = guarded(problem.out_shape, problem.dtype, problem.device, out_strides)
     lse = guarded(problem.out_shape[:3], torch.float32, problem.device, lse_strides)
-    with poisoned_empty() as allocated:
+    with fresh_workspace(), poisoned_empty() as allocated:
         got = jitmla.mla_decode(*problem.args, **problem.kwargs, out=out.tensor, lse=lse.tensor, return_lse=True,
                                 backend="sm90")
-    assert len(allocated) == (1 if problem.lengths else 0), "one workspace, and nothing else, is allocated"
+    assert len(allocated) == 1, "the workspace, and nothing else, is allocated"
     assert got[0] is out.tensor and got[1] is lse.tensor
     assert out.intact() and lse.intact(), "written outside of out or lse"
     return got
@@ -202,18 +217,15 @@ def test_every_split_of_the_work(monkeypatch, heads, s_q, name):
         assert torch.equal(lse.isfinite().all(-1).all(-1), problem.seq_lens >= s_q)
 
 
-# (warps_per_row, slices, rows_per_warp): all that the rule can give
-COMBINES = [(8, 1, 1), (8, 2, 1), (8, 4, 1), (4, 4, 1), (2, 4, 1), (1, 4, 1), (1, 4, 2)]
-
-
-@pytest.mark.parametrize("warps, slices, rows_per_warp", COMBINES)
-def test_every_shape_of_the_combine(monkeypatch, warps, slices, rows_per_warp):
-    """On batches that need few, many and very many parts per row, whichever shape the rule would take for them."""
+@pytest.mark.parametrize("bias", [-1_000_000, 1_000_000], ids=["even", "aligned"])
+@pytest.mark.parametrize("parts", [2, 3, 9, 17, 34, 132])
+def test_combine_of_few_and_of_many_parts(monkeypatch, parts, bias):
+    """Also row tiles that are not full, and parts that help to combine a request without having a piece of it."""
     rule = schedule.launch_args
 
-    def forced(rows, batch, sms, latent=512):
-        return rule(rows, batch, sms, latent)._replace(warps_per_row=warps, slices=min(slices, latent // 128),
-                                                       rows_per_warp=rows_per_warp)
+    def forced(*args):
+        launch = rule(*args)
+        return launch._replace(parts=min(parts, launch.parts), least=1, fixed=1, bias=bias)
 
     monkeypatch.setattr(schedule, "launch_args", forced)
     monkeypatch.setattr(op, "_prepared", {})
@@ -386,6 +398,50 @@ def test_back_to_back_calls_share_the_workspace():
     assert not wrong
 
 
+SIDE_BY_SIDE = [(16, [9000, 5]), (128, [4000, 30]), (16, [70, 700, 3000])]
+
+
+def test_streams_side_by_side():
+    """Calls on different streams may run at the same time: they share neither workspace nor counters."""
+    problems = [mla_decode_problem(lengths, heads=h, device="cuda", seed=i) for i, (h, lengths) in
+                enumerate(SIDE_BY_SIDE)]
+    expected = [run(problem) for problem in problems]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in problems]
+    results = []
+    for _ in range(40):
+        for problem, stream in zip(problems, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(jitmla.mla_decode(*problem.args, **problem.kwargs, return_lse=True))
+    torch.cuda.synchronize()
+    wrong = [i for i, (out, lse) in enumerate(results) if not (same(out, expected[i % len(problems)][0])
+                                                               and same(lse, expected[i % len(problems)][1]))]
+    assert not wrong
+
+
+def test_graphs_side_by_side():
+    """Graphs may be replayed at the same time as one another and as eager calls."""
+    problems = [mla_decode_problem(lengths, heads=h, device="cuda", seed=i) for i, (h, lengths) in
+                enumerate(SIDE_BY_SIDE)]
+    expected = [run(problem) for problem in problems]
+    graphs = [captured(lambda p=problem: jitmla.mla_decode(*p.args, **p.kwargs, return_lse=True))
+              for problem in problems]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in problems]
+    eager = []
+    for _ in range(40):
+        for (graph, (out, lse)), stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                out.fill_(float("nan"))
+                lse.fill_(float("nan"))
+                graph.replay()
+        eager.append(jitmla.mla_decode(*problems[0].args, **problems[0].kwargs, return_lse=True))
+    torch.cuda.synchronize()
+    for (_, result), exact in zip(graphs, expected, strict=True):
+        assert same(result[0], exact[0]) and same(result[1], exact[1])
+    assert all(same(out, expected[0][0]) and same(lse, expected[0][1]) for out, lse in eager)
+
+
 def test_current_stream_is_used():
     """The inputs arrive late, on the stream that is current: a launch on any other stream reads NaN."""
     problem = mla_decode_problem([2000, 5, 64], heads=16, device="cuda", seed=9)
@@ -401,6 +457,7 @@ def test_current_stream_is_used():
     assert same(got[0], expected[0]) and same(got[1], expected[1])
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_call_does_not_synchronize_nor_emit_events():
     problem = mla_decode_problem([2000, 5, 64], heads=16, device="cuda")
     jitmla.mla_decode(*problem.args, **problem.kwargs)

@@ -1,0 +1,173 @@
+"""The docs say what is: generated pages are current, every command exists, every error has its section."""
+
+import inspect
+import re
+import runpy
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from jitmla import errors, registry
+from jitmla.cli import app
+from jitmla.compile import Built
+
+from .conftest import REPOSITORY
+from .support.keys import KERNELS, SO_BYTES
+
+PAGES = sorted(p for folder in ("", "docs", "docs/benchmarks", "examples", "templates")
+               for p in (REPOSITORY / folder).glob("*.md"))
+TEXTS = {str(page.relative_to(REPOSITORY)): page.read_text(encoding="utf-8") for page in PAGES}
+BLOCKS = [(page, block) for page, text in TEXTS.items() for block in re.findall(r"```console\n(.*?)```", text, re.S)]
+COMMANDS = [(page, line[2:]) for page, block in BLOCKS for line in block.splitlines() if line.startswith("$ ")]
+
+
+def make_targets():
+    return set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.M))
+
+
+def click_commands():
+    """Every command that `jitmla` has: {("cache", "ls"): its click command, ...}."""
+    def walk(command, path):
+        yield path, command
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from walk(inner, (*path, name))
+    return dict(walk(typer.main.get_command(app), ()))
+
+
+def test_generated_pages_are_current():
+    for path, text in runpy.run_path(str(REPOSITORY / "docs" / "generate.py"))["pages"]().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path} is out of date: run `make docs`"
+
+
+def test_every_error_has_its_section_and_every_section_its_error():
+    classes = {name for name, value in vars(errors).items() if inspect.isclass(value)
+               and issubclass(value, errors.JitmlaError) and value is not errors.JitmlaError}
+    headings = set(re.findall(r"^## (\w+)$", TEXTS["docs/troubleshooting.md"], re.M))
+    assert headings == classes
+
+
+def test_there_are_commands_to_check():
+    """Guards the extraction below: the ones a newcomer needs first are among them."""
+    found = {command for _, command in COMMANDS}
+    assert {"make demo", "make test", "jitmla doctor", "jitmla kernels", "jitmla cache ls"} <= found
+
+
+@pytest.mark.parametrize("page, command", COMMANDS)
+def test_documented_command(page, command, monkeypatch):
+    """jitmla commands run (with a compiler that takes no time); what the others name must exist."""
+    monkeypatch.setattr("jitmla.compile.build", lambda key, source, **_: Built(SO_BYTES, source, KERNELS, 0.0))
+    program, *args = command.split()
+    if program == "jitmla":
+        done = CliRunner().invoke(app, args, catch_exceptions=False)
+        # doctor fails on a machine that cannot compile; the entries that `cache show` names are made up
+        allowed = {"doctor": {0, 1}, "cache": {0, 2} if "show" in args else {0}}.get(args[0], {0})
+        assert done.exit_code in allowed, done.output
+        assert "Usage:" not in done.output
+    elif program == "make":
+        targets = [arg for arg in args if "=" not in arg]
+        assert targets and set(targets) <= make_targets()
+    elif program == "pip":
+        extra = re.fullmatch(r"install -e '\.\[(\w+)\]'", " ".join(args)).group(1)
+        assert re.search(rf"^{extra} = \[", (REPOSITORY / "pyproject.toml").read_text(), re.M)
+    elif program in (".venv/bin/python", "python"):
+        assert (REPOSITORY / args[0]).is_file()
+    elif program == "chmod":
+        assert "$(jitmla cache path)" in command
+    elif program == "git":
+        assert args[0] == "clone"
+    else:
+        raise AssertionError(f"{page} documents {command!r}, which no test knows how to check")
+
+
+@pytest.mark.parametrize("name", [*TEXTS, "jitmla"])
+def test_commands_named_in_the_text_exist(name):
+    """`jitmla X`, `make X` and options, between backticks anywhere; in the sources of the package as well."""
+    if name == "jitmla":
+        text = "\n".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "jitmla").rglob("*.py"))
+    else:
+        text = TEXTS[name]
+    known = click_commands()
+    for mention in re.findall(r"`jitmla ([a-z][^`]*)`", text):
+        words = mention.split()
+        path = tuple(words[:2]) if tuple(words[:2]) in known else (words[0],)
+        assert path in known, f"`jitmla {mention}`"
+        if path != ("bench",):  # its arguments are read by another parser
+            options = {option for param in known[path].params for option in param.opts} | {"--help"}
+            assert {word for word in words if word.startswith("--")} <= options, f"`jitmla {mention}`"
+    for target in re.findall(r"`make ([a-z-]+)", text):
+        assert target in make_targets(), f"`make {target}`"
+
+
+def test_make_help_lists_every_target():
+    listed = subprocess.run(["make", "-s", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"^make ([a-z-]+) ", listed, re.M)) == make_targets()
+
+
+def test_ci_runs_the_tests():
+    script = (REPOSITORY / ".ci" / "run").read_text()
+    assert (REPOSITORY / ".ci" / "run").stat().st_mode & 0o111 and re.search(r"^exec make test$", script, re.M)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_and_paths(name):
+    """Relative links lead somewhere; paths of the repository between backticks exist."""
+    here = (REPOSITORY / name).parent
+    for link in re.findall(r"\]\(([^)#]+)\)", TEXTS[name]):
+        assert "://" in link or (here / link).exists(), link
+    for path in re.findall(r"`((?:jitmla|templates|tests|docs|examples)/[\w./-]+)`", TEXTS[name]):
+        assert (REPOSITORY / path).exists(), path
+
+
+@pytest.mark.parametrize("name", [name for name, text in TEXTS.items() if "```python" in text])
+def test_python_in_the_docs_runs(name):
+    for block in re.findall(r"```python\n(.*?)```", TEXTS[name], re.S):
+        program = block.replace('"cuda" if torch.cuda.is_available() else "cpu"', '"cpu"')
+        names = {}
+        exec(compile(program, name, "exec"), names)
+        assert names["out"].shape == (2, 1, 16, 512) and names["lse"].isfinite().all()
+
+
+def test_the_matrix_names_every_template():
+    for op in registry.ops():
+        for template in registry.templates(op):
+            assert f"| {template.name} |" in TEXTS["README.md"]
+
+
+def test_the_card_in_the_docs_is_a_card():
+    """Its example is read by the same code as a real card."""
+    tomllib = registry.tomllib
+    text = TEXTS["docs/templates.md"].split("## The card")[1].split("## The source")[0]
+    card = tomllib.loads("\n".join(line[4:] for line in text.splitlines() if line.startswith("    ")))
+    template = registry._template(card["op"], card["template"][0])
+    assert template.variants[0].when and template.options == "" and template.equal
+
+
+def test_the_rings_name_every_module():
+    table = TEXTS["docs/architecture.md"].split("## Three rings")[1].split("## From a call")[0]
+    rows = [line.split("|")[2] for line in table.splitlines() if re.match(r"\| \d", line)]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    modules = {path.stem for path in (REPOSITORY / "jitmla").iterdir()
+               if path.suffix == ".py" or (path / "__init__.py").is_file()} - {"__init__", "__main__"}
+    assert sorted(named) == sorted(modules)
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_templates_and_schema(tmp_path):
+    """Built without the network, from the same settings as a release."""
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)], cwd=REPOSITORY,
+                   check=True, capture_output=True)
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    for source in [p for p in (REPOSITORY / "templates").rglob("*") if p.suffix in (".py", ".toml")]:
+        assert f"jitmla/_data/{source.relative_to(REPOSITORY)}" in names
+    assert "jitmla/_data/cache_schema.json" in names and not any("__pycache__" in name for name in names)
+    program = "from jitmla import registry, resources as r; print(r.TEMPLATES, registry.ops(), r.SCHEMA.is_file())"
+    shown = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": str(tmp_path / "site")}, cwd=tmp_path,
+                           capture_output=True, text=True, check=True).stdout
+    assert shown.startswith(str(tmp_path / "site" / "jitmla" / "_data")) and "mla_decode" in shown and "True" in shown

@@ -1,0 +1,217 @@
+"""The cards: who serves a Spec, why nobody does, and that a card says what its template is."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+
+from jitmla import registry, render, schema
+from jitmla.errors import InvalidTemplate, NoTemplate
+from jitmla.registry import Template, Variant, choose, templates
+from jitmla.schedule import SWAP_ROWS
+from jitmla.spec import Spec
+
+from .documents import valid
+from .keysets import product, spec
+
+DETERMINED = settings(deadline=None, derandomize=True, database=None)
+SHIPPED = [(op, t) for op in registry.ops() for t in templates(op)]
+SMEM_LIMIT = {"sm_90a": 232448}  # bytes that one block may have
+REGISTER_FILE = 65536
+
+
+def test_ops():
+    assert registry.ops() == ["mla_decode"]
+    assert registry.backends("mla_decode") == ["sm90"]
+
+
+@pytest.mark.parametrize("op, template", SHIPPED, ids=lambda x: getattr(x, "name", x))
+class TestCards:
+    """What a card says about its template."""
+
+    def test_the_template_is_there(self, op, template):
+        assert template.op == op and template.path.is_file() and template.summary
+
+    def test_constants_are_those_of_the_block(self, op, template):
+        declared = render.constants_of(template.source, template.name)
+        for variant in template.variants:
+            given = {*template.from_spec, *variant.constants}
+            assert given == set(declared), f"{variant.name}: {given ^ set(declared)}"
+            assert not set(template.from_spec) & set(variant.constants)
+            assert all(type(declared[n]) is type(v) for n, v in variant.constants.items())
+
+    def test_fields_are_those_of_the_schema(self, op, template):
+        fields = schema.spec_fields(op)
+        conditions = [template.supports, *(v.when for v in template.variants)]
+        for field, values in itertools.chain.from_iterable(c.items() for c in conditions):
+            form = fields[field]
+            for value in values:
+                if "enum" in form:
+                    assert value in form["enum"] and type(value) is type(form["enum"][0]), (field, value)
+                elif form["type"] == "integer":
+                    assert form["minimum"] <= value <= form["maximum"] and type(value) is int
+                else:
+                    assert form["type"] == "boolean" and type(value) is bool
+        assert all(field in fields for field in template.from_spec.values())
+        assert all(a in fields and b in fields for a, b in template.equal)
+        assert set(template.archs) <= set(fields["arch"]["enum"])
+        # a field that neither restricts nor becomes a constant would let one binary claim every value of it
+        named = {*template.supports, *template.from_spec.values(), *itertools.chain(*template.equal), "op", "arch"}
+        assert named == set(fields)
+
+    def test_variants_fit_the_machine(self, op, template):
+        for variant, arch in itertools.product(template.variants, template.archs):
+            assert 0 < variant.smem_bytes <= SMEM_LIMIT[arch]
+            assert variant.threads % 32 == 0 and 0 < variant.threads <= 1024
+            assert variant.max_registers <= 255 and variant.threads * variant.max_registers <= REGISTER_FILE
+
+    def test_names_are_unique(self, op, template):
+        names = [v.name for v in template.variants]
+        assert len(set(names)) == len(names)
+        for name in [template.name, *names]:
+            schema.check(name, "name")
+
+    def test_every_variant_is_reachable(self, op, template):
+        reached = {choose(s).variant.name for s in product() if choose(s).template.name == template.name}
+        assert reached == {v.name for v in template.variants}
+
+    def test_every_supported_value_is_reachable(self, op, template):
+        """In the card's table no value stands that another template takes away in every case; `rows` is preference."""
+        served = [dict(s) for s in product() if choose(s).template.name == template.name]
+        for field, values in template.supports.items():
+            if field != "rows":
+                assert {s[field] for s in served} == set(values), field
+
+
+def test_few_rows_are_for_swapped_operands():
+    """The host rule (jitmla.schedule) launches by the number of rows what the card chooses by their bucket."""
+    for rows in (8, 16, 512):
+        name = choose(spec("bf16", 512, 64, rows, False)).template.name
+        assert name == ("sm90_swap" if rows <= SWAP_ROWS else "sm90_seesaw")
+
+
+@pytest.mark.parametrize("spec", product(), ids=str)
+def test_a_choice(spec):
+    choice = choose(spec)
+    assert choice.spec is spec and not choice.template.misses(spec)
+    key = choice.key
+    assert (key.spec, key.template, key.variant) == (spec, choice.template.name, choice.variant.name)
+    constants = dict(key.constants)
+    assert {f: constants[n] for n, f in choice.template.from_spec.items()} == {
+        f: spec[f] for f in choice.template.from_spec.values()}
+    assert choose(spec, "sm90").key == key, "a named backend uses the same predicate"
+    if key.toolchain is not None:
+        schema.check(key.as_dict(), "key")
+
+
+@settings(DETERMINED, max_examples=300)
+@given(valid("spec_mla_decode"))
+def test_any_spec_is_served_or_refused_with_a_reason(facts):
+    wanted = Spec.from_dict(facts)
+    served = wanted in set(product())
+    if served:
+        assert choose(wanted).spec == wanted
+        return
+    with pytest.raises(NoTemplate) as caught:
+        choose(wanted)
+    error = caught.value
+    assert all(f"{k}={v}" in error.asked for k, v in wanted if k != "op"), "what was required"
+    assert "nearest sm90" in error.supported and "page_size: 16, 32, 64, 128" in error.supported
+    missing = set(error.differs.split("; "))
+    expected = {f"{field}={wanted[field]} (has {', '.join(map(str, values))})" for field, values in (
+        ("arch", ["sm_90a"]), ("kv_lora_rank", [256, 512]), ("qk_rope_head_dim", [64]),
+        ("page_size", [16, 32, 64, 128])) if wanted[field] not in values}
+    if wanted["kv_dtype"] != wanted["dtype"]:
+        expected.add(f"kv_dtype={wanted['kv_dtype']} with dtype={wanted['dtype']} (needs them equal)")
+    assert missing == expected
+    assert "backend='reference'" in error.remedy
+
+
+def test_the_nearest_template_misses_least(monkeypatch):
+    far = fake("far", supports={"page_size": [1], "dtype": ["fp16"]})
+    near = fake("near", supports={"page_size": [1], "dtype": ["bf16"]})
+    monkeypatch.setattr(registry, "templates", lambda op: (far, near))
+    with pytest.raises(NoTemplate) as caught:
+        choose(spec("bf16", 512, 64, 16, False))
+    assert caught.value.supported.startswith("nearest near: arch: sm_90a; page_size: 1; dtype: bf16")
+    assert caught.value.differs == "page_size=64 (has 1)"
+
+
+def test_a_backend_that_does_not_exist():
+    with pytest.raises(NoTemplate) as caught:
+        choose(spec("bf16", 512, 64, 16, False), "sm100")
+    assert caught.value.supported == "sm90" and "no template goes by 'sm100'" in caught.value.differs
+
+
+def test_a_named_backend_is_strict(monkeypatch):
+    """`auto` may go on to the next template; a name may not, even if another backend would serve."""
+    picky = fake("picky", backend="first", supports={"page_size": [16]})
+    broad = fake("broad", backend="second", supports={})
+    monkeypatch.setattr(registry, "templates", lambda op: (picky, broad))
+    wanted = spec("bf16", 512, 64, 16, False)
+    assert choose(wanted).template is broad and choose(wanted, "second").template is broad
+    assert choose(spec("bf16", 512, 16, 16, False)).template is picky, "the order of the card is preference"
+    with pytest.raises(NoTemplate, match="backend 'first'") as caught:
+        choose(wanted, "first")
+    assert caught.value.differs == "page_size=64 (has 16)"
+
+
+def test_the_first_row_that_fits():
+    rows = [Variant("narrow", {"page_size": [16]}, {}, 128, 1, 1), Variant("wide", {}, {}, 128, 1, 1)]
+    template = fake("t", variants=rows)
+    assert template.variant(spec("bf16", 512, 16, 16, False)).name == "narrow"
+    assert template.variant(spec("bf16", 512, 64, 16, False)).name == "wide"
+    template = fake("t", variants=rows[:1])
+    assert template.misses(spec("bf16", 512, 64, 16, False)) == ["no row of its config table fits"]
+
+
+def fake(name, **fields):
+    defaults = dict(op="mla_decode", name=name, summary="", backend="sm90", archs=["sm_90a"], options="", supports={},
+                    equal=[], from_spec={}, variants=[Variant("only", {}, {}, 128, 1, 1)])
+    return Template(**{**defaults, **fields})
+
+
+# ------------------------------------------------------------------------------------------------- broken cards
+
+
+CARD = '''op = "x"
+[[template]]
+name = "t"
+backend = "b"
+summary = "s"
+archs = ["sm_90a"]
+[template.supports]
+[template.from_spec]
+[[template.variant]]
+name = "v"
+threads = 128
+smem_bytes = 1
+max_registers = 1
+'''
+
+
+@pytest.mark.parametrize("text", [None, "", "op = ", CARD.replace('name = "t"\n', ""),
+                                  CARD.replace("threads", "thread"),
+                                  CARD.replace('backend = "b"', 'backend = "b"\nextra = 1'),
+                                  CARD.replace("[[template.variant]]", "[[template.other]]")],
+                         ids=["no file", "empty", "no toml", "no name", "bad variant", "extra field", "no variant"])
+def test_broken_cards(monkeypatch, tmp_path, text):
+    monkeypatch.setattr(registry, "TEMPLATES", tmp_path)
+    (tmp_path / "x").mkdir()
+    if text is not None:
+        (tmp_path / "x" / "card.toml").write_text(text)
+    registry.templates.cache_clear()
+    with pytest.raises(InvalidTemplate, match="the card of 'x'") as caught:
+        registry.templates("x")
+    assert str(tmp_path / "x" / "card.toml") in caught.value.differs
+    assert "docs/templates.md" in caught.value.supported
+
+
+def test_a_card_that_is_whole(monkeypatch, tmp_path):
+    monkeypatch.setattr(registry, "TEMPLATES", tmp_path)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "card.toml").write_text(CARD)
+    registry.templates.cache_clear()
+    (template,) = registry.templates("x")
+    assert template.variants == [Variant("v", {}, {}, 128, 1, 1)] and template.options == "" and template.equal == []
+    registry.templates.cache_clear()

@@ -1,0 +1,67 @@
+"""Every template compiles for its arch without spilling, and within what its card promises.
+
+The covering set of tests/keysets.py has each (template, variant), each value of each constant, and each pair of values;
+the full product of 96 Keys takes eight minutes and is marked slow. No other test compiles these Keys: a template that
+breaks fails here, once. The kernels are compiled into a cache for the session, or into the one that JITMLA_TEST_CACHE
+names, where a later run finds them.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from jitmla import compile, registry, toolchain
+from jitmla.errors import JitmlaError
+from jitmla.store import Store
+
+from .keysets import covering, product
+
+pytestmark = pytest.mark.skipif(toolchain.current() is None or toolchain.linker() is None,
+                                reason="needs the compiler (CuTe DSL) and a C linker")
+JOBS = min(4, os.cpu_count() or 1)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    """spec -> the entry or the error of its compile; JOBS children at a time."""
+    store = Store(os.environ.get("JITMLA_TEST_CACHE") or tmp_path_factory.mktemp("cache"))
+
+    def one(spec):
+        choice = registry.choose(spec)
+        try:
+            return choice, compile.get_or_compile(choice.key, choice.source, store)
+        except JitmlaError as e:
+            return choice, e
+
+    with ThreadPoolExecutor(JOBS) as pool:
+        waiting = {spec: pool.submit(one, spec) for spec in covering()}
+        yield lambda spec: (waiting.get(spec) or pool.submit(one, spec)).result()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", product(), ids=str)
+def test_every_kernel(spec, kernels):
+    check(*kernels(spec))
+
+
+@pytest.mark.parametrize("spec", covering(), ids=str)
+def test_covering_kernels(spec, kernels):
+    check(*kernels(spec))
+
+
+def check(choice, entry):
+    if isinstance(entry, JitmlaError):
+        raise entry  # wgmma that ptxas serialised is one of these
+    assert entry.key == choice.key
+    devices = entry.manifest["kernels"]
+    assert any("MlaDecode" in kernel["name"] for kernel in devices)
+    for kernel in devices:
+        assert (kernel["spill_bytes"], kernel["stack_bytes"]) == (0, 0), kernel
+        # four blocks of the combine are to fit on an SM
+        limit = 64 if "MlaCombine" in kernel["name"] else choice.variant.max_registers
+        assert kernel["registers"] <= limit, kernel
+    assert str(Path.home()).encode() not in entry.so_bytes and os.getcwd().encode() not in entry.so_bytes
