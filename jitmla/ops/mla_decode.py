@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import dispatch, events, schedule, torch_ops
 from ..errors import InvalidArgument, InvalidArgumentType
 from ..spec import mla_decode_spec
+from ..workspace import scratch
 from . import checks, reference
 
 OP = "mla_decode"
@@ -19,6 +20,7 @@ MAX_ROWS = 512
 MAX_HEADS = 128
 MAX_PAGE = 128
 PREPARED_MAX = 8192  # call layouts remembered; an engine has a few hundred
+HAS_SINKS, WANTS_LSE = 1, 2  # flags of the kernels
 REQUIRED = object()  # sm_scale has no default, and leaving it out deserves a better error than Python's
 
 Query = Tensor | tuple[Tensor, Tensor]
@@ -110,6 +112,7 @@ class Prepared:
     causal: bool
     pe_offset: int
     workspace: int = 0
+    semaphores: int = 0
     launch: tuple[int, ...] = ()
 
     def run(self, q: Tensor, q_pe: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
@@ -122,11 +125,11 @@ class Prepared:
             reference.mla_decode(q[..., :rank], q_pe, kv_cache, block_table, seq_lens, sm_scale=sm_scale,
                                  causal=self.causal, sinks=sinks, out=out, lse=lse)
             return
-        # allocated per call: the caching allocator is right for every stream and for graph capture, and takes 1 us
-        workspace = torch.empty(self.workspace, dtype=torch.float32, device=q.device)
+        workspace, semaphores = scratch(q.device.index, self.workspace, self.semaphores)
         try:
             self.plan(q, q_pe, kv_cache, block_table, seq_lens, workspace if sinks is None else sinks, out, lse,
-                      workspace, sm_scale, self.pe_offset, sinks is not None, *self.launch)
+                      workspace, semaphores, sm_scale, self.pe_offset,
+                      WANTS_LSE if sinks is None else WANTS_LSE | HAS_SINKS, *self.launch)
         except Exception:
             # addresses are not part of the remembered layout; the kernel's own guard refuses a misaligned one
             for name, value in (("q", q), ("q_pe", q_pe), ("kv_cache", kv_cache), ("out", out)):
@@ -181,7 +184,8 @@ def _prepare(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_ran
     rows = s_q * heads
     launch = schedule.launch_args(rows, max(batch, 1), dispatch.sm_count(q_nope.device), kv_lora_rank)
     return Prepared(out_shape, out_shape[:3], plan, limit_per_row, kv_lora_rank if joined else 0,
-                    schedule.workspace_floats(launch.parts, rows, kv_lora_rank), tuple(launch))
+                    schedule.workspace_floats(launch.parts, rows, kv_lora_rank),
+                    schedule.semaphore_count(launch.parts, rows), tuple(launch))
 
 
 def _takes_reference(backend: Any, q: Tensor) -> bool:

@@ -223,18 +223,15 @@ def test_every_split_of_the_work(monkeypatch, heads, s_q, name):
         assert torch.equal(lse.isfinite().all(-1).all(-1), problem.seq_lens >= s_q)
 
 
-# (warps_per_row, slices, rows_per_warp): all that the rule can give
-COMBINES = [(8, 1, 1), (8, 2, 1), (8, 4, 1), (4, 4, 1), (2, 4, 1), (1, 4, 1), (1, 4, 2)]
-
-
-@pytest.mark.parametrize("warps, slices, rows_per_warp", COMBINES)
-def test_every_shape_of_the_combine(monkeypatch, warps, slices, rows_per_warp):
-    """On batches that need few, many and very many parts per row, whichever shape the rule would take for them."""
+@pytest.mark.parametrize("bias", [-1_000_000, 1_000_000], ids=["even", "aligned"])
+@pytest.mark.parametrize("parts", [2, 3, 9, 17, 34, 132])
+def test_combine_of_few_and_of_many_parts(monkeypatch, parts, bias):
+    """Also row tiles that are not full, and parts that help to combine a request without having a piece of it."""
     rule = schedule.launch_args
 
-    def forced(rows, batch, sms, latent=512):
-        return rule(rows, batch, sms, latent)._replace(warps_per_row=warps, slices=min(slices, latent // 128),
-                                                       rows_per_warp=rows_per_warp)
+    def forced(*args):
+        launch = rule(*args)
+        return launch._replace(parts=min(parts, launch.parts), least=1, fixed=1, bias=bias)
 
     monkeypatch.setattr(schedule, "launch_args", forced)
     monkeypatch.setattr(op, "_prepared", {})
