@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 BLOCK_TOKENS = 64  # the unit of work, whatever the page size
 MAX_PARTS = 160  # what one combine row can sum up
-SWAP_ROWS = 16  # most query rows (s_q * heads) of the kernel with swapped operands
-TILE_ROWS = 64  # query rows of a CTA of the seesaw kernel
+SWAP_ROWS = 16  # most query rows (s_q * heads) of the swap kernel
+TILE_ROWS = 64  # query rows of a CTA of the relay kernel, which has no more, and of the seesaw kernel
 COMBINE_WARPS = 8
 SLICE = 128  # columns that one warp of the combine loads at a time
 

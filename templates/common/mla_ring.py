@@ -1,7 +1,7 @@
 """Views and layouts for kernels that read the paged cache through a ring of shared-memory slots.
 
-A block is 64 tokens, a tile 64 tokens x 64 columns, a slot `slot_tiles` tiles. In a slot the 8-token groups of all tiles
-lie together, so a page of 16 or 32 tokens is a contiguous piece of it and one TMA box:
+A block is 64 tokens, a tile 64 tokens x 64 columns, a slot `slot_tiles` tiles. In a slot the 8-token groups of all
+tiles lie together, so a page of 16 or 32 tokens is a contiguous piece of it and one TMA box:
 
     slot = [tokens 0-7: tile 0 | tile 1 | tile 2] [tokens 8-15: tile 0 | tile 1 | tile 2] ... [tokens 56-63: ...]
             `------------ page of 16 tokens: one box (64 columns, 8 rows, 3 tiles, 2 groups) ------------'

@@ -6,33 +6,33 @@ warpgroup to two others.
 
 The query rows are the N of the MMA (32 or 64). Q takes 20 to 72 KB of shared memory, P 4 or 8, a ring of KV tiles the
 rest. With so many rows the operands that the MMAs read from shared memory matter: every tile is read by exactly one
-warpgroup as K and by exactly one as V, each with all the rows as N. Two warpgroups with half of the rows each would
-read every tile twice, 3264 clocks of 128 bytes a block; this way it is 2176, and the TMA writes 576 more. HBM needs
-about 4000 clocks for a block.
+warpgroup as K and by exactly one as V, each with all the rows as N. Two warpgroups with half of 64 rows each would read
+every tile twice, 3264 clocks of 128 bytes a block; this way it is 2176, and the TMA writes 576 more. HBM needs about
+4000 clocks for a block.
 
-Tiling. One CTA per part (mla_split.py); a part walks over 64-token blocks, whatever the page size. SLOT_TILES 64x64 tiles
-are one slot of the ring (mla_ring.py), a block is (LATENT + ROPE) / 64 / SLOT_TILES slots.
+Tiling. One CTA per part (mla_split.py); a part walks over 64-token blocks, whatever the page size. SLOT_TILES tiles of
+64 x 64 are one slot of the ring (mla_ring.py), a block is (LATENT + ROPE) / 64 / SLOT_TILES slots.
 
 Pipeline. 512 threads. Warpgroup 0 has the scores and the statistics, warpgroups 1 and 2 the even and the odd 64-column
 tiles of O^T, complete for all blocks: nothing is merged at the end. One warp of the last warpgroup issues the TMA and
 runs ahead, also into the next request.
 
-    TMA warp        load b0 | load b1 | load b2 | ...                 waits empty[slot], arms full[slot]
-    warpgroup 0     S(b0) P(b0) | S(b1) P(b1) | S(b2) ...             waits full[slot], P_FREE; arrives at P_FULL
-    warpgroups 1, 2             | PV(b0)      | PV(b1) ...            wait for P_FULL; arrive at empty[slot] slot by
-                                                                      slot (4 warps each), then at P_FREE
-    end of request  warpgroup 0 sums up the weights, writes lse and 1 / sum, arrives at SUMS, lets Q be overwritten
-                    (q_free, already behind the last S) and goes on with the next request;
-                    warpgroups 1, 2 scale O^T; whole requests go through the slots of the last block, which they
-                    free only then, to out; pieces of split requests to the workspace.
+    TMA warp         load b0 | load b1 | load b2 | ...           waits empty[slot], arms full[slot]
+    warpgroup 0      S(b0) P(b0) | S(b1) P(b1) | S(b2) ...       waits full[slot], P_FREE; arrives at P_FULL
+    warpgroups 1, 2              | PV(b0)      | PV(b1) ...      wait P_FULL; arrive at empty[slot] slot by slot
+                                                                 (4 warps each), then at P_FREE
+    end of request   warpgroup 0: behind the last S it frees Q (q_free); sums up the weights, writes lse and 1 / sum,
+                     arrives at SUMS and goes on with the next request
+                     warpgroups 1, 2: wait SUMS, scale O^T; whole requests go to out through the slots of the last
+                     block, which they free only then; pieces of split requests to the workspace
 
-The exponents are relative to a reference that is the maximum of the scores at the time it was last set. It is set again
-only when a score exceeds it by more than SLACK (in log2 units): P is then at most 2^SLACK, the sums are exact in the same
-way, and nearly all blocks do without a reduction over the tokens and without scaling O^T.
+The exponents are relative to a reference: the maximum of the scores when it was last set. It is set again only when a
+score exceeds it by more than SLACK (in log2 units). P is then at most 2^SLACK, the result is the same, and nearly all
+blocks do without a reduction over the tokens and without scaling O^T.
 
-Page ids are read only for pages that hold tokens (j < ceil(L / PAGE_SIZE)): the boxes behind the end of a request repeat
-its last page, and for a request of length 0 they lie outside the tensor map and are filled with zeros. Rows behind the
-end are masked in S and cleared in V (0 * NaN).
+Page ids are read only for pages that hold tokens (j < ceil(L / PAGE_SIZE)): the boxes behind the end of a request
+repeat its last page, and for a request of length 0 they lie outside the tensor map and are filled with zeros. Rows
+behind the end are masked in S and cleared in V (0 * NaN).
 
 Cannot: more than ROWS query rows; page sizes other than 16, 32, 64, 128; sm_scale <= 0 (the maximum is taken before
 scaling); FP8; a ROPE width other than 64.
@@ -612,8 +612,7 @@ class MlaDecode:
                     rO[i * ACC + k * 4 + e] = rO[i * ACC + k * 4 + e] * pair[e % 2]
 
     @cute.jit
-    def free_slot(self, c, g: cutlass.Constexpr, slot, phase):
-        s, _ = slot_of(g, slot, phase)
+    def free_slot(self, c, s):
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(c.empty + s)
 
@@ -640,7 +639,7 @@ class MlaDecode:
         for g in cutlass.range_constexpr(SLOTS):
             warpgroup.wait_group(SLOTS - 1 - g)
             if not keep:
-                self.free_slot(c, g, slot, phase)
+                self.free_slot(c, slot_of(g, slot, 0)[0])
 
     @cute.jit
     def values(self, c, v: cutlass.Constexpr, mO, o_acc):
@@ -652,26 +651,27 @@ class MlaDecode:
         for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
             _, b0, b1, whole = self.piece(c, req)
             rO.fill(0.0)
-            for j in cutlass.range(b0, b1 - 1, unroll=1):
-                self.value_block(c, v, rO, slot, phase, False)
-                cute.arch.barrier_arrive(barrier_id=P_FREE, number_of_threads=384)
+            out_slot = slot
+            for j in cutlass.range(b0, b1, unroll=1):
+                self.value_block(c, v, rO, slot, phase, whole and j == b1 - 1)
+                if j < b1 - 1:
+                    cute.arch.barrier_arrive(barrier_id=P_FREE, number_of_threads=384)
+                out_slot = slot
                 slot, phase = slot_of(SLOTS, slot, phase)
-            self.value_block(c, v, rO, slot, phase, whole)
             cute.arch.barrier(barrier_id=SUMS, number_of_threads=384)
             self.scale_o(c, rO, c.sInv)
             if req < sI[1]:
                 cute.arch.barrier_arrive(barrier_id=P_FREE, number_of_threads=384)
             if whole:
-                self.store_whole(c, v, rO, mO, req, slot, phase)
+                self.store_whole(c, v, rO, mO, req, out_slot)
             else:
                 self.store_piece(c, v, rO, o_acc, self.piece_slot(c, b0))
-            slot, phase = slot_of(SLOTS, slot, phase)
 
     @cute.jit
-    def store_whole(self, c, v: cutlass.Constexpr, rO, mO, req, slot, phase):
+    def store_whole(self, c, v: cutlass.Constexpr, rO, mO, req, slot):
         """To `out`, through the tiles that this warpgroup has just read as V; then frees their slots."""
         for g in cutlass.range_constexpr(SLOTS):
-            s, _ = slot_of(g, slot, phase)
+            s, _ = slot_of(g, slot, 0)
             for tile in OWN[v][g]:
                 rOi = cute.make_tensor(rO.iterator + tile // 2 * ACC, cute.make_layout(c.s_shape))
                 rX = cute.make_rmem_tensor(c.s_shape, ELEMENT)
@@ -681,7 +681,7 @@ class MlaDecode:
         cute.arch.barrier(barrier_id=BAR_VALUES + v, number_of_threads=128)
         rY = cute.make_rmem_tensor((8,), ELEMENT)
         for g in cutlass.range_constexpr(SLOTS):
-            s, _ = slot_of(g, slot, phase)
+            s, _ = slot_of(g, slot, 0)
             for tile in OWN[v][g]:
                 for i in cutlass.range_constexpr(ROWS // 16):
                     row = i * 16 + c.t // 8
@@ -693,7 +693,7 @@ class MlaDecode:
         cute.arch.fence_view_async_shared()  # the TMA will overwrite what was read
         cute.arch.sync_warp()
         for g in cutlass.range_constexpr(SLOTS):
-            self.free_slot(c, g, slot, phase)
+            self.free_slot(c, slot_of(g, slot, 0)[0])
 
     @cute.jit
     def store_piece(self, c, v: cutlass.Constexpr, rO, o_acc, at_slot):
