@@ -13,7 +13,7 @@ every tile twice, 3264 clocks of 128 bytes a block; this way it is 2176, and the
 Tiling. One CTA per part (mla_split.py); a part walks over 64-token blocks, whatever the page size. SLOT_TILES tiles of
 64 x 64 are one slot of the ring (mla_ring.py), a block is (LATENT + ROPE) / 64 / SLOT_TILES slots.
 
-Pipeline. 512 threads. Warpgroup 0 has the scores and the statistics, warpgroups 1 and 2 the even and the odd 64-column
+Pipeline. 512 threads. Warpgroup 0 has the scores and the statistics, warpgroups 1 and 2 every other pair of 64-column
 tiles of O^T, complete for all blocks: nothing is merged at the end. One warp of the last warpgroup issues the TMA and
 runs ahead, also into the next request.
 
@@ -85,8 +85,7 @@ SLACK = 8.0
 assert ROWS in (32, 64) and PAGE_SIZE in (16, 32, 64, 128) and ROPE == 64 and LATENT in (256, 512)
 assert TILES % SLOT_TILES == 0 and RING >= 2 * SLOTS
 # tiles of warpgroup 1 + v in the g-th slot of a block: OWN[v][g]
-OWN = [[[i for i in range(V_TILES) if i % 2 == v and i // SLOT_TILES == g] for g in range(SLOTS)] for v in (0, 1)]
-assert all(tiles for own in OWN for tiles in own)  # both warpgroups free every slot
+OWN = [[[i for i in range(V_TILES) if i // 2 % 2 == v and i // SLOT_TILES == g] for g in range(SLOTS)] for v in (0, 1)]
 
 
 def rows_stack(n):
@@ -112,6 +111,11 @@ def row_of(h: cutlass.Constexpr, lane):
 def at(h):
     """Index in an accumulator of the first of a thread's two values (+ 2: the other) of its h-th query row."""
     return (h // 2) * 4 + h % 2
+
+
+def first_of(tile):
+    """Index of a tile's first value in the O^T of the warpgroup that owns it."""
+    return (tile // 4 * 2 + tile % 2) * ACC
 
 
 @cute.jit
@@ -631,19 +635,20 @@ class MlaDecode:
         for g in cutlass.range_constexpr(SLOTS):
             s, _ = slot_of(g, slot, phase)
             for tile in OWN[v][g]:
-                rOi = cute.make_tensor(rO.iterator + tile // 2 * ACC, cute.make_layout(c.s_shape))
+                rOi = cute.make_tensor(rO.iterator + first_of(tile), cute.make_layout(c.s_shape))
                 for x in cutlass.range_constexpr(4):
                     tV = c.tV[None, None, x, tile % SLOT_TILES, s]
                     cute.gemm(pv, rOi, tV, c.tP[None, None, x], rOi)
-            warpgroup.commit_group()
+            if const_expr(len(OWN[v][g]) > 0):
+                warpgroup.commit_group()
         for g in cutlass.range_constexpr(SLOTS):
-            warpgroup.wait_group(SLOTS - 1 - g)
+            warpgroup.wait_group(sum(1 for later in OWN[v][g + 1 :] if later))
             if not keep:
                 self.free_slot(c, slot_of(g, slot, 0)[0])
 
     @cute.jit
     def values(self, c, v: cutlass.Constexpr, mO, o_acc):
-        """Warpgroup 1 + v: the tiles v, v + 2, ... of O^T."""
+        """Warpgroup 1 + v: its tiles of O^T."""
         sI = c.sI
         rO = cute.make_rmem_tensor((V_TILES // 2 * ACC,), Float32)
         slot = Int32(0)
@@ -673,7 +678,7 @@ class MlaDecode:
         for g in cutlass.range_constexpr(SLOTS):
             s, _ = slot_of(g, slot, 0)
             for tile in OWN[v][g]:
-                rOi = cute.make_tensor(rO.iterator + tile // 2 * ACC, cute.make_layout(c.s_shape))
+                rOi = cute.make_tensor(rO.iterator + first_of(tile), cute.make_layout(c.s_shape))
                 rX = cute.make_rmem_tensor(c.s_shape, ELEMENT)
                 rX.store(rOi.load().to(ELEMENT))
                 tOs = c.stsm_thr.partition_D(c.o_tiles[None, None, tile % SLOT_TILES, s])
@@ -701,10 +706,10 @@ class MlaDecode:
         for h in cutlass.range_constexpr(COLS):
             row = row_of(h, c.lane)
             if row < o_acc.shape[1]:
-                for i in cutlass.range_constexpr(V_TILES // 2):
+                for tile in sum(OWN[v], []):
                     for u in cutlass.range_constexpr(2):
-                        col = (2 * i + v) * 64 + c.w * 16 + c.lane // 4 + 8 * u
-                        o_acc[at_slot, row, col] = rO[i * ACC + at(h) + 2 * u]
+                        col = tile * 64 + c.w * 16 + c.lane // 4 + 8 * u
+                        o_acc[at_slot, row, col] = rO[first_of(tile) + at(h) + 2 * u]
 
 
 def fake_args():
