@@ -11,7 +11,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
 
-from common.sm90 import smem_atom
+from common.sm90 import row_strides, smem_atom
 
 
 def ring_layout(dtype, slot_tiles, slots):
@@ -40,16 +40,6 @@ def grouped_pages(kv: cute.Tensor, page_size: cutlass.Constexpr, tiles: cutlass.
     pages = cutlass.max(kv.shape[0], 1)
     shape, stride = (8, page_size // 8, 64, tiles, pages), (row, 8 * row, 1, 64, page)
     return cute.make_tensor(kv.iterator, cute.make_layout(shape, stride=stride))
-
-
-@cute.jit
-def row_strides(x: cute.Tensor):
-    """Strides of the packed rows and of the requests of a (B, s_q, H, columns) tensor."""
-    # the stride of a mode of size 1 may be anything, also none that TMA accepts
-    row = x.stride[2] if x.shape[2] > 1 else x.stride[1]
-    row = row if x.shape[1] * x.shape[2] > 1 else Int64(64)
-    request = x.stride[0] if x.shape[0] > 1 else Int64(64)
-    return cute.assume(row, divby=8), cute.assume(request, divby=8)
 
 
 @cute.jit

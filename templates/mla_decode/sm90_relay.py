@@ -60,9 +60,9 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
 from common.mla_combine import MlaCombine
-from common.mla_ring import grouped_pages, packed_rows, page_of_box, ring_box, ring_boxes, ring_layout, row_strides
+from common.mla_ring import grouped_pages, packed_rows, page_of_box, ring_box, ring_boxes, ring_layout
 from common.mla_split import interval, n_blocks, partials, touch_table
-from common.sm90 import EVICT_FIRST, EVICT_NORMAL, INF, LOG2E, cutlass_dtype, ex2, smem_atom, swz
+from common.sm90 import EVICT_FIRST, EVICT_NORMAL, INF, LOG2E, cutlass_dtype, ex2, row_strides, smem_atom, swz
 
 ELEMENT = cutlass_dtype(DTYPE)
 BLOCK = 64  # tokens of a block, columns of a tile
@@ -384,7 +384,8 @@ class MlaDecode:
                 sI[3] = j1
                 sI[4] = total
         if const_expr(CAUSAL):
-            if tid < ROWS:
+            # not on tid: the compiler would not take the warps for converged, and move descriptors for every MMA
+            if warp_idx < ROWS // 32:
                 sBack[tid] = cutlass.max(lse.shape[1] - 1 - tid // lse.shape[2], 0)
         cute.arch.sync_threads()
         if wg == 3:

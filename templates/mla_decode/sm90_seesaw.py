@@ -62,7 +62,7 @@ from cutlass.memory import SmemAllocator
 
 from common.mla_combine import MlaCombine
 from common.mla_split import interval, n_blocks, partials, touch_table
-from common.sm90 import EVICT_FIRST, EVICT_NORMAL, INF, LOG2E, cutlass_dtype, smem_atom, swz
+from common.sm90 import EVICT_FIRST, EVICT_NORMAL, INF, LOG2E, cutlass_dtype, row_strides, smem_atom, swz
 from common.sm90 import ex2, issue, quad_max, quad_sum
 
 ELEMENT = cutlass_dtype(DTYPE)
@@ -136,16 +136,6 @@ def kv_tile(g, half):
         return cute.group_modes(cute.local_tile(g, (8, BOX_TOKENS // 8, TILE, n), (0, None, 0, 0, None)), 0, 4)
     g = cute.domain_offset((0, 0, lo, 0), g)
     return cute.group_modes(cute.local_tile(g, (BLOCK, TILE, n), (None, 0, 0, None)), 0, 3)
-
-
-@cute.jit
-def row_strides(x):
-    """Strides of the packed rows and of the requests of a (B, s_q, H, columns) tensor."""
-    # the stride of a mode of size 1 may be anything, also none that TMA accepts
-    row = x.stride[2] if x.shape[2] > 1 else x.stride[1]
-    row = row if x.shape[1] * x.shape[2] > 1 else Int64(TILE)
-    request = x.stride[0] if x.shape[0] > 1 else Int64(TILE)
-    return cute.assume(row, divby=8), cute.assume(request, divby=8)
 
 
 @cute.jit
