@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 BLOCK_TOKENS = 64  # the unit of work, whatever the page size
 MAX_PARTS = 160  # of one request: what a warp of the combine has weights for
-SWAP_ROWS = 16  # most query rows (s_q * heads) of the kernel with swapped operands
-TILE_ROWS = 64  # query rows of a CTA of the seesaw kernel
+SWAP_ROWS = 16  # most query rows (s_q * heads) of the swap kernel
+TILE_ROWS = 64  # query rows of a CTA of the relay kernel, which has no more, and of the seesaw kernel
 
 
 class Launch(NamedTuple):
@@ -44,7 +44,13 @@ def launch_args(rows: int, batch: int, sms: int, latent: int = 512) -> Launch:
     parts = min(max(1, sms // row_tiles(rows)), MAX_PARTS)
     if batch >= parts:  # hardly any request is split
         return Launch(parts, 4, 6, 8)
-    return Launch(parts, 1, 1 if rows <= SWAP_ROWS else 2, 3)
+    if rows > TILE_ROWS:
+        return Launch(parts, 1, 2, 3)
+    # One row tile: limited by memory bandwidth, which a few CTAs less do not lower. Whole pieces instead:
+    if batch <= 2:
+        return Launch(max(batch, parts * 8 // 11), 1, 1, 3)  # more parts cost more to combine than they gain
+    idle = parts % batch
+    return Launch(parts - idle if idle * 20 <= parts else parts, 2, 1, 3)
 
 
 def row_tiles(rows: int) -> int:

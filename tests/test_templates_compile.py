@@ -1,9 +1,9 @@
 """Every template compiles for its arch without spilling, and within what its card promises.
 
 The covering set of tests/keysets.py has each (template, variant), each value of each constant, and each pair of values;
-the full product of 96 Keys takes eight minutes of a core and runs with -m slow. No other test compiles these Keys: a
-template that breaks fails here, once. The kernels go into a cache for the session, or into the one that
-JITMLA_TEST_CACHE names, where a later run finds them.
+the full product takes five times as long and runs with -m slow. No other test compiles these Keys: a template that
+breaks fails here, once. The kernels go into a cache for the session, or into the one that JITMLA_TEST_CACHE names,
+where a later run finds them.
 """
 
 from __future__ import annotations

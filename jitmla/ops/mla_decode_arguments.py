@@ -27,7 +27,8 @@ def check(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_rank: 
                                   "times any YaRN mscale**2, and qk_nope_head_dim is not in the tensors",
                                   remedy="pass it, for example sm_scale=0.1352 for DeepSeek-V3")
     if checks.finite_number("sm_scale", sm_scale) <= 0:
-        raise InvalidArgument(f"sm_scale={sm_scale}", supported="a positive number", differs="it is not positive")
+        raise InvalidArgument(f"sm_scale={sm_scale}", supported="a positive number", differs="it is not positive",
+                              remedy="look where sm_scale is computed")
     q_nope, q_pe = _check_query(q, kv_lora_rank)
     _check_cache(kv_cache, block_table, seq_lens, kv_lora_rank + rope_dim(q_nope, q_pe, kv_lora_rank), q_nope)
     out_shape = (*q_nope.shape[:3], kv_lora_rank)

@@ -17,6 +17,11 @@ units, and reads the parts of one after the other:
     sum        4 float4 at a time from the lane's own slots, refilled at once; at the end of a unit store 128 columns
 
 A lane reads back only what it loaded itself, so nothing but the weights crosses lanes and no warp waits for another.
+
+Few units and many parts (one request over the whole GPU) would leave most warps idle and give the others long sums.
+Then a team of 2, 4 or 8 warps of a CTA shares one unit: each sums every 2nd, 4th or 8th part, 16 loads at once, and the
+first of them adds up what the others leave in shared memory.
+
 The sum over the parts has a fixed order: equal launch arguments and lengths give equal bits.
 
 Counters: one int32 per (first part p0 of a request, row tile), zero before the launch. An arrival and a departure are
@@ -48,16 +53,17 @@ from common.sm90 import INF, LOG2E, cutlass_dtype, ex2
 COMBINE_WARPS = 8
 COMBINE_MAX_PARTS = 160  # of one request
 COMBINE_ENTRIES = 196  # weights of a warp: 32 + 160, and 3 that are read with the last ones; a multiple of 4
+COMBINE_TEAM_LOADS = 16  # float4 of each lane in flight when a team shares a unit
 COMBINE_FLOOR = -1.0e30  # stands for the maximum of no weights: finite, so that -inf - maximum is never NaN
 HAS_SINKS, WANTS_LSE, COOPERATIVE = 1, 2, 4  # bits of the flags
 
 
 class MlaCombine:
-    def __init__(self, latent, dtype, column, pairs, barrier):
-        """column, pairs: see above; barrier: a named barrier for the 8 warps."""
+    def __init__(self, latent, dtype, column, pairs, barrier, teams=True):
+        """column, pairs: see above; barrier: a named barrier for the 8 warps; teams: whether warps may share a unit."""
         assert latent in (128, 256, 512)
         self.latent, self.dtype, self.column, self.pairs = latent, cutlass_dtype(dtype), column, pairs
-        self.barrier = barrier
+        self.barrier, self.teams = barrier, teams
         self.log_slices = (latent // 128).bit_length() - 1
         self.ring = latent // 16  # slots of a lane: what it reads when all sharers have a piece
 
@@ -120,10 +126,19 @@ class MlaCombine:
                         seen = self.arrivals(counters, at)
                     self.count(counters, at, n + sharers)
                 self.sync()
-                self.rows(
-                    area, out, lse, sinks, o_acc, lse_acc, flags, heads, req, p0, n, w * sharers + part - p0,
-                    COMBINE_WARPS * sharers, row0, rows, w, lane,
-                )  # fmt: skip
+                log_team = Int32(0)
+                if const_expr(self.teams):
+                    log_team = self.team_of(rows << self.log_slices, n, sharers)
+                if const_expr(self.teams) and log_team > 0:
+                    self.shared_unit(
+                        area, out, lse, sinks, o_acc, lse_acc, flags, heads, req, p0, n, sharers, part - p0, log_team,
+                        row0, rows, w, lane,
+                    )  # fmt: skip
+                else:
+                    self.rows(
+                        area, out, lse, sinks, o_acc, lse_acc, flags, heads, req, p0, n, w * sharers + part - p0,
+                        COMBINE_WARPS * sharers, row0, rows, w, lane,
+                    )  # fmt: skip
 
     @cute.jit
     def count(self, counters: cute.Tensor, at: Int32, total: Int32):
@@ -136,6 +151,92 @@ class MlaCombine:
     @cute.jit
     def arrivals(self, counters: cute.Tensor, at: Int32):
         return cute.arch.load((counters.iterator + at).llvm_ptr, Int32, sem="acquire", scope="gpu")
+
+    @cute.jit
+    def team_of(self, units: Int32, n: Int32, sharers: Int32):
+        """log2 of the warps that share a unit: as many as there are for all units, each with 4 or more parts to read."""
+        log_team = Int32(0)
+        for x in cutlass.range_constexpr(1, 4):
+            if (units << x) <= COMBINE_WARPS * sharers and n >= (4 << x):
+                log_team = Int32(x)
+        return log_team
+
+    @cute.jit
+    def shared_unit(
+        self,
+        area: cute.Pointer,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        sinks: cute.Tensor,
+        o_acc: cute.Tensor,
+        lse_acc: cute.Tensor,
+        flags: Int32,
+        heads: Int32,
+        req: Int32,
+        p0: Int32,
+        n: Int32,
+        sharers: Int32,
+        sharer: Int32,
+        log_team: Int32,
+        row0: Int32,
+        rows: Int32,
+        w: Int32,
+        lane: Int32,
+    ):
+        """One unit at most for each team of 1 << log_team warps of this CTA, the `sharer`-th of `sharers`. A warp has
+        the weights of all parts and sums those that are its own. Called by all 256 threads."""
+        log_slices = self.log_slices
+        sO = cute.make_tensor(area, cute.make_layout((4, 32, COMBINE_WARPS)))
+        sW = cute.make_tensor(
+            area + 128 * self.ring * COMBINE_WARPS, cute.make_layout((COMBINE_ENTRIES, COMBINE_WARPS))
+        )
+        team = Int32(1) << log_team
+        member = w & (team - 1)
+        unit = (w >> log_team) * sharers + sharer
+        units = rows << log_slices
+        row = row0 + (unit >> log_slices)
+        rO = cute.make_rmem_tensor((4,), Float32)
+        rO.fill(0.0)
+        self.sync()  # the area may still be read for the request before
+        if unit < units:
+            rX = cute.make_rmem_tensor((4, COMBINE_TEAM_LOADS), Float32)
+            at = row * self.latent + (unit & ((1 << log_slices) - 1)) * 128 + lane * 4
+            self.fetch(rX, o_acc, p0, n, at, member, team)
+            for e in cutlass.range(lane, n, 32, unroll=1):
+                sW[e, w] = lse_acc[2 * (p0 + e) + (Int32(1) if e == 0 else Int32(0)), row]
+            cute.arch.sync_warp()
+            wants_lse = Int32(1) if member == 0 else Int32(0)
+            self.weights(
+                sW, lse, sinks, flags, heads, req, n, Int32(1), unit, Int32(0), row0, w, lane, wants_lse
+            )  # fmt: skip
+            cute.arch.sync_warp()
+            for first in cutlass.range(member, n, COMBINE_TEAM_LOADS << log_team, unroll=1):
+                for u in cutlass.range_constexpr(COMBINE_TEAM_LOADS):
+                    i = first + (u << log_team)
+                    weight = sW[i, w] if i < n else Float32(0.0)
+                    for x in cutlass.range_constexpr(4):
+                        rO[x] = rO[x] + weight * rX[x, u]
+                following = first + (COMBINE_TEAM_LOADS << log_team)
+                if following < n:
+                    self.fetch(rX, o_acc, p0, n, at, following, team)
+            cute.autovec_copy(rO, sO[None, lane, w])
+        self.sync()
+        if unit < units and member == 0:
+            rY = cute.make_rmem_tensor((4,), Float32)
+            for other in cutlass.range(1, team, unroll=1):
+                cute.autovec_copy(sO[None, lane, w + other], rY)
+                for x in cutlass.range_constexpr(4):
+                    rO[x] = rO[x] + rY[x]
+            self.store(out, req, row, unit & ((1 << log_slices) - 1), rO, lane)
+
+    @cute.jit
+    def fetch(self, rX, o_acc: cute.Tensor, p0: Int32, n: Int32, at: Int32, first: Int32, step: Int32):
+        """Parts first, first + step, ... of what lies at offset `at` of each; behind the last part the last one."""
+        for u in cutlass.range_constexpr(COMBINE_TEAM_LOADS):
+            i = cutlass.min(first + u * step, n - 1)
+            slot = 2 * (p0 + i) + (Int32(1) if i == 0 else Int32(0))
+            src = o_acc.iterator + cute.assume(slot * o_acc.stride[0] + at, divby=4)
+            cute.autovec_copy(cute.make_tensor(src, cute.make_layout(4)), rX[None, u])
 
     @cute.jit
     def rows(
@@ -195,7 +296,7 @@ class MlaCombine:
 
         cute.arch.cp_async_wait_group(ring // 4)
         cute.arch.sync_warp()
-        self.weights(sW, lse, sinks, flags, heads, req, n, units, first, step, row0, w, lane)
+        self.weights(sW, lse, sinks, flags, heads, req, n, units, first, step, row0, w, lane, Int32(1))
         cute.arch.sync_warp()
 
         rO = cute.make_rmem_tensor((4,), Float32)
@@ -259,8 +360,9 @@ class MlaCombine:
         row0: Int32,
         w: Int32,
         lane: Int32,
+        wants_lse: Int32,
     ):
-        """Log-sum-exps to weights, divided by their sum; lse of the rows whose first unit this warp has."""
+        """Log-sum-exps to weights, divided by their sum; if wanted, lse of the rows whose first unit this warp has."""
         log_slices = self.log_slices
         log_seg = Int32(0)
         for x in cutlass.range_constexpr(5):
@@ -292,7 +394,7 @@ class MlaCombine:
                 inv = cute.arch.rcp_approx(total + sink) if total > 0.0 else Float32(0.0)
                 for e in cutlass.range(unit * n + sub, end, seg, unroll=1):
                     sW[e, w] = sW[e, w] * inv
-                if (flags & WANTS_LSE) != 0 and sub == 0 and (at & ((1 << log_slices) - 1)) == 0:
+                if (flags & WANTS_LSE) != 0 and wants_lse != 0 and sub == 0 and (at & ((1 << log_slices) - 1)) == 0:
                     value = (cute.math.log2(total, fastmath=True) + top) * (1.0 / LOG2E)
                     lse[req, row // heads, row % heads] = value if total > 0.0 else -Float32(INF)
 

@@ -32,10 +32,10 @@ Barriers. mbarriers (TMA): K0.L K0.R K1.L K1.R, one for Q. Named barriers, one w
 M0, M1 (the maxima are in sM), P0, P1 (the probabilities are in shared memory); one per warpgroup for its own writes.
 There are no "empty" barriers: the warpgroup whose product read half a block last also refills it.
 
-Pages. The unit is the 64-token block whatever the page size. SLOT_ORDER "rows" keeps the 8-token groups of all tiles of
-a half together, so that a page of 16 or 32 tokens is one TMA box per half (64 / PAGE_SIZE boxes per half and block);
-"tiles" keeps the 64-column tiles one behind the other (PAGE_SIZE >= 64 only). Lane l of the issuing warp holds the page
-of box l: one register per block for every page size. Block-table entries from ceil(L / PAGE_SIZE) on are never read.
+Pages. The unit is the 64-token block whatever the page size. A half of a block keeps the 8-token groups of all its
+tiles together (mla_ring.py), so that a page of 16 or 32 tokens is one TMA box per half: 64 / PAGE_SIZE boxes per half
+and block. Lane l of the issuing warp holds the page of box l: one register per block for every page size. Block-table
+entries from ceil(L / PAGE_SIZE) on are never read.
 
 Cannot do: FP8 caches, page sizes below 16, ROPE other than 64, more than 512 rows (block_table is re-read for each 64).
 Fewer than 64 rows cost as much as 64.
@@ -47,7 +47,6 @@ LATENT = 512
 ROPE = 64
 PAGE_SIZE = 64
 CAUSAL = False
-SLOT_ORDER = "tiles"
 # --- end of constants ---
 
 from types import SimpleNamespace
@@ -61,6 +60,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
 from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
+from common.mla_ring import grouped_pages, packed_rows, ring_box, ring_boxes
 from common.mla_split import interval, n_blocks, partials, sharing, touch_table
 from common.sm90 import EVICT_FIRST, EVICT_NORMAL, INF, LOG2E, cutlass_dtype, row_strides, smem_atom, swz
 from common.sm90 import ex2, issue, quad_max, quad_sum
@@ -84,7 +84,6 @@ FIRST_BLOCKS = 4096  # evict-first pays for batches up to about 300 MB; beyond, 
 M_INIT = -1.0e30  # finite, so that a row without keys has no NaN
 
 assert ROPE == TILE and LATENT in (256, 512) and PAGE_SIZE in (16, 32, 64, 128)
-assert SLOT_ORDER == "rows" or (SLOT_ORDER == "tiles" and PAGE_SIZE >= BLOCK)
 
 
 # ------------------------------------------------------------------------------------------------ layouts
@@ -96,56 +95,20 @@ def tile_stack(n):
 
 
 def kv_half(n):
-    """Shared-memory layout (64 tokens, 64 n columns) of one half of a block, as the MMA sees it."""
-    return cute.tile_to_shape(smem_atom(ELEMENT), (BLOCK, TILE * n), order=(1, 0) if SLOT_ORDER == "rows" else (0, 1))
+    """Shared-memory layout (64 tokens, 64 n columns) of one half of a block, as the MMA sees it: a slot of mla_ring."""
+    return cute.tile_to_shape(smem_atom(ELEMENT), (BLOCK, TILE * n), order=(1, 0))
 
 
 def kv_boxes(n):
-    """The same half as TMA boxes: (8, groups, 64 columns, n tiles, box) or (64, 64, n, box)."""
-    if SLOT_ORDER == "rows":
-        groups, step = BOX_TOKENS // 8, 8 * TILE * n
-        return cute.make_layout((8, groups, TILE, n, BOXES), stride=(TILE, step, 1, 8 * TILE, groups * step))
-    return cute.make_layout((BLOCK, TILE, n, 1), stride=(TILE, 1, BLOCK * TILE, BLOCK * TILE * n))
-
-
-def kv_box(n):
-    """(Shared-memory layout, shape) of one TMA box."""
-    if SLOT_ORDER == "rows":
-        outer = cute.select(kv_boxes(n), mode=[0, 1, 2, 3])
-        return cute.make_composed_layout(smem_atom(ELEMENT).inner, 0, outer), (8, BOX_TOKENS // 8, TILE, n)
-    return tile_stack(n), (BLOCK, TILE, n)
-
-
-@cute.jit
-def kv_modes(kv):
-    """(pages, PAGE_SIZE, columns) with the modes of a box: (8, groups, 64, tile, page) or (token, 64, tile, page)."""
-    page = kv.stride[0] if kv.shape[0] > 1 else Int64(TILE)  # the stride of a mode of size 1 may be anything
-    row = kv.stride[1]
-    if const_expr(SLOT_ORDER == "rows"):
-        shape, stride = (8, PAGE_SIZE // 8, TILE, TILES, kv.shape[0]), (row, 8 * row, 1, TILE, page)
-    else:
-        shape, stride = (PAGE_SIZE, TILE, TILES, kv.shape[0]), (row, 1, TILE, page)
-    return cute.make_tensor(kv.iterator, cute.make_layout(shape, stride=stride))
+    """The same half as TMA boxes: (8, groups, 64 columns, n tiles, box)."""
+    return cute.select(ring_boxes(n, BOXES, 1), mode=[0, 1, 2, 3, 4])
 
 
 def kv_tile(g, half):
     """Boxes of one half in the global tensor: (box ..., block of the page, page)."""
-    lo, n = half * HALF_TILES, HALF_TILES + half
-    if SLOT_ORDER == "rows":
-        g = cute.domain_offset((0, 0, 0, lo, 0), g)
-        return cute.group_modes(cute.local_tile(g, (8, BOX_TOKENS // 8, TILE, n), (0, None, 0, 0, None)), 0, 4)
-    g = cute.domain_offset((0, 0, lo, 0), g)
-    return cute.group_modes(cute.local_tile(g, (BLOCK, TILE, n), (None, 0, 0, None)), 0, 3)
-
-
-@cute.jit
-def packed(x, offset: Int32, n: cutlass.Constexpr):
-    """(B, s_q, H, columns) from column `offset` on as (s_q * H rows, 64 columns, n tiles, B)."""
-    row, request = row_strides(x)
-    return cute.make_tensor(
-        x.iterator + cute.assume(offset, divby=8),
-        cute.make_layout((x.shape[1] * x.shape[2], TILE, n, x.shape[0]), stride=(row, 1, TILE, request)),
-    )
+    n = HALF_TILES + half
+    g = cute.domain_offset((0, 0, 0, half * HALF_TILES, 0), g)
+    return cute.group_modes(cute.local_tile(g, (8, BOX_TOKENS // 8, TILE, n), (0, None, 0, 0, None)), 0, 4)
 
 
 def opaque(x):
@@ -205,14 +168,16 @@ class MlaDecode:
 
         g2s, s2g = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         tma_q, mQ = cpasync.make_tiled_tma_atom(
-            g2s, packed(q, Int32(0), TILES - 1), tile_stack(Q_BOX), (ROWS, TILE, Q_BOX)
+            g2s, packed_rows(q, Int32(0), TILES - 1), tile_stack(Q_BOX), (ROWS, TILE, Q_BOX)
         )
-        tma_pe, mQpe = cpasync.make_tiled_tma_atom(g2s, packed(q_pe, pe_offset, 1), tile_stack(1), (ROWS, TILE, 1))
-        mKV = kv_modes(kv_cache)
-        tma_kl, mKl = cpasync.make_tiled_tma_atom(g2s, mKV, *kv_box(HALF_TILES))
-        tma_kr, mKr = cpasync.make_tiled_tma_atom(g2s, mKV, *kv_box(HALF_TILES + 1))
+        tma_pe, mQpe = cpasync.make_tiled_tma_atom(g2s, packed_rows(q_pe, pe_offset, 1), tile_stack(1), (ROWS, TILE, 1))
+        mKV = grouped_pages(kv_cache, PAGE_SIZE, TILES)
+        (tma_kl, mKl), (tma_kr, mKr) = [
+            cpasync.make_tiled_tma_atom(g2s, mKV, ring_box(ELEMENT, n, BOXES), (8, BOX_TOKENS // 8, TILE, n))
+            for n in (HALF_TILES, HALF_TILES + 1)
+        ]
         tma_o, mO = cpasync.make_tiled_tma_atom(
-            s2g, packed(out, Int32(0), TILES - 1), tile_stack(HALF_TILES), (ROWS, TILE, HALF_TILES)
+            s2g, packed_rows(out, Int32(0), TILES - 1), tile_stack(HALF_TILES), (ROWS, TILE, HALF_TILES)
         )
         row, request = row_strides(out)
         out_rows = cute.make_tensor(out.iterator, cute.make_layout((batch, rows, LATENT), stride=(request, row, 1)))

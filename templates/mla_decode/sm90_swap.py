@@ -7,12 +7,8 @@ The query rows are the N of the MMA (8 or 16) instead of a mostly empty M of 64.
 memory, and the rest is a ring of KV tiles: about 200 KB in flight, which is what a memory-bound kernel needs.
 
 Tiling. One CTA per part (mla_split.py); a part walks over 64-token blocks, whatever the page size. A tile is 64 tokens
-x 64 columns; SLOT_TILES tiles are one slot of the ring of RING slots; a block is (LATENT + ROPE) / 64 / SLOT_TILES
-slots. In a slot the 8-token groups of all tiles lie together, so a page of 16 or 32 tokens is a contiguous piece of it
-and one TMA box:
-
-    slot = [tokens 0-7: tile 0 | tile 1 | tile 2] [tokens 8-15: tile 0 | tile 1 | tile 2] ... [tokens 56-63: ...]
-            `------------ page of 16 tokens: one box (64 columns, 8 rows, 3 tiles, 2 groups) ------------'
+x 64 columns; SLOT_TILES tiles are one slot of the ring (RING slots), a block is (LATENT + ROPE) / 64 / SLOT_TILES
+slots. How a slot is laid out for pages smaller than a block: mla_ring.py.
 
 Pipeline. 288 threads: two math warpgroups take alternate blocks, each with a running maximum and a complete O^T of its
 own; nothing crosses between them until the end of the request. One TMA warp runs ahead, also into the next request.
@@ -53,6 +49,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
 from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
+from common.mla_ring import grouped_pages, page_of_box, ring_box, ring_boxes, ring_layout
 from common.mla_split import interval, n_blocks, partials, sharing, touch_table
 from common.sm90 import EVICT_FIRST, EVICT_NORMAL, INF, LOG2E, cutlass_dtype, ex2, row_strides, smem_atom, swz
 
@@ -73,18 +70,6 @@ M_INIT = -1.0e30  # finite: -inf - maximum is never NaN
 
 assert ROWS in (8, 16) and PAGE_SIZE in (16, 32, 64, 128) and ROPE == 64 and LATENT % 256 == 0
 assert TILES % SLOT_TILES == 0 and RING >= 2 * SLOTS  # both warpgroups hold a block
-
-
-def ring_layout(dtype):
-    """(64 tokens, 64 * SLOT_TILES columns, RING), swizzled; 8-token groups outermost within a slot."""
-    return cute.tile_to_shape(smem_atom(dtype), (64, 64 * SLOT_TILES, RING), order=(1, 0, 2))
-
-
-def box_layout(slots):
-    """The ring as the TMA sees it: (row in group, group in box, column, tile, box, slot)."""
-    group = 512 * SLOT_TILES
-    stride = (64, group, 1, 512, group * BOX_GROUPS, group * 8)
-    return cute.make_layout((8, BOX_GROUPS, 64, SLOT_TILES, BOXES, slots), stride=stride)
 
 
 @cute.jit
@@ -150,12 +135,7 @@ class MlaDecode:
         mQpe = cute.make_tensor(
             q_pe.iterator + cute.assume(pe_offset, divby=8), cute.make_layout((R, 64, B), stride=(row, 1, request))
         )
-        page, row = kv_cache.stride[0], kv_cache.stride[1]
-        pages = cutlass.max(kv_cache.shape[0], 1)
-        mK = cute.make_tensor(
-            kv_cache.iterator,
-            cute.make_layout((8, PAGE_SIZE // 8, 64, TILES, pages), stride=(row, 8 * row, 1, 64, page)),
-        )
+        mK = grouped_pages(kv_cache, PAGE_SIZE, TILES)
         row, request = row_strides(out)
         mO = cute.make_tensor(out.iterator, cute.make_layout((B, R, LATENT), stride=(request, row, 1)))
         mOacc, mLacc = partials(workspace, parts, R, LATENT)
@@ -163,7 +143,7 @@ class MlaDecode:
         g2s = cpasync.CopyBulkTensorTileG2SOp()
         atom = smem_atom(ELEMENT)
         q_box = cute.tile_to_shape(atom, (ROWS, 64, V_TILES), order=(0, 1, 2))
-        k_box = cute.make_composed_layout(atom.inner, 0, cute.select(box_layout(1), mode=[0, 1, 2, 3]))
+        k_box = ring_box(ELEMENT, SLOT_TILES, BOXES)
         tma_q, gQ = cpasync.make_tiled_tma_atom(g2s, mQ, q_box, (ROWS, 64, V_TILES))
         tma_pe, gQpe = cpasync.make_tiled_tma_atom(g2s, mQpe, swz(ROWS, 64, ELEMENT), (ROWS, 64))
         tma_k, gK = cpasync.make_tiled_tma_atom(g2s, mK, k_box, (8, BOX_GROUPS, 64, SLOT_TILES))
@@ -187,7 +167,7 @@ class MlaDecode:
             B,
             s_q,
             heads,
-            pages,
+            cutlass.max(kv_cache.shape[0], 1),
             parts,
             fixed,
             least,
@@ -196,7 +176,7 @@ class MlaDecode:
             (B + parts - 1) // parts,
             self.mma(OperandMajorMode.K),
             self.mma(OperandMajorMode.MN),
-            ring_layout(ELEMENT),
+            ring_layout(ELEMENT, SLOT_TILES, RING),
             swz(ROWS, WIDTH, ELEMENT),
             swz(ROWS, LATENT, ELEMENT).outer,
             swz(ROWS, 2 * BLOCK, ELEMENT),
@@ -318,7 +298,7 @@ class MlaDecode:
             tma_k,
             0,
             one,
-            cute.group_modes(cute.make_tensor(sK.iterator, box_layout(RING)), 0, 4),
+            cute.group_modes(cute.make_tensor(sK.iterator, ring_boxes(SLOT_TILES, BOXES, RING)), 0, 4),
             cute.group_modes(cute.local_tile(gK, (8, BOX_GROUPS, 64, SLOT_TILES), (0, None, 0, None, None)), 0, 4),
         )
         qk = mma_qk.get_slice(t)
@@ -400,17 +380,6 @@ class MlaDecode:
         cute.copy(c["tma_pe"], c["tPg"][None, req], c["tPs"], tma_bar_ptr=c["q_full"])
 
     @cute.jit
-    def page_id(self, mTable, req, j, last, lane, pages):
-        """Page of block j (lane % BOXES: which of its pages); behind the last page that one, without pages none."""
-        page = pages  # outside the tensor map
-        if last >= 0:
-            if const_expr(PAGE_SIZE > BLOCK):
-                page = mTable[req, cutlass.min(j // (PAGE_SIZE // BLOCK), last)]
-            else:
-                page = mTable[req, cutlass.min(j * BOXES + lane % BOXES, last)]
-        return page
-
-    @cute.jit
     def produce(self, c, mTable, mSeqlens, sI, pages):
         lane = c["lane"]
         slot = Int32(0)
@@ -422,11 +391,11 @@ class MlaDecode:
             last = (seqlen + (PAGE_SIZE - 1)) // PAGE_SIZE - 1
             b0 = sI[2] if req == sI[0] else Int32(0)
             b1 = sI[3] if (req == sI[1] and sI[3] > 0) else n_blocks(seqlen)
-            page = self.page_id(mTable, req, b0, last, lane, pages)
+            page = page_of_box(mTable, req, b0, last, lane, pages, PAGE_SIZE)
             if req == sI[0]:
                 self.load_q(c, req)
             for j in cutlass.range(b0, b1, unroll=1):
-                following = self.page_id(mTable, req, cutlass.min(j + 1, b1 - 1), last, lane, pages)
+                following = page_of_box(mTable, req, cutlass.min(j + 1, b1 - 1), last, lane, pages, PAGE_SIZE)
                 at = [page]
                 if const_expr(BOXES > 1):
                     at = [cute.arch.shuffle_sync(page, offset=u) for u in range(BOXES)]
