@@ -278,6 +278,7 @@ def test_every_row_is_combined_once(latent, rows, row0, heads, n, sharers, p0, p
 @pytest.mark.parametrize(("nb", "parts", "tiles", "bias"), [
     ([1000], 30, 2, 0), ([5], 30, 1, 0), ([64] * 8, 33, 2, 0), ([3, 80, 1, 1, 40], 9, 3, -(10**6)),
     ([1] * 20 + [300] + [2] * 9, 12, 2, 0), ([7] * 24, 12, 1, 0), ([9, 2], 7, 1, 10**6),
+    ([5], 30, 1, 3), ([5, 9], 23, 2, 8),  # sharers without a piece
 ])
 def test_ctas_wait_for_each_other_and_leave_the_counters_at_zero(nb, parts, tiles, bias):
     """`run` of thread 0 of every CTA, in a random order of steps, twice with the same counters."""
