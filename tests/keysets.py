@@ -42,6 +42,15 @@ def product() -> list[Spec]:
     return [spec(*values) for values in itertools.product(DTYPES, LATENTS, PAGES, ROWS, CAUSAL)]
 
 
+def only_when_asked(config) -> None:
+    """Skip the full product, which takes minutes, unless the -m of the command line names `slow`."""
+    import pytest
+
+    expression = config.getoption("markexpr") or ""
+    if "slow" not in expression.replace("not slow", ""):
+        pytest.skip(f"the full product of {len(product())} Keys takes minutes: run it with -m slow")
+
+
 def prewarm(specs: list[Spec], jobs: int) -> int:
     """Compile what the cache lacks; returns the number of failures."""
     from jitmla import compile, registry

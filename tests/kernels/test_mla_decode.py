@@ -30,7 +30,8 @@ from jitmla.testing import (
     mla_decode_problem,
     poisoned_empty,
 )
-from tests.keysets import ROWS, covering, product
+
+from ..keysets import ROWS, covering, only_when_asked, product
 
 pytestmark = [
     pytest.mark.gpu,
@@ -165,7 +166,13 @@ def test_drawn_problems(call):
     check_drawn(call)
 
 
+@pytest.fixture
+def asked_for(request):
+    only_when_asked(request.config)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("asked_for")
 @given(calls(product()))
 @settings(DRAWN, max_examples=600)
 def test_drawn_problems_of_every_key(call):
@@ -544,6 +551,12 @@ def test_layouts_that_the_kernels_cannot_read():
     refused(problem, InvalidArgument, "q at address", "multiples of 16 bytes", q=loose)
 
 
+def test_what_no_template_serves():
+    refused(mla_decode_problem([300], heads=16, page_size=7, device="cuda"), NoTemplate, "page_size=7", "reference")
+    refused(mla_decode_problem([300], heads=16, kv_lora_rank=128, device="cuda"), NoTemplate, "kv_lora_rank=128")
+    refused(mla_decode_problem([300], heads=16, qk_rope_head_dim=32, device="cuda"), NoTemplate, "qk_rope_head_dim=32")
+
+
 def test_misaligned_address_in_a_remembered_layout():
     """Addresses are not part of what a call remembers: the kernel's own guard must refuse this one."""
     problem = mla_decode_problem([300, 64], heads=16, device="cuda")
@@ -552,9 +565,3 @@ def test_misaligned_address_in_a_remembered_layout():
     shifted = storage[1:problem.q.numel() + 1].view(problem.q.shape)
     assert shifted.stride() == problem.q.stride()
     refused(problem, InvalidArgument, "q at address", "multiples of 16 bytes", q=shifted)
-
-
-def test_what_no_template_serves():
-    refused(mla_decode_problem([300], heads=16, page_size=7, device="cuda"), NoTemplate, "page_size=7", "reference")
-    refused(mla_decode_problem([300], heads=16, kv_lora_rank=128, device="cuda"), NoTemplate, "kv_lora_rank=128")
-    refused(mla_decode_problem([300], heads=16, qk_rope_head_dim=32, device="cuda"), NoTemplate, "qk_rope_head_dim=32")
