@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from .test_schedule import Split
+
 COMMON = Path(__file__).parents[1] / "templates" / "common"
 NAN = float("nan")
-YIELDS = {"sync_warp": 0, "shuffle_sync_bfly": 2}  # warp-wide operations and their number of arguments
-GENERATORS = {"rows", "weights"}
+WARP_WIDE = {"sync_warp", "shuffle_sync_bfly"}
 
 
 class Number(float):
@@ -34,6 +35,10 @@ class Pointer:
 
     def store(self, value):
         self.memory[self.offset] = value
+
+    @property
+    def llvm_ptr(self):
+        return self
 
 
 class Tensor:
@@ -104,15 +109,18 @@ class Async:
 
 
 class _Lanes(ast.NodeTransformer):
-    """Turn the device methods into generators of one lane: warp-wide operations and calls of generators are yields."""
+    """Turn the device methods into generators of one lane: `yields`, and calls of `generators`, become yields."""
+
+    def __init__(self, yields, generators):
+        self.yields, self.generators = yields, generators
 
     def visit_Call(self, node):
         self.generic_visit(node)
         name = getattr(node.func, "attr", None)
-        if name in YIELDS:
+        if name in self.yields:
             fields = [ast.Constant(name), *node.args, *(k.value for k in node.keywords)]
             return ast.Yield(ast.Tuple(fields, ast.Load()))
-        return ast.YieldFrom(node) if name in GENERATORS else node
+        return ast.YieldFrom(node) if name in self.generators else node
 
     def visit_FunctionDef(self, node):
         self.generic_visit(node)
@@ -122,14 +130,15 @@ class _Lanes(ast.NodeTransformer):
         return node
 
 
-def combiner(late):
-    """(the class MlaCombine as Python, its cp.async unit)"""
-    tree = _Lanes().visit(ast.parse((COMMON / "mla_combine.py").read_text()))
+def combiner(late, yields=frozenset(WARP_WIDE), generators=frozenset({"rows", "weights"})):
+    """(mla_combine.py as Python, its cp.async unit)"""
+    tree = _Lanes(yields, generators).visit(ast.parse((COMMON / "mla_combine.py").read_text()))
     tree.body = [n for n in tree.body if not isinstance(n, (ast.Import, ast.ImportFrom))]
     unit = Async(late)
     arch = types.SimpleNamespace(
         fmax=max, rcp_approx=lambda x: Number(1 / x if x else math.inf),
         cp_async_commit_group=unit.commit, cp_async_wait_group=unit.wait,
+        make_warp_uniform=lambda x: x, fence_acq_rel_gpu=lambda: None, inline_ptx=red_inc,
     )  # fmt: skip
     cute = types.SimpleNamespace(
         arch=arch, copy=unit.copy, autovec_copy=move, make_tensor=Tensor, make_layout=layout, make_rmem_tensor=rmem,
@@ -151,6 +160,13 @@ def combiner(late):
     }  # fmt: skip
     exec(compile(ast.fix_missing_locations(tree), "mla_combine.py", "exec"), names)  # noqa: S102
     return types.SimpleNamespace(**names), unit
+
+
+def red_inc(text, read_only_args):
+    assert text == "red.relaxed.gpu.global.inc.u32 [{$r0}], {$r1};"
+    at, bound = read_only_args
+    old = at.memory[at.offset]
+    at.memory[at.offset] = 0 if old >= bound else old + 1
 
 
 def assumed(x, divisor):
@@ -257,6 +273,67 @@ def test_every_row_is_combined_once(latent, rows, row0, heads, n, sharers, p0, p
         for c in range(latent):
             expect = sum(weights[i] * values[i, r, c] for i in range(n)) / total
             assert out[1, r, c] == pytest.approx(expect, abs=1e-12)
+
+
+@pytest.mark.parametrize(("nb", "parts", "tiles", "bias"), [
+    ([1000], 30, 2, 0), ([5], 30, 1, 0), ([64] * 8, 33, 2, 0), ([3, 80, 1, 1, 40], 9, 3, -(10**6)),
+    ([1] * 20 + [300] + [2] * 9, 12, 2, 0), ([7] * 24, 12, 1, 0), ([9, 2], 7, 1, 10**6),
+    ([5], 30, 1, 3), ([5, 9], 23, 2, 8),  # sharers without a piece
+])
+def test_ctas_wait_for_each_other_and_leave_the_counters_at_zero(nb, parts, tiles, bias):
+    """`run` of thread 0 of every CTA, in a random order of steps, twice with the same counters."""
+    split = Split(nb, parts, 1, 2, bias)
+    module, _ = combiner(False, {"sync", "arrivals"}, set())
+    combined, written = [], set()
+
+    class Combine(module.MlaCombine):
+        def rows(self, *args):
+            _, _, _, _, _, _, _, _, req, p0, n, first, step, row0, rows, w, lane = args
+            tile = row0 // 64
+            assert (rows, w, lane) == (64, 0, 0) and step % module.COMBINE_WARPS == 0
+            assert split.owners[req] == list(range(p0, p0 + n)), "not the parts of this request"
+            assert {(p, tile) for p in split.owners[req]} <= written, "combined before it was written"
+            combined.append((req, tile, first, step // module.COMBINE_WARPS))
+
+    combine = Combine(512, "fp32", see_column, True, 1, teams=False)
+    counters = Tensor(Pointer([0] * parts * tiles), layout(parts * tiles))
+    rng = random.Random(len(nb))
+    for _ in range(2):
+        running = []
+        for p in range(parts):
+            r0, r1, j0, _ = split.interval(p)
+            if split.aligned and split.s > 0:
+                r0 = p // split.s
+            work = {0 if j0 > 0 or split.aligned else 1: x for x in split.shares(p)[:1]}
+            work.update({1: x for x in split.shares(p)[1:]})
+            (r0, p0, n, sharers), (_, _, started, _) = work.get(0, (r0, 0, 0, 0)), work.get(1, (r1, p, 0, 0))
+            share = Tensor(Pointer([p0, n, sharers, started, r0, r1]), layout(6))
+            for tile in range(tiles):
+                cta = combine.run(None, share, None, None, None, None, None, counters, 0, 1, p, tile, tiles, 64 * tile,
+                                  64, 0)
+                assert next(cta) == ("sync",)  # the attention work is done
+                running.append([cta, (p, tile), None])
+        steps = 0
+        while running:
+            at = rng.randrange(len(running))
+            cta, name, send = running[at]
+            written.add(name)
+            steps += 1
+            assert steps < 10**6, "some CTA waits for ever"
+            try:
+                op, *args = cta.send(send)
+                running[at][2] = None if op == "sync" else args[0][args[1]]
+            except StopIteration:
+                running.pop(at)
+        assert not any(counters[i] for i in range(parts * tiles))
+        expect = []
+        for r, owners in enumerate(split.owners):
+            sharers = split.s if split.aligned and split.s > 0 else len(owners)
+            if len(owners) > 1:
+                expect += [(r, tile, i, sharers) for tile in range(tiles) for i in range(sharers)]
+        assert sorted(combined) == sorted(expect)
+        combined.clear()
+        written.clear()
 
 
 @pytest.mark.parametrize("column", [see_column, swap_column])
