@@ -305,7 +305,7 @@ def test_ctas_wait_for_each_other_and_leave_the_counters_at_zero(nb, parts, tile
             if split.aligned and split.s > 0:
                 r0 = p // split.s
             work = {0 if j0 > 0 or split.aligned else 1: x for x in split.shares(p)[:1]}
-            work.update({1: x for x in split.shares(p)[1:]})
+            work.update((1, x) for x in split.shares(p)[1:])
             (r0, p0, n, sharers), (_, _, started, _) = work.get(0, (r0, 0, 0, 0)), work.get(1, (r1, p, 0, 0))
             share = Tensor(Pointer([p0, n, sharers, started, r0, r1]), layout(6))
             for tile in range(tiles):

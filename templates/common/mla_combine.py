@@ -154,7 +154,7 @@ class MlaCombine:
 
     @cute.jit
     def team_of(self, units: Int32, n: Int32, sharers: Int32):
-        """log2 of the warps that share a unit: as many as there are for all units, each with 4 or more parts to read."""
+        """log2 of the warps that share a unit: as many as there are for all units, each with 4 parts or more."""
         log_team = Int32(0)
         for x in cutlass.range_constexpr(1, 4):
             if (units << x) <= COMBINE_WARPS * sharers and n >= (4 << x):
