@@ -79,6 +79,7 @@ def get_or_compile(key: Key, source_of: Callable[[], str], store: Store | None =
         except CompileFailed as e:
             _failed[key.digest] = e
             raise
+        emit("compiled", op=key.spec.op, key=key.digest[:12], kernel=key.name, seconds=round(built.seconds, 2))
         try:
             return store.publish(key, built.source, built.so_bytes, built.kernels)
         except CacheUnwritable as e:
