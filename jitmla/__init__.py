@@ -14,7 +14,12 @@ _WHERE = {
     "mla_decode": "jitmla.ops.mla_decode",
     "keys_for": "jitmla.models",
     "explain": "jitmla.dispatch",
+    "warm": "jitmla.dispatch",
+    "freeze": "jitmla.dispatch",
+    "use_tunings": "jitmla.tune",
+    "tunings": "jitmla.tune",
     "stats": "jitmla.events",
+    "prometheus": "jitmla.events",
     "subscribe": "jitmla.events",
     "Key": "jitmla.key",
     "Spec": "jitmla.spec",
@@ -24,13 +29,18 @@ __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
     from .dispatch import explain as explain
+    from .dispatch import freeze as freeze
+    from .dispatch import warm as warm
     from .errors import JitmlaError as JitmlaError
+    from .events import prometheus as prometheus
     from .events import stats as stats
     from .events import subscribe as subscribe
     from .key import Key as Key
     from .models import keys_for as keys_for
     from .ops.mla_decode import mla_decode as mla_decode
     from .spec import Spec as Spec
+    from .tune import tunings as tunings
+    from .tune import use_tunings as use_tunings
 
 
 def __getattr__(name: str) -> Any:

@@ -3,15 +3,21 @@
 Run by `jitmla.compile` as `python -m jitmla._child` in a private folder that holds `request.json` and `kernel.py`.
 Every file is written there under a fixed name, so no path gets into the binary. What the compiler prints is for people;
 the outcome is `result.json`: `{"kernels": [...]}`, or `{"error": ..., "differs": ..., "remedy": ...}`.
+
+Run by `jitmla.pool` as `python -m jitmla._child --serve`, it imports the compiler once and does the same for many
+folders, each in a fork of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import importlib.util
 import json
 import os
 import re
+import select
 import shlex
 import signal
 import subprocess
@@ -19,10 +25,11 @@ import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 REQUEST, RESULT, SOURCE, OBJECT, LIBRARY, REMARKS = (
     "request.json", "result.json", "kernel.py", "kernel.o", "kernel.so", "ptxas.yaml")
+LOG = "compile.log"
 LOAD_SUFFIX = "_cuda_load"  # the library exports <op> and <op>_cuda_load
 # The compiler targets the processor it runs on; a cache is carried to other ones, so the launcher code is held to what
 # every processor of the architecture has.
@@ -41,6 +48,14 @@ def die_with_parent(parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def import_compiler() -> Any:
+    """cutlass.cute, without torch: importing that as well would double the time of a compile."""
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    import cutlass.cute as cute
+
+    return cute
 
 
 def import_kernel() -> ModuleType:
@@ -170,8 +185,7 @@ def link(cc: str, op: str) -> None:
 
 def compile_kernel(key: dict[str, Any], cc: str) -> list[dict[str, Any]]:
     """Write kernel.so for `key`; returns what ptxas said about each kernel."""
-    sys.modules["torch"] = None  # type: ignore[assignment]  # importing it would double the time of a compile
-    import cutlass.cute as cute
+    cute = import_compiler()
 
     check_toolchain(key["toolchain"])
     op, arch, options = key["spec"]["op"], key["spec"]["arch"], key["toolchain"]["options"]
@@ -186,9 +200,10 @@ def compile_kernel(key: dict[str, Any], cc: str) -> list[dict[str, Any]]:
     return kernels
 
 
-def main() -> None:
+def answer(parent: int) -> NoReturn:
+    """Do what request.json in the working folder asks, and end the process."""
     request = json.loads(Path(REQUEST).read_text(encoding="utf-8"))
-    die_with_parent(request["parent"])
+    die_with_parent(parent or request["parent"])
     try:
         result = {"kernels": compile_kernel(request["key"], request["cc"])}
     except Failed as e:
@@ -201,5 +216,74 @@ def main() -> None:
     os._exit(1 if "error" in result else 0)  # the compiler's own shutdown costs 0.1 s and does nothing for us
 
 
+def serve() -> NoReturn:
+    """A folder per line on stdin; on stdout `{"folder", "pid"}` when its fork starts, and with "status" when it ended.
+
+    Ends with stdin, and kills what still runs.
+    """
+    answers = os.dup(1)
+    os.dup2(2, 1)  # what the compiler prints is no answer
+    import_compiler()
+    gc.freeze()  # a collection in a fork would copy the pages that it shares with this process
+    woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake)
+    running: dict[int, str] = {}
+    received = b""
+
+    def say(**message: Any) -> None:
+        os.write(answers, json.dumps(message).encode() + b"\n")
+
+    while True:
+        ready, _, _ = select.select([0, woken], [], [])
+        if woken in ready:
+            os.read(woken, 4096)
+        while running:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            say(folder=running.pop(pid), pid=pid, status=os.waitstatus_to_exitcode(status))
+        if 0 not in ready:
+            continue
+        data = os.read(0, 65536)
+        if not data:
+            for pid in running:
+                kill_group(pid)
+            os._exit(0)
+        *folders, received = (received + data).split(b"\n")
+        for folder in map(os.fsdecode, folders):
+            parent, pid = os.getpid(), os.fork()
+            if pid == 0:
+                become_worker(folder, parent, [answers, woken, wake])
+            running[pid] = folder
+            say(folder=folder, pid=pid)
+
+
+def become_worker(folder: str, parent: int, close: list[int]) -> NoReturn:
+    """In a fork of the server: what a process of its own would have from its start, then the compile."""
+    try:
+        os.setpgid(0, 0)
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for fd in close:
+            os.close(fd)
+        os.chdir(folder)
+        for name, flags, fds in ((os.devnull, os.O_RDONLY, (0,)), (LOG, os.O_WRONLY | os.O_CREAT, (1, 2))):
+            opened = os.open(name, flags, 0o600)
+            for fd in fds:
+                os.dup2(opened, fd)
+            os.close(opened)
+        answer(parent)
+    finally:  # whatever happens, this process must not go on as a second server
+        os._exit(3)
+
+
+def kill_group(pid: int) -> None:
+    """Kill a worker with all that it started; it may not have its group yet, or may have ended."""
+    for kill in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError):
+            kill(pid, signal.SIGKILL)
+
+
 if __name__ == "__main__":
-    main()
+    serve() if sys.argv[1:] == ["--serve"] else answer(0)

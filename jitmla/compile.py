@@ -79,6 +79,7 @@ def get_or_compile(key: Key, source_of: Callable[[], str], store: Store | None =
         except CompileFailed as e:
             _failed[key.digest] = e
             raise
+        emit("compiled", op=key.spec.op, key=key.digest[:12], kernel=key.name, seconds=round(built.seconds, 2))
         try:
             return store.publish(key, built.source, built.so_bytes, built.kernels)
         except CacheUnwritable as e:
@@ -87,8 +88,10 @@ def get_or_compile(key: Key, source_of: Callable[[], str], store: Store | None =
     return Entry(key, built.source, built.so_bytes, manifest, None)
 
 
-def build(key: Key, source: str, store: Store | None = None, timeout: float | None = None) -> Built:
-    """Compile `source` in a child process. `timeout`: seconds, else JITMLA_COMPILE_TIMEOUT.
+def build(key: Key, source: str, store: Store | None = None, timeout: float | None = None, *,
+          run: Callable[[Path, float], int | None] | None = None) -> Built:
+    """Compile `source` in a child process. `timeout`: seconds, else JITMLA_COMPILE_TIMEOUT. `run`: instead of
+    `run_child`, what starts that process.
 
     Raises ToolchainMissing; CompileFailed with the last lines that the compiler printed, the source being kept, in the
     store if one is given; CompileInterrupted when the child was killed or ran out of time.
@@ -100,7 +103,7 @@ def build(key: Key, source: str, store: Store | None = None, timeout: float | No
         request = {"key": key.as_dict(), "cc": env.CC.get(), "parent": os.getpid()}
         (folder / REQUEST).write_text(json.dumps(request), encoding="utf-8")
         start = time.monotonic()
-        status = _run(folder, limit)
+        status = (run or run_child)(folder, limit)
         seconds = time.monotonic() - start
         result = _result(folder, status)
         if status == 0 and "kernels" in result:
@@ -151,14 +154,10 @@ def _work_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run(folder: Path, limit: float) -> int | None:
+def run_child(folder: Path, limit: float) -> int | None:
     """Run the child in `folder`; its exit status, or None when it had to be killed after `limit` seconds."""
-    if not sys.executable:
-        raise ToolchainMissing("to start a process that compiles", supported="a Python with sys.executable",
-                               differs="this process does not know its interpreter", remedy="prewarm the cache instead")
     with open(folder / LOG, "wb") as log:
-        child = subprocess.Popen([sys.executable, "-m", "jitmla._child"], cwd=folder, env=_environment(),
-                                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        child = start_child(cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
         _children.add(child)
         try:
             return child.wait(limit)
@@ -170,12 +169,22 @@ def _run(folder: Path, limit: float) -> int | None:
             _children.discard(child)
 
 
+def start_child(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    """Start the compiler process in a session of its own; raises ToolchainMissing."""
+    if not sys.executable:
+        raise ToolchainMissing("to start a process that compiles", supported="a Python with sys.executable",
+                               differs="this process does not know its interpreter", remedy="prewarm the cache instead")
+    return subprocess.Popen([sys.executable, "-m", "jitmla._child", *arguments], env=_environment(),
+                            start_new_session=True, **options)
+
+
 def _environment() -> dict[str, str]:
     """The child's environment: no GPU, none of the user's settings of the compiler, and this process's import path."""
     clean = {n: v for n, v in os.environ.items() if not n.startswith(COMPILER_SETTINGS)}
     path = os.pathsep.join(os.path.abspath(p) for p in sys.path)
     return {**clean, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "PYTHONSAFEPATH": "1",
-            "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+            "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1",
+            "OPENBLAS_NUM_THREADS": "1"}  # numpy's threads do nothing here, and do not live through a fork
 
 
 def _result(folder: Path, status: int | None) -> dict[str, Any]:

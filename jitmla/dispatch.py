@@ -2,27 +2,33 @@
 
     plan_for(spec, backend, device)
       in the table                     -> Plan
-      capturing a CUDA graph           -> MissNotAllowed with the prewarm command
-      registry.choose -> Key           -> NoTemplate when nothing serves the Spec
+      registry.choose                  -> NoTemplate when nothing serves the Spec
+      loaded under another name        -> Plan
+      frozen, or capturing a graph     -> MissNotAllowed with the difference and the prewarm command
       compile.get_or_compile           -> the store's verified bytes, compiled first if need be
       load.load                        -> a function whose driver module is loaded
+
+`warm` takes that path for a list of Keys before serving begins, `freeze` ends it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from . import arch, compile, events, load, registry
-from .errors import MissNotAllowed
+from . import arch, compile, events, load, misses, prewarm, registry, schema, tune
+from .errors import InvalidArgument
 from .key import Key
+from .misses import prewarm_command as prewarm_command
+from .registry import Choice
 from .registry import backends as backends
 from .spec import Spec
-from .store import Store
+from .store import Entry, Store
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,8 @@ class Plan:
                 self.function(*args)
 
 
-_plans: dict[tuple[Spec, str, torch.device], Plan] = {}
+_plans: dict[tuple[Spec, str, torch.device], Plan] = {}  # by what a call asks
+_loaded: dict[tuple[Spec, str, torch.device], Plan] = {}  # the same ones by Spec, "template/variant" and device
 
 
 def plan_for(spec: Spec, backend: str, device: torch.device) -> Plan:
@@ -51,27 +58,114 @@ def plan_for(spec: Spec, backend: str, device: torch.device) -> Plan:
     """
     plan = _plans.get((spec, backend, device))
     if plan is None:
-        if torch.cuda.is_current_stream_capturing():
-            raise _miss_in_capture(spec)
         choice = registry.choose(spec, backend)
-        entry = compile.get_or_compile(choice.key, choice.source, Store())
-        plan = Plan(choice.key, device, load.load(entry, spec.op, device.index))
-        events.emit("choose", op=spec.op, backend=choice.template.backend, template=choice.template.name,
-                    variant=choice.variant.name, device=str(device))
+        plan = _loaded.get((spec, choice.name, device))
+        if plan is None:
+            if torch.cuda.is_current_stream_capturing():
+                raise misses.not_loaded(spec, "during CUDA graph capture", _specs_on(device),
+                                        "call the op once before capturing, or jitmla.warm its Key")
+            if misses.policy() == "error":
+                raise misses.not_loaded(spec, misses.reason(), _specs_on(device), "jitmla.warm its Key before serving")
+            plan = _load(choice, _entry(choice), device)
         _plans[spec, backend, device] = plan
     return plan
 
 
-def _miss_in_capture(spec: Spec) -> MissNotAllowed:
-    return MissNotAllowed(f"{spec} during CUDA graph capture", supported="kernels that this process has loaded before",
-                          differs="this one was not used before, and loading it now would break the capture",
-                          remedy=f"call the op once before capturing; to have it on disk: {prewarm_command(spec)}")
+def _entry(choice: Choice) -> Entry:
+    """From the cache, or compiled where that is allowed."""
+    store = Store()
+    if misses.policy() == "compile":
+        return compile.get_or_compile(choice.key, choice.source, store)
+    entry = store.find(choice.key)
+    if entry is None:
+        raise misses.not_stored(choice.spec, str(store.root))
+    return entry
 
 
-def prewarm_command(spec: Spec) -> str:
-    """The command line that puts the kernel of `spec` into the cache."""
-    facts = " ".join(f"--spec {name}={str(value).lower()}" for name, value in spec if name not in ("op", "arch"))
-    return f"jitmla prewarm --op {spec.op} --arch {spec.arch} {facts}"
+def _load(choice: Choice, entry: Entry, device: torch.device) -> Plan:
+    plan = Plan(entry.key, device, load.load(entry, choice.spec.op, device.index))
+    events.emit("choose", op=choice.spec.op, backend=choice.template.backend, template=choice.template.name,
+                variant=choice.variant.name, device=str(device))
+    _loaded[choice.spec, choice.name, device] = plan
+    return plan
+
+
+def _specs_on(device: torch.device) -> list[Spec]:
+    return [spec for spec, _, where in _loaded if where == device]
+
+
+def warm(keys: Iterable[Key], device: torch.device | str | int | None = None, jobs: int | None = None) -> None:
+    """Have the kernels of `keys` (of `jitmla.keys_for`) loaded in the driver of `device`, by default the current one,
+    so that the first call of each finds nothing left to do, inside a CUDA graph capture included.
+
+    What the cache lacks is compiled, `jobs` at once, unless JITMLA_ON_MISS forbids it. Raises InvalidArgument for a Key
+    that is not the choice here, MissNotAllowed, and what compiling and loading may raise.
+    """
+    where, store = _device(device), Store()
+    chosen = {key: _choice_of(key) for key in keys}
+    todo = {key: choice for key, choice in chosen.items() if (choice.spec, choice.name, where) not in _loaded}
+    if todo and misses.frozen():
+        raise misses.not_loaded(next(iter(todo)).spec, misses.reason(), _specs_on(where), "warm first, then freeze")
+    sm_count(where)
+    lacking = []
+    for key, choice in todo.items():
+        entry = store.find(key)
+        if entry is None:
+            lacking.append(choice)
+        else:
+            _load(choice, entry, where)
+    if lacking and misses.policy() != "compile":
+        raise misses.not_stored(lacking[0].spec, str(store.root))
+    for outcome in prewarm.run(lacking, store, jobs or prewarm.cores(), must_store=False):
+        if outcome.error:
+            raise outcome.error
+        _load(outcome.choice, outcome.entry, where)
+    for choice in chosen.values():
+        for backend in ("auto", choice.template.backend):
+            if registry.choose(choice.spec, backend).name == choice.name:
+                _plans[choice.spec, backend, where] = _loaded[choice.spec, choice.name, where]
+
+
+def freeze() -> None:
+    """From now on use what is loaded and nothing else, for the life of this process: no compile, no dlopen, no driver
+    load, no access to the file system. A call whose kernel is not loaded raises MissNotAllowed.
+    """
+    for op in registry.ops():
+        registry.templates(op)  # so that even a miss reads no file
+    schema.document(), tune.tunings()
+    misses.set_frozen(True)
+    events.emit("freeze", kernels=len(_loaded))
+
+
+def forget() -> None:
+    """Have every call choose anew. What is loaded stays loaded."""
+    _plans.clear()
+    for op in registry.ops():
+        module = sys.modules.get(f"jitmla.ops.{op}")
+        if module is not None:
+            module._prepared.clear()
+
+
+tune.changed.append(forget)
+
+
+def _choice_of(key: Key) -> Choice:
+    """The Choice behind a Key; raises InvalidArgument unless the same is chosen here."""
+    choice = registry.choose(key.spec)
+    if not choice.key.same_but_toolchain(key):
+        raise InvalidArgument(f"to warm {key.name} for {key.spec}", supported=f"the choice here: {choice.key.name}",
+                              differs="its template, variant or tunings are others than here",
+                              remedy="make the Keys where they are warmed, with the same version and tunings")
+    return choice
+
+
+def _device(device: torch.device | str | int | None) -> torch.device:
+    """With its index."""
+    found = torch.device("cuda" if device is None else f"cuda:{device}" if isinstance(device, int) else device)
+    if found.type != "cuda":
+        raise InvalidArgument(f"device={device!r}", supported="a CUDA device", differs=f"it is a {found.type} device",
+                              remedy="the reference on CPU tensors needs no kernel")
+    return found if found.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
 @functools.cache
@@ -82,7 +176,10 @@ def arch_of(device: torch.device) -> str:
 
 @functools.cache
 def sm_count(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """Multiprocessors of the device. From here on, launch arguments tuned on its kind are used."""
+    properties = torch.cuda.get_device_properties(device)
+    tune.adopt(properties.name, properties.multi_processor_count)
+    return properties.multi_processor_count
 
 
 def explain(spec: Spec, backend: str = "auto", store: Store | None = None) -> dict[str, Any]:

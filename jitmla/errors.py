@@ -51,8 +51,13 @@ class SchemaViolation(JitmlaError, ValueError):
     """A Key or manifest does not match cache_schema.json."""
 
 
+class InvalidTunings(JitmlaError, ValueError):
+    """A tunings file that cannot be read, or says what no kernel can be launched with."""
+
+
 class MissNotAllowed(JitmlaError, RuntimeError):
-    """A kernel is missing or not loaded at a moment when jitmla must not compile or load (CUDA graph capture)."""
+    """A kernel is missing or not loaded at a moment when jitmla must not compile or load: during CUDA graph capture,
+    after `freeze`, or as JITMLA_ON_MISS says."""
 
 
 class CompileFailed(JitmlaError, RuntimeError):

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import render, toolchain
+from . import render, toolchain, tune
 from .errors import InvalidTemplate, NoTemplate
+from .events import emit
 from .key import Key
 from .resources import TEMPLATES
 from .spec import Spec
@@ -73,7 +74,11 @@ class Template:
 
     def variant(self, spec: Spec) -> Variant | None:
         """The first row of the config table whose conditions hold."""
-        return next((v for v in self.variants if all(spec[f] in values for f, values in v.when.items())), None)
+        return next(iter(self.fitting(spec)), None)
+
+    def fitting(self, spec: Spec) -> list[Variant]:
+        """Every row of the config table whose conditions hold."""
+        return [v for v in self.variants if all(spec[f] in values for f, values in v.when.items())]
 
     def constants(self, spec: Spec, variant: Variant) -> dict[str, Any]:
         return {**{name: spec[field] for name, field in self.from_spec.items()}, **variant.constants}
@@ -86,6 +91,11 @@ class Choice:
     spec: Spec
     template: Template
     variant: Variant
+
+    @property
+    def name(self) -> str:
+        """As a tunings file has it."""
+        return f"{self.template.name}/{self.variant.name}"
 
     @functools.cached_property
     def key(self) -> Key:
@@ -135,17 +145,28 @@ def backends(op: str) -> list[str]:
     return list(dict.fromkeys(t.backend for t in templates(op)))
 
 
+def candidates(spec: Spec, backend: str = "auto") -> list[Choice]:
+    """Every template and variant (of `backend`, unless that is "auto") that can serve `spec`, in the cards' order."""
+    return [Choice(spec, template, variant) for template in templates(spec.op)
+            if backend in ("auto", template.backend) and not template.misses(spec)
+            for variant in template.fitting(spec)]
+
+
 def choose(spec: Spec, backend: str = "auto") -> Choice:
-    """The first template (of `backend`, unless that is "auto") that serves `spec`; raises NoTemplate.
+    """Who serves `spec`: the tuned candidate, else the first one; raises NoTemplate.
 
     This is the only predicate there is: `auto` and a named backend use the same one.
     """
-    candidates = [t for t in templates(spec.op) if backend in ("auto", t.backend)]
-    for template in candidates:
-        variant = template.variant(spec)
-        if variant is not None and not template.misses(spec):
-            return Choice(spec, template, variant)
-    raise _no_template(spec, backend, candidates)
+    found = candidates(spec, backend)
+    if not found:
+        raise _no_template(spec, backend, [t for t in templates(spec.op) if backend in ("auto", t.backend)])
+    picked = tune.pick(spec)
+    if picked is None:
+        return found[0]
+    tuned = next((c for c in found if c.name == picked), None)
+    if tuned is None and backend == "auto":
+        emit("degrade", what="tuned variant", reason=f"{picked} does not serve it", spec=str(spec))
+    return tuned or found[0]
 
 
 def _no_template(spec: Spec, backend: str, candidates: list[Template]) -> NoTemplate:

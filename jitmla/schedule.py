@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+from .tune import tuned
+
 BLOCK_TOKENS = 64  # the unit of work, whatever the page size
 MAX_PARTS = 160  # of one request: what a warp of the combine has weights for
 SWAP_ROWS = 16  # most query rows (s_q * heads) of the swap kernel
@@ -31,6 +33,7 @@ class Launch(NamedTuple):
     bias: int
 
 
+@tuned
 @lru_cache(maxsize=4096)
 def launch_args(rows: int, batch: int, sms: int, latent: int = 512) -> Launch:
     """Launch arguments for `batch` requests of `rows` = s_q * heads query rows on a GPU with `sms` multiprocessors.

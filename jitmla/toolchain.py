@@ -23,9 +23,12 @@ INSTALL = "pip install 'jitmla[compile]'"
 
 def _version(package: str) -> str | None:
     try:
-        return importlib.metadata.version(package)
+        found = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+    # `found.version` parses the whole of the metadata, description included, with the parser for e-mails
+    stated = (found.read_text("METADATA") or "").partition("\nVersion:")[2].partition("\n")[0].strip()
+    return stated or found.version
 
 
 def _installed(package: str) -> bool:

@@ -53,7 +53,7 @@ def builder(monkeypatch):
     class Fake:
         refuses, most, running, guard = (), 0, 0, threading.Lock()
 
-        def __call__(self, key, source, store=None, timeout=None):
+        def __call__(self, key, source, store=None, timeout=None, run=None):
             with self.guard:
                 self.running += 1
                 self.most = max(self.most, self.running)
@@ -245,7 +245,7 @@ def test_interrupt_stops_the_compilers_and_keeps_what_is_done(python_env, store,
                                stderr=subprocess.PIPE, text=True)
     pids = tmp_path / "pids"
     try:
-        assert wait_until(lambda: pids.exists() and len(pids.read_text().split()) >= 2, 20)
+        assert wait_until(lambda: pids.exists() and pids.read_text().split(), 20)
         command.send_signal(signal.SIGINT)
         out, err = command.communicate(timeout=20)
     finally:

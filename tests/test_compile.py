@@ -55,7 +55,7 @@ def test_a_miss_compiles_and_publishes_then_it_is_a_hit(store, key, seen):
     made = get_or_compile(key, lambda: SOURCE, store, builder=builder)
     assert made.path == store.path(key) and made.so_bytes == SO_BYTES
     assert get_or_compile(key, never, Store(), builder=never) == made
-    assert kinds(seen) == ["miss", "compile", "publish", "hit"]
+    assert kinds(seen) == ["miss", "compile", "compiled", "publish", "hit"]
     assert all(event.fields["key"] == key.digest[:12] for event in seen)
 
 
@@ -103,7 +103,7 @@ def test_without_working_locks_all_still_get_the_entry(store, key, tmp_path, mon
 def test_a_corrupt_entry_is_compiled_again(store, entry, key, seen):
     (entry.path / "kernel.so").write_bytes(b"damaged")
     assert get_or_compile(key, lambda: SOURCE, store, builder=builder).so_bytes == SO_BYTES
-    assert kinds(seen) == ["refuse", "miss", "refuse", "compile", "publish"]
+    assert kinds(seen) == ["refuse", "miss", "refuse", "compile", "compiled", "publish"]
     assert store.find(key).so_bytes == SO_BYTES
 
 
@@ -119,7 +119,7 @@ def test_an_unwritable_cache_costs_the_storing_only(tmp_path, key, seen):
     (tmp_path / "file").write_text("")
     made = get_or_compile(key, lambda: SOURCE, Store(tmp_path / "file" / "cache"), builder=builder)
     assert made.path is None and made.so_bytes == SO_BYTES and made.manifest["digest"] == key.digest
-    assert kinds(seen) == ["miss", "degrade", "compile", "degrade"]
+    assert kinds(seen) == ["miss", "degrade", "compile", "compiled", "degrade"]
     assert [event.fields["what"] for event in seen if event.kind == "degrade"] == ["lock", "store"]
 
 

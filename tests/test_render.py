@@ -190,6 +190,31 @@ def test_the_digest_covers_all_code_but_the_values_of_constants():
     assert len({of(), *others}) == 5
 
 
+def test_the_digest_covers_what_common_modules_import():
+    """The scan that the digest relies on, and the parser that rendering relies on, find the same imports."""
+    source = f"from common.tools import (\n    double)\n{BEGIN}\nA = 1\n{END}\nfrom common.base import one\n"
+    read = []
+
+    def reader(name):
+        read.append(name)
+        return COMMON[name]
+
+    digest(source, reader)
+    scanned = list(read)
+    read.clear()
+    inline(source, reader)
+    assert sorted(scanned) == sorted(read) == ["base", "tools"]
+
+
+@pytest.mark.parametrize("line", [
+    "from  common.base import one", "from common .base import one", "x = 1; from common.base import one",
+    '"""\nfrom common.base import one\n"""'])
+def test_an_import_that_the_scan_and_the_parser_see_differently(line):
+    with pytest.raises(InvalidTemplate, match="mine") as caught:
+        inline(f"import x\n{line}\n", COMMON.__getitem__, "mine")
+    assert "at the beginning of a line" in caught.value.supported
+
+
 # ------------------------------------------------------------------------------------------------- shipped templates
 
 

@@ -1,7 +1,7 @@
 """The `jitmla` command. Each subcommand lives in its own module; this one names them and starts the program.
 
 Starting it loads neither torch nor the compiler. Results go to stdout, everything else to stderr. Exit codes: 0 done,
-1 something failed, 2 the request cannot be served as it was put, 130 interrupted.
+1 something failed, 2 the request cannot be served as it was put, 3 part of it cannot (prewarm), 130 interrupted.
 """
 
 from __future__ import annotations
