@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "mla_decode": "jitmla.ops.mla_decode",
     "keys_for": "jitmla.models",
-    "explain": "jitmla.dispatch",
+    "explain": "jitmla.why",
     "stats": "jitmla.events",
     "subscribe": "jitmla.events",
     "Key": "jitmla.key",
@@ -23,7 +23,6 @@ _WHERE = {
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
-    from .dispatch import explain as explain
     from .errors import JitmlaError as JitmlaError
     from .events import stats as stats
     from .events import subscribe as subscribe
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from .models import keys_for as keys_for
     from .ops.mla_decode import mla_decode as mla_decode
     from .spec import Spec as Spec
+    from .why import explain as explain
 
 
 def __getattr__(name: str) -> Any:

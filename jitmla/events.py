@@ -1,7 +1,8 @@
 """One stream of events: what the cache and the dispatcher did, for logs, counters and callbacks.
 
-Kinds: choose (backend or template taken), hit, miss, wait, compile, publish, load, refuse (an entry not trusted),
-degrade (something optional could not be done, the call goes on). Nothing is emitted on a call whose Plan is in memory.
+Kinds: choose (backend or template taken), hit, miss, wait, compile, publish, load, evict, refuse (an entry that does
+not verify), degrade (something optional could not be done, the call goes on). Nothing is emitted on a call whose Plan
+is in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if env.LOG.get():
     logger.setLevel(env.LOG.get().upper())
 
 LEVELS = {"choose": logging.DEBUG, "hit": logging.DEBUG, "load": logging.DEBUG, "miss": logging.INFO,
-          "wait": logging.INFO, "compile": logging.INFO, "publish": logging.INFO,
+          "wait": logging.INFO, "compile": logging.INFO, "publish": logging.INFO, "evict": logging.INFO,
           "refuse": logging.WARNING, "degrade": logging.WARNING}
 
 

@@ -16,8 +16,7 @@ import time
 
 import pytest
 
-from jitmla import store as store_module
-from jitmla import toolchain, trusted
+from jitmla import bounds, layer, toolchain, trusted
 from jitmla.errors import CacheUntrusted, CacheUnwritable, SchemaViolation
 from jitmla.key import canonical
 from jitmla.store import Store
@@ -105,7 +104,7 @@ def test_what_does_not_match_the_schema_is_not_stored(store, key):
 def test_left_staging_folders_are_swept(store, key):
     staging = store.root / "v1" / ".staging"
     publish(store, key)
-    for name, age in (("old", 2 * store_module.STALE_SECONDS), ("new", 1.0)):
+    for name, age in (("old", 2 * bounds.STALE_SECONDS), ("new", 1.0)):
         (staging / name).mkdir()
         (staging / name / "kernel.so").write_bytes(b"half")
         os.utime(staging / name, (time.time() - age,) * 2)
@@ -242,7 +241,7 @@ def test_an_entry_that_is_being_replaced_is_looked_at_again(store, entry, key, m
                 rebuilt(Store(store.root), key)
         return real(folder, path, *stated)
 
-    monkeypatch.setattr(store_module, "read_file", replaced_meanwhile)
+    monkeypatch.setattr(layer, "read_file", replaced_meanwhile)
     assert store.find(key).so_bytes == SO_BYTES
     assert "refuse" not in kinds(seen)
 

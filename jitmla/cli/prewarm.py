@@ -194,6 +194,8 @@ def _one(choice: Choice, store: Store) -> Outcome:
             raise CacheUnwritable(f"to store {choice.key.name} in {store.root}", differs="it was compiled, not stored",
                                   supported="a writable folder with free space",
                                   remedy=f"free space, or name another folder in {env.CACHE_DIR.name}")
+        if entry.path == store.path(entry.key):
+            store.pin(entry.key.digest)
     except JitmlaError as error:
         key = choice.key.digest if choice.key.toolchain else None
         return Outcome(choice, "failed", time.perf_counter() - start, key, error)

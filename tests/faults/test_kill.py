@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from jitmla import store as store_module
+from jitmla import trusted
 from jitmla.compile import Built, get_or_compile
 from jitmla.store import Store
 
@@ -19,12 +19,12 @@ KEYS = [make_key(page_size=p) for p in (16, 32, 64, 128)]
 def steps_of(action):
     """The names of the fault points that `action` passes, in order."""
     passed = []
-    real = store_module.fault_point
-    store_module.fault_point = passed.append
+    real = trusted.fault_point
+    trusted.fault_point = passed.append
     try:
         action()
     finally:
-        store_module.fault_point = real
+        trusted.fault_point = real
     return passed
 
 
@@ -49,7 +49,7 @@ def die_at(step, action):
             if next(passed) == step:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        store_module.fault_point = fault_point
+        trusted.fault_point = fault_point
         action()
 
     _, status = os.waitpid(in_child(child), 0)
