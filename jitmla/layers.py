@@ -50,6 +50,6 @@ def _layer(root: Path, origin: str) -> Layer | None:
         return layer
     if str(root) not in _told:
         _told.add(str(root))
-        what = f"holds no kernel cache (no folder {LAYOUT!r})" if os.path.isdir(layer.root) else "cannot be entered"
+        what = f"holds no kernel cache (no folder {LAYOUT!r})" if os.path.isdir(layer.root) else "is not there"
         emit("degrade", what="layer", reason=f"{root}, which {origin} names, {what}")
     return None

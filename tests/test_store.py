@@ -145,37 +145,6 @@ def overwrite(path, data):
     path.write_bytes(data)
 
 
-@pytest.fixture
-def in_memory(monkeypatch):
-    """For tests that replace thousands of entries: their cache lies in memory, if the machine has such a disk."""
-    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=place) as folder:
-        monkeypatch.setenv("JITMLA_CACHE_DIR", os.path.join(folder, "cache"))
-        yield
-
-
-def test_every_flipped_byte_of_the_manifest_is_refused_and_rebuilt(in_memory, store, entry, key, seen):
-    path = entry.path / "manifest.json"
-    raw = path.read_bytes()
-    choose = random.Random(1)
-    for i in range(len(raw)):
-        for mask in (0x01, 0x20, choose.randrange(1, 256)):
-            overwrite(path, raw[:i] + bytes([raw[i] ^ mask]) + raw[i + 1:])
-            assert refused(store, key, seen), (i, mask)
-        assert rebuilt(store, key), i
-        assert path.read_bytes() == raw
-
-
-def test_300_random_flips_of_the_library_are_refused_and_rebuilt(in_memory, store, entry, key, seen):
-    path = entry.path / "kernel.so"
-    choose = random.Random(2)
-    for _ in range(300):
-        i, mask = choose.randrange(len(SO_BYTES)), 1 << choose.randrange(8)
-        overwrite(path, SO_BYTES[:i] + bytes([SO_BYTES[i] ^ mask]) + SO_BYTES[i + 1:])
-        assert refused(store, key, seen), (i, mask)
-        assert rebuilt(store, key), i
-
-
 def other_spelling(raw):
     return json.dumps(json.loads(raw), sort_keys=True).encode() + b"\n"
 

@@ -29,7 +29,8 @@ def explain(
     """Explain why a request is a hit or a miss.
 
     Says which template and variant serve it and why, which layer of the cache holds the kernel, and on a miss which
-    stored Keys come nearest, field by field. Exit code 1 when something is not stored."""
+    stored Keys come nearest, field by field. With --model, what is stored takes a line. Exit code 1 when something is
+    not stored."""
     if (model is None) == (op is None):
         raise typer.BadParameter("give either --model, or --op with --spec")
     specs = [_spec(op, arch, spec or [])] if op is not None else _reachable(model or "", tp, arch, models.PAGE_SIZES,
@@ -42,7 +43,11 @@ def explain(
         missing |= not found["cached"]
         if as_json:
             output.json_line(found)
-        elif found["key"] is None or found["key"] not in told:  # several Specs may share a Key
+        elif found["cached"] and model is not None:
+            if found["key"] not in told:  # several Specs may share a Key
+                output.line(f"stored {found['key'][:output.SHORT]} {found['template']}, {found['variant']}, in "
+                            f"{found['layer']}: {output.facts(found['spec'])}")
+        else:
             _tell(each, found)
         told.add(found["key"])
     if missing:
