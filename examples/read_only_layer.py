@@ -1,10 +1,15 @@
 """A read-only layer for a container image, made from a bundle.
 
-    jitmla cache export kernels.bundle --model deepseek-v3 --tp 8 --arch sm_90a    where the compiler is, after a prewarm
-    python read_only_layer.py kernels.bundle /opt/kernels [SHA256]                 when the image is built (see Dockerfile)
-    JITMLA_CACHE_PATH=/opt/kernels                                                 in the image
+Where the compiler is, after a prewarm:
 
-Neither step in the image needs a compiler or a GPU. Every user of the image can read the layer; nobody can write it.
+    jitmla cache export kernels.bundle --model deepseek-v3 --tp 8 --arch sm_90a
+
+When the image is built (see Dockerfile), and in the image:
+
+    python read_only_layer.py kernels.bundle /opt/kernels [SHA256]
+    JITMLA_CACHE_PATH=/opt/kernels
+
+Neither of these needs a compiler or a GPU. Every user of the image can read the layer; nobody can write it.
 """
 
 import os

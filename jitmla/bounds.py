@@ -126,11 +126,11 @@ def evict(root: Path, resident: Resident) -> None:
     aside = root / LAYOUT / STAGING / f"{EVICTED}{uuid.uuid4().hex}"
     trusted.fault_point("before evicting")
     try:
+        os.utime(resident.path)  # GRACE counts from here for everybody who sweeps
         os.rename(resident.path, aside)
     except FileNotFoundError:  # another process was faster
         return
     trusted.fault_point("evicted")
-    os.utime(aside)
     (root / LAYOUT / USED / resident.digest).unlink(missing_ok=True)
     _touched.discard((root, resident.digest))
     emit("evict", key=resident.digest[:12], bytes=resident.bytes, path=str(resident.path))

@@ -95,7 +95,8 @@ def package(tmp_path, monkeypatch):
     info = site / "kernels_for_tests-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels-for-tests\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[jitmla.layers]\nkernels = kernels_for_tests.data\ngone = no_such_package\n")
+    points = "[jitmla.layers]\nkernels = kernels_for_tests.data\ngone = no_such_package\n"
+    (info / "entry_points.txt").write_text(points)
     publish(Store(site / "kernels_for_tests" / "data"), KEYS[0], so_bytes=b"wheel")
     monkeypatch.syspath_prepend(str(site))
     return site / "kernels_for_tests" / "data"

@@ -1,5 +1,5 @@
-"""The kernel caches of quack and FlashInfer beside this one: damaged bytes, killed writers, moved folders, two archs in one
-folder, foreign owners. Their own code runs, with a kernel of their own, on a machine that needs no GPU.
+"""The kernel caches of quack and FlashInfer beside this one: damaged bytes, killed writers, moved folders, two archs in
+one folder, foreign owners. Their own code runs, with a kernel of their own, on a machine that needs no GPU.
 
     python tests/comparisons/caches.py [--only NAME] [--json FILE]
 
@@ -280,7 +280,8 @@ def main():
         return worker(*args.worker)
     results = {"date": time.strftime("%Y-%m-%d"), "host": f"{platform.system()} {platform.machine()}, "
                f"{os.cpu_count()} cores, no GPU", "python": platform.python_version(),
-               "cute_dsl": importlib.metadata.version("nvidia-cutlass-dsl"), "flips": FLIPS, "kills": KILLS, "caches": {}}
+               "cute_dsl": importlib.metadata.version("nvidia-cutlass-dsl"), "flips": FLIPS, "kills": KILLS,
+               "caches": {}}
     for name in [args.only] if args.only else PEERS:
         try:
             version = importlib.metadata.version(PEERS[name].package)

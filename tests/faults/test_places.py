@@ -78,7 +78,7 @@ def test_a_root_without_permission_to_write(key, seen):
         os.chmod(folder, 0o755)
         store = Store(os.path.join(folder, "cache"))
         made = publish(store, key)
-        for path, _, files in os.walk(store.root):
+        for path, _, _ in os.walk(store.root):
             os.chmod(path, 0o555)
         with unprivileged(store.root):
             assert store.find(key) == made
