@@ -1,6 +1,8 @@
 """The cache's bounds: what is evicted and what is not, and that nobody who reads is disturbed."""
 
 import os
+import shutil
+import tempfile
 import time
 
 import pytest
@@ -10,7 +12,7 @@ from jitmla.errors import InvalidArgument
 from jitmla.store import Store
 
 from .support.keys import SO_BYTES, make_key, publish
-from .support.tree import snapshot
+from .support.tree import snapshot, unprivileged
 
 PAGES = (8, 16, 32, 64, 128)
 KEYS = [make_key(page_size=page) for page in PAGES]
@@ -80,6 +82,25 @@ def test_use_is_noted_once_in_a_process_and_not_within_the_hour(full):
     bounds._touched.clear()
     full.find(KEYS[0])
     assert abs(mark.stat().st_mtime - time.time()) < 60
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize("marks", [True, False])
+def test_a_cache_whose_use_cannot_be_noted_is_read_all_the_same(key, marks):
+    """As one that root made and others read."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        store = Store(os.path.join(folder, "cache"))
+        publish(store, key)
+        store.root.chmod(0o755)
+        used_at(store, key, time.time() - bounds.DAY)
+        if not marks:
+            shutil.rmtree(store.root / "v1" / ".used")
+        bounds._touched.clear()
+        before = snapshot(store.root)
+        with unprivileged():
+            assert store.find(key)
+        assert snapshot(store.root) == before
 
 
 def test_an_entry_without_mark_counts_from_when_it_was_stored(full):
