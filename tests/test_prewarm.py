@@ -170,7 +170,7 @@ def test_interrupted_it_keeps_what_is_done_and_goes_on_from_there(python_env, st
     assert [o["status"] for o in objects(second.stdout)].count("compiled") == 2
 
 
-# ----------------------------------------------------------------------------------------------------------- the figures
+# --------------------------------------------------------------------------------------------------------- the figures
 
 
 @needs_compiler

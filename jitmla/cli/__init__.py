@@ -10,13 +10,14 @@ from typing import Annotated
 
 import typer
 
-from . import bench, cache, doctor, kernels, output, prewarm
+from . import bench, cache, doctor, kernels, output, prewarm, tune
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Kernels for Multi-head Latent Attention, compiled once and cached on disk.")
 app.command("prewarm")(prewarm.prewarm)
 app.command("kernels")(kernels.kernels)
 app.add_typer(cache.app, name="cache")
+app.command("tune")(tune.tune)
 app.command("doctor")(doctor.doctor)
 # its own parser reads the arguments, --help included
 app.command("bench", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
