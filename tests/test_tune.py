@@ -140,7 +140,8 @@ def test_prewarm_takes_them(tmp_path, monkeypatch):
     monkeypatch.setattr(compile, "build", lambda key, source, **_: Built(SO_BYTES, source, KERNELS, 0.0))
     (tmp_path / "t.json").write_text(json.dumps(document()))
     done = CliRunner().invoke(app, ["prewarm", "--model", "deepseek-v3", "--tp", "8", "--arch", "sm_90a",
-                                    "--max-s-q", "1", "--page-size", "64", "--tunings", str(tmp_path / "t.json"), "--json"])
+                                    "--max-s-q", "1", "--page-size", "64", "--json", "--tunings",
+                                    str(tmp_path / "t.json")])
     [found] = map(json.loads, done.stdout.splitlines())
     assert found["name"] == "mla_decode/sm90_seesaw/tile_slots"
 

@@ -14,8 +14,9 @@ from jitmla.testing import mla_decode_oracle, mla_decode_problem
 from ..keysets import covering
 
 SHAPES = ((16, 1, [700, 0, 65]), (16, 1, [5000] * 40), (128, 1, [3000, 1]), (8, 2, [130, 77]))  # heads, s_q, lengths
-TOUCHING = {"open", "ctypes.dlopen", "import", "subprocess.Popen", "os.posix_spawn", "os.fork", "os.listdir", "os.scandir",
-            "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "shutil.rmtree", "tempfile.mkdtemp"}
+TOUCHING = {"open", "ctypes.dlopen", "import", "subprocess.Popen", "os.posix_spawn", "os.fork", "os.listdir",
+            "os.scandir", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "shutil.rmtree",
+            "tempfile.mkdtemp"}
 
 
 def capture(call):
