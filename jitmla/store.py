@@ -37,7 +37,10 @@ def default_root() -> Path:
         return Path(env.CACHE_DIR.get())
     import platformdirs
 
-    root = Path(platformdirs.user_cache_dir("jitmla"))
+    try:
+        root = Path(platformdirs.user_cache_dir("jitmla"))
+    except RuntimeError:  # how platformdirs says that there is no home
+        return NOWHERE
     return root if root.is_absolute() else NOWHERE
 
 

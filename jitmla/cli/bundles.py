@@ -8,11 +8,10 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from .. import bundle, models
+from .. import bundle, models, prewarm
 from ..errors import CacheCorrupt, InvalidArgument
 from ..store import Entry, Store
-from . import output
-from .prewarm import _choices, _reachable
+from . import output, requests
 
 
 @output.reports_errors
@@ -37,7 +36,8 @@ def export(
     if model is None:
         entries = _all(store, arch)
     else:
-        choices = _choices(_reachable(model, tp, arch or "", page_size or models.PAGE_SIZES, max_s_q, dtype))
+        specs = requests.of_model(model, tp, arch or "", page_size or models.PAGE_SIZES, max_s_q, dtype)
+        choices, _ = prewarm.choices(specs)
         entries = [entry for entry in (store.find(choice.key) for choice in choices) if entry is not None]
         if len(entries) < len(choices):
             raise InvalidArgument(f"the {len(choices)} kernels of {model}", supported="those that are stored",
