@@ -127,7 +127,8 @@ def partial_column(lane, e):
     return (lane >> 2) * 16 + (lane & 3) * 2 + e % 2 + e // 2 * 8
 
 
-COMBINE = MlaCombine(LATENT, DTYPE, partial_column, True, BAR_END)
+# teams gain nothing here (a row tile has at most 66 parts), and cost compile time
+COMBINE = MlaCombine(LATENT, DTYPE, partial_column, True, BAR_END, teams=False)
 assert COMBINE.area_floats() * 4 <= 2 * TILES * TILE_BYTES  # K0 and K1
 
 
