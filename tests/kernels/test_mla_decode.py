@@ -86,7 +86,7 @@ def run(problem: Problem, out_strides=None, lse_strides=None):
     with fresh_workspace(), poisoned_empty() as allocated:
         got = jitmla.mla_decode(*problem.args, **problem.kwargs, out=out.tensor, lse=lse.tensor, return_lse=True,
                                 backend="sm90")
-    assert len(allocated) == 1, "the workspace, and nothing else, is allocated"
+    assert allocated, "the workspace was kept from an earlier call, and so not poisoned"
     assert got[0] is out.tensor and got[1] is lse.tensor
     assert out.intact() and lse.intact(), "written outside of out or lse"
     return got
