@@ -10,8 +10,7 @@ from typer import Option
 from .. import models, why
 from ..spec import Spec
 from ..store import Store
-from . import output
-from .prewarm import _reachable, _spec
+from . import output, requests
 
 
 @output.reports_errors
@@ -33,8 +32,8 @@ def explain(
     not stored."""
     if (model is None) == (op is None):
         raise typer.BadParameter("give either --model, or --op with --spec")
-    specs = [_spec(op, arch, spec or [])] if op is not None else _reachable(model or "", tp, arch, models.PAGE_SIZES,
-                                                                            None, None)
+    specs = ([requests.of_assignments(op, arch, spec or [])] if op is not None else
+             requests.of_model(model or "", tp, arch, models.PAGE_SIZES, None, None))
     store = Store()
     told: set[str | None] = set()
     missing = False
