@@ -30,10 +30,10 @@ COMPILE_TIMEOUT = EnvVar("JITMLA_COMPILE_TIMEOUT", "300", "Seconds one compile m
 LOCK_TIMEOUT = EnvVar("JITMLA_LOCK_TIMEOUT", "360", "Seconds to wait for another process that compiles the same Key "
                       "before compiling it here as well.")
 ON_MISS = EnvVar("JITMLA_ON_MISS", "compile", "What a call may do when its kernel is not loaded: `compile` it if the "
-                 "cache lacks it; `load` it from the cache, and never compile; or `error`: only kernels that `jitmla.warm` "
-                 "loaded are used.")
-TUNINGS = EnvVar("JITMLA_TUNINGS", "", "Path of a file that `jitmla tune` wrote, or `off`. Unset: the tunings that come "
-                 "with jitmla, for the GPUs they were measured on.")
+                 "cache lacks it; `load` it from the cache, and never compile; or `error`: only kernels that "
+                 "`jitmla.warm` loaded are used.")
+TUNINGS = EnvVar("JITMLA_TUNINGS", "", "Path of a file that `jitmla tune` wrote, or `off`. Unset: the tunings that "
+                 "come with jitmla, for the GPUs they were measured on.")
 LOG = EnvVar("JITMLA_LOG", "", "Level (`INFO`, `DEBUG`, ...) at which jitmla's events are written to stderr. "
              "Unset: nothing is written unless the application configures logging.")
 PEERS = EnvVar("JITMLA_PEERS", "", "Folder with other libraries' kernels that `jitmla bench --peers` measures as well. "

@@ -1,8 +1,8 @@
 """One stream of events: what the cache and the dispatcher did, for logs, counters and callbacks.
 
 Kinds: choose (backend or template taken), hit, miss, wait, compile (begins), compiled (with its seconds), publish,
-load, evict, freeze, refuse (an entry that does not verify), degrade (something optional could not be done, the call goes
-on). Nothing is emitted on a call whose Plan is in memory.
+load, evict, freeze, refuse (an entry that does not verify), degrade (something optional could not be done, the call
+goes on). Nothing is emitted on a call whose Plan is in memory.
 """
 
 from __future__ import annotations
@@ -79,6 +79,6 @@ def prometheus() -> str:
              "# TYPE jitmla_events_total counter"]
     lines += [f'jitmla_events_total{{kind="{kind}"}} {count}' for kind, count in stats().items()]
     for kind, name in (("compiled", "compile"), ("load", "load")):
-        lines += [f"# HELP jitmla_{name}_seconds_total Time spent in it.", f"# TYPE jitmla_{name}_seconds_total counter",
-                  f"jitmla_{name}_seconds_total {_seconds[kind]:.6f}"]
+        metric = f"jitmla_{name}_seconds_total"
+        lines += [f"# HELP {metric} Time spent in it.", f"# TYPE {metric} counter", f"{metric} {_seconds[kind]:.6f}"]
     return "\n".join(lines) + "\n"

@@ -54,7 +54,8 @@ def prewarm_command(spec: Spec) -> str:
 def not_loaded(spec: Spec, when: str, loaded: Iterable[Spec], first: str) -> MissNotAllowed:
     """The error for a kernel that is not loaded at a moment when it cannot be. `first`: what would have avoided it."""
     return MissNotAllowed(f"{spec} {when}", supported="kernels that this process has loaded before",
-                          differs=difference(spec, loaded), remedy=f"{first}; to have it on disk: {prewarm_command(spec)}")
+                          differs=difference(spec, loaded),
+                          remedy=f"{first}; to have it on disk: {prewarm_command(spec)}")
 
 
 def not_stored(spec: Spec, root: str) -> MissNotAllowed:

@@ -86,7 +86,7 @@ def _parse(source: str, name: str) -> ast.Module:
 
 
 def _scan(source: str) -> list[str]:
-    """The common modules that lines of `source` import, in order. (A regular expression takes a hundred times longer.)"""
+    """The common modules that lines of `source` import, in order. (A regular expression takes 100 times longer.)"""
     found, at = [], source.find(IMPORT)
     while at >= 0:
         if at == 0 or source[at - 1] == "\n":

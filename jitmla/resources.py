@@ -1,6 +1,7 @@
 """Where the package finds its own data: cache_schema.json, templates/ and tunings/.
 
-The first two live beside the package in a checkout and inside it in an installed wheel. This is the one place that knows.
+The first two live beside the package in a checkout and inside it in an installed wheel. This is the one place that
+knows.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def default_root() -> Path:
 
     try:
         root = Path(platformdirs.user_cache_dir("jitmla"))
-    except RuntimeError:  # what newer versions say to a user without a home
+    except RuntimeError:  # how platformdirs says that there is no home
         return NOWHERE
     return root if root.is_absolute() else NOWHERE
 

@@ -4,7 +4,7 @@ A tunings file is JSON that a person can diff: the GPU it was measured on, and o
 spread and date. `jitmla tune` writes one. Nothing here measures: a choice is an input, and the same on all ranks that
 were given the same tunings. Without any, the order of the card and the rules of jitmla.schedule decide.
 
-    variants   apply to every Spec of the arch they were measured on, so that a machine without a GPU lists the same Keys
+    variants   apply to every Spec of the arch they were measured on, so that a machine without a GPU lists those Keys
     launches   apply on a GPU of the same name and number of multiprocessors
 """
 
@@ -54,7 +54,7 @@ def use_tunings(source: str | os.PathLike[str] | Mapping[str, Any] | Iterable[Ma
     else:
         documents = [source] if isinstance(source, Mapping) else list(source)
         found, explicit = [_checked(dict(d), "the tunings") for d in documents if d], True
-    _documents, _explicit = found, explicit
+    first, _documents, _explicit = _documents is None, found, explicit
     _variants.clear()
     for document in reversed(found):  # the first one counts
         _variants.update({(document["gpu"]["arch"], _facts(entry["spec"])): entry["variant"]
@@ -62,7 +62,7 @@ def use_tunings(source: str | os.PathLike[str] | Mapping[str, Any] | Iterable[Ma
     _launches.clear()
     for gpu in _adopted:
         _adopt(*gpu)
-    for callback in changed:
+    for callback in () if first else changed:  # before, nobody has chosen anything
         callback()
 
 
@@ -118,7 +118,11 @@ def _default() -> tuple[list[dict[str, Any]], bool]:
     named = env.TUNINGS.get()
     if named == OFF:
         return [], True
-    return ([_read(Path(named))], True) if named else ([_read(path) for path in sorted(TUNINGS.glob("*.json"))], False)
+    return ([_read(Path(named))], True) if named else ([_read(TUNINGS / name) for name in _shipped()], False)
+
+
+def _shipped() -> list[str]:
+    return sorted(name for name in os.listdir(TUNINGS) if name.endswith(".json"))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,15 +13,15 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from jitmla import compile, models, prewarm, registry
+from jitmla import bounds, compile, lock, models, prewarm, registry
 from jitmla.cli import app
 from jitmla.compile import Built
 from jitmla.errors import CompileFailed
 from jitmla.pool import Pool
-from jitmla.store import Store
+from jitmla.store import LOCKS, Store
 
 from .support.keys import KERNELS, SO_BYTES
-from .support.processes import alive, at_once, wait_until
+from .support.processes import alive, at_once, running, wait_until
 from .support.tiny import SOURCE as TINY
 from .support.tiny import needs_compiler, tiny_key
 
@@ -62,7 +64,8 @@ def test_what_has_no_template_is_reported_and_the_rest_is_compiled(builder):
     assert {o["key"] for o in by_arch["sm_90a"]} == {
         k.digest for k in models.keys_for("deepseek-v3", tp=8, page_sizes=[64])}
     told = cli("prewarm", *MODEL, "--arch", "sm_90a,sm_100a", "--page-size", "64")
-    assert told.exit_code == 3 and "3 hit, 3 unserved" in told.stdout and "arch=sm_100a" in told.stderr
+    counts = f"{len(by_arch['sm_90a'])} hit, {len(by_arch['sm_100a'])} unserved"
+    assert told.exit_code == 3 and counts in told.stdout and "arch=sm_100a" in told.stderr
 
 
 def test_failed_outranks_unserved(builder):
@@ -88,13 +91,16 @@ def test_keys_from_what_prewarm_printed(builder, tmp_path, store):
     builder.refuses = (16,)
     first = cli("prewarm", *MODEL, "--arch", "sm_90a,sm_100a", "--json")
     (tmp_path / "keys.jsonl").write_text(first.stdout)
-    assert {o["status"] for o in objects(first.stdout)} == {"compiled", "failed", "unserved"}
+    before = sorted((o["status"], o["spec"]["arch"]) for o in objects(first.stdout))
+    assert {status for status, _ in before} == {"compiled", "failed", "unserved"}
     builder.refuses = ()
     compile.forget_failures()
+    bounds.sweep(store.root, failures=True)
     again = cli("prewarm", "--keys-from", tmp_path / "keys.jsonl", "--json")
     assert again.exit_code == 3
+    became = {"compiled": "hit", "failed": "compiled", "unserved": "unserved"}
     assert sorted((o["status"], o["spec"]["arch"]) for o in objects(again.stdout)) == sorted(
-        [("hit", "sm_90a")] * 9 + [("compiled", "sm_90a")] * 3 + [("unserved", "sm_100a")] * 12)
+        (became[status], arch) for status, arch in before)
 
 
 @pytest.mark.parametrize("form", ["list", "lines", "stdin"])
@@ -170,7 +176,7 @@ def test_interrupted_it_keeps_what_is_done_and_goes_on_from_there(python_env, st
     assert [o["status"] for o in objects(second.stdout)].count("compiled") == 2
 
 
-# ----------------------------------------------------------------------------------------------------------- the figures
+# --------------------------------------------------------------------------------------------------------- the figures
 
 
 @needs_compiler
@@ -222,6 +228,35 @@ def test_64_processes_and_8_keys_compile_8_times(store, tmp_path):
     assert sorted((tmp_path / "compiles").read_text().split()) == sorted(key.digest for key in keys)
     assert all(result == results[0] and len(result) == 8 for result in results)
     assert all(store.find(key) for key in keys)
+
+
+def test_who_waits_says_for_whom_and_takes_what_the_other_made(store, monkeypatch, seen):
+    """And when that process is killed, compiles it."""
+    [choice], _ = prewarm.choices(models.specs_for("deepseek-v3", tp=8, arch="sm_90a", page_sizes=[64], max_s_q=1))
+    built = Built(SO_BYTES, "# a kernel\n", KERNELS, 0.0)
+    monkeypatch.setattr(lock, "WAIT_EVENT_SECONDS", 0.1)
+    monkeypatch.setattr(compile, "build", lambda *args, **options: built)
+    holder = store.side_folder(LOCKS) / f"{choice.key.digest}.holder"
+
+    def other(seconds):
+        def slow(key, source, store=None):
+            time.sleep(seconds)
+            return built
+        return lambda: compile.get_or_compile(choice.key, choice.source, Store(store.root), builder=slow)
+
+    with running(other(600)) as pid:
+        assert wait_until(holder.exists)
+        threading.Timer(0.4, lambda: os.kill(pid, signal.SIGKILL)).start()
+        [outcome] = prewarm.run([choice], store, 1)
+    assert outcome.status == "compiled"
+    waits = [e.fields for e in seen if e.kind == "wait"]
+    assert len(waits) >= 2 and all(f"pid {pid} on {socket.gethostname()}" in w["holder"] for w in waits[:1])
+    assert waits[-1]["seconds"] > 0 and waits[-1]["kernel"] == choice.key.name
+    shutil.rmtree(store.path(choice.key))
+    with running(other(0.5)) as pid:
+        assert wait_until(holder.exists)
+        [outcome] = prewarm.run([choice], store, 1)
+    assert outcome.status == "hit" and f"pid {pid} on " in str([e for e in seen if e.kind == "wait"][-1])
 
 
 @needs_compiler

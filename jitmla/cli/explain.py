@@ -32,8 +32,8 @@ def explain(
     not stored."""
     if (model is None) == (op is None):
         raise typer.BadParameter("give either --model, or --op with --spec")
-    specs = ([requests.of_assignments(op, arch, spec or [])] if op is not None else
-             requests.of_model(model or "", tp, arch, models.PAGE_SIZES, None, None))
+    specs = ([requests.of_assignments(op, arch, spec or [])] if op is not None
+             else requests.of_model(model or "", tp, arch, models.PAGE_SIZES, None, None))
     store = Store()
     told: set[str | None] = set()
     missing = False

@@ -35,8 +35,8 @@ def prewarm(
     op: Annotated[str | None, Option(metavar="OP", help="Instead of --model: one op, described by --spec.")] = None,
     spec: Annotated[list[str] | None, Option(metavar="FIELD=VALUE", help="One field of the Spec; repeat it for all but "
                                              "op and arch (docs/schema.md).")] = None,
-    keys_from: Annotated[Path | None, Option(metavar="FILE", help="Instead of --model: what an earlier run printed with "
-                                             "--json, or a JSON list of Specs; - is stdin. --arch replaces theirs."
+    keys_from: Annotated[Path | None, Option(metavar="FILE", help="Instead of --model: what an earlier run printed "
+                                             "with --json, or a JSON list of Specs; - is stdin. --arch replaces theirs."
                                              )] = None,
     tunings: Annotated[Path | None, Option(metavar="FILE", help="Choose variants as this file of `jitmla tune` says."
                                            )] = None,

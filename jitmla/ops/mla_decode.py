@@ -98,8 +98,8 @@ def mla_decode(q: Any, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, 
 
 @dataclass(frozen=True)
 class OnGpu:
-    """What calls of one shape launch. What may still differ between them is checked by the compiled wrapper (dtypes,
-    shapes, strides, alignment and device type of every tensor), and what it cannot check in `run`."""
+    """What calls of one shape launch. What may still differ between them is checked by the compiled wrapper (dtype,
+    shape, strides, alignment and device of every tensor), and what it cannot check in `run`."""
 
     out_shape: tuple[int, int, int, int]
     function: Callable[..., None]
@@ -113,11 +113,12 @@ class OnGpu:
 
     def run(self, q: Tensor, q_pe: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
             sinks: Tensor | None, out: Tensor, lse: Tensor | None, sm_scale: float) -> None:
-        if self.several_devices or self.out_shape[1] > 1:
-            self.check(q, q_pe, kv_cache, block_table, seq_lens, sinks, out, lse)
-            if torch.cuda.current_device() != self.device:
-                with torch.cuda.device(self.device):
-                    return self.run(q, q_pe, kv_cache, block_table, seq_lens, sinks, out, lse, sm_scale)
+        if self.out_shape[1] > 1:
+            for name, value in (("q", q), ("q_pe", q_pe), ("out", out)):
+                checks.uniform_rows(name, value)
+        if self.several_devices and torch.cuda.current_device() != self.device:
+            with torch.cuda.device(self.device):
+                return self.run(q, q_pe, kv_cache, block_table, seq_lens, sinks, out, lse, sm_scale)
         workspace, semaphores = scratch(self.device, self.workspace, self.semaphores)
         flags = COOPERATIVE
         if sinks is None:
@@ -134,16 +135,6 @@ class OnGpu:
                 raise ValueError("lse")
         self.function(q, q_pe, kv_cache, block_table, seq_lens, sinks, out, lse, workspace, semaphores, sm_scale,
                       self.pe_offset, flags, *self.launch)
-
-    def check(self, q: Tensor, q_pe: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
-              sinks: Tensor | None, out: Tensor, lse: Tensor | None) -> None:
-        """What the wrapper does not see: that all tensors are on one device, and rows one stride apart."""
-        for name, value in (("q", q), ("q_pe", q_pe), ("out", out)):
-            checks.uniform_rows(name, value)
-        for name, value in (("q_pe", q_pe), ("kv_cache", kv_cache), ("block_table", block_table),
-                            ("seq_lens", seq_lens), ("sinks", sinks), ("out", out), ("lse", lse)):
-            if value is not None:
-                checks.device(name, value, q.device)
 
 
 @dataclass(frozen=True)

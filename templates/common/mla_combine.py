@@ -126,19 +126,16 @@ class MlaCombine:
                         seen = self.arrivals(counters, at)
                     self.count(counters, at, n + sharers)
                 self.sync()
-                log_team = Int32(0)
+                args = (area, out, lse, sinks, o_acc, lse_acc, flags, heads, req, p0, n)
+                first, step = w * sharers + part - p0, COMBINE_WARPS * sharers
                 if const_expr(self.teams):
                     log_team = self.team_of(rows << self.log_slices, n, sharers)
-                if const_expr(self.teams) and log_team > 0:
-                    self.shared_unit(
-                        area, out, lse, sinks, o_acc, lse_acc, flags, heads, req, p0, n, sharers, part - p0, log_team,
-                        row0, rows, w, lane,
-                    )  # fmt: skip
+                    if log_team > 0:
+                        self.shared_unit(*args, sharers, part - p0, log_team, row0, rows, w, lane)
+                    else:
+                        self.rows(*args, first, step, row0, rows, w, lane)
                 else:
-                    self.rows(
-                        area, out, lse, sinks, o_acc, lse_acc, flags, heads, req, p0, n, w * sharers + part - p0,
-                        COMBINE_WARPS * sharers, row0, rows, w, lane,
-                    )  # fmt: skip
+                    self.rows(*args, first, step, row0, rows, w, lane)
 
     @cute.jit
     def count(self, counters: cute.Tensor, at: Int32, total: Int32):

@@ -54,12 +54,12 @@ from types import SimpleNamespace
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.cute.runtime as rt
 import cutlass.utils.hopper_helpers as hh
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
+from common.mla_arguments import mla_decode_arguments
 from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
 from common.mla_ring import grouped_pages, packed_rows, page_of_box, ring_box, ring_boxes, ring_layout
 from common.mla_split import interval, n_blocks, partials, sharing, touch_table
@@ -756,33 +756,6 @@ class MlaDecode:
                     cute.autovec_copy(v4, cute.local_tile(o_acc[at_slot, row, None], (4,), (to,)))
 
 
-def fake_args():
-    """Stand-ins for the arguments. The compiled function refuses a call that differs from them: B, s_q and H are the
-    same everywhere but in lse, which may be a dummy; strides of 16-bit tensors are multiples of 8, or the size is 1."""
-    batch, s_q, heads = cute.sym_int(), cute.sym_int(), cute.sym_int()
-
-    def tensor(dtype, *shape, align, divisor=1, last=1):
-        stride = tuple(cute.sym_int64(divisibility=divisor) for _ in shape[1:]) + (last,)
-        return rt.make_fake_tensor(dtype, shape, stride, assumed_align=align)
-
-    n = cute.sym_int
-    return (
-        tensor(ELEMENT, batch, s_q, heads, n(), align=16, divisor=8),
-        tensor(ELEMENT, batch, s_q, heads, n(), align=16, divisor=8),
-        tensor(ELEMENT, n(), PAGE_SIZE, LATENT + ROPE, align=16, divisor=8),
-        tensor(Int32, batch, n(), align=4),
-        tensor(Int32, batch, align=4),
-        tensor(Float32, n(), align=4),
-        tensor(ELEMENT, batch, s_q, heads, LATENT, align=16, divisor=8),
-        tensor(Float32, n(), n(), n(), last=cute.sym_int64(), align=4),
-        tensor(Float32, n(), align=128),
-        tensor(Int32, n(), align=4),
-        Float32(1.0),
-        *[Int32(1)] * 6,
-        rt.make_fake_stream(use_tvm_ffi_env_stream=True),
-    )
-
-
 def entry():
     """What to compile: the host function and its fake arguments."""
-    return MlaDecode(), fake_args()
+    return MlaDecode(), mla_decode_arguments(ELEMENT, LATENT, ROPE, PAGE_SIZE)

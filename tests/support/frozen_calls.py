@@ -2,8 +2,8 @@
 
     python -m tests.support.frozen_calls audit | seccomp        (JITMLA_CACHE_DIR holds the Keys of MODEL)
 
-Prints a JSON object. `audit` counts what the interpreter reports; under `seccomp` the kernel ends the process at the first
-system call that opens, looks up, maps code, or starts a process, whoever makes it.
+Prints a JSON object. `audit` counts what the interpreter reports; under `seccomp` the kernel ends the process at the
+first system call that opens, looks up, maps code, or starts a process, whoever makes it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ CALLS = 10_000
 QUIET = {"object.__getattr__", "object.__setattr__", "sys._getframe"}  # touch nothing outside of the interpreter
 # of x86-64: open openat stat lstat newfstatat statx access faccessat faccessat2 readlink readlinkat getdents64 creat
 # rename renameat renameat2 unlink unlinkat mkdir mkdirat flock memfd_create fork vfork clone3 execve execveat mprotect
-FORBIDDEN = (2, 257, 4, 6, 262, 332, 21, 269, 439, 89, 267, 217, 85, 82, 264, 316, 87, 263, 83, 258, 73, 319, 57, 58, 435,
-             59, 322, 10)
+FORBIDDEN = (2, 257, 4, 6, 262, 332, 21, 269, 439, 89, 267, 217, 85, 82, 264, 316, 87, 263, 83, 258, 73, 319, 57, 58,
+             435, 59, 322, 10)
 
 
 def forbid():

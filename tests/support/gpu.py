@@ -14,7 +14,6 @@ from jitmla import dispatch, load, misses, toolchain, tune
 from .keys import KERNELS
 
 
-
 def c_library(folder):
     """The bytes of a library whose functions run without a GPU."""
     if toolchain.linker() is None:
