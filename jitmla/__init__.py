@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "mla_decode": "jitmla.ops.mla_decode",
     "keys_for": "jitmla.models",
-    "explain": "jitmla.dispatch",
+    "explain": "jitmla.why",
     "warm": "jitmla.dispatch",
     "freeze": "jitmla.dispatch",
     "use_tunings": "jitmla.tune",
@@ -28,7 +28,6 @@ _WHERE = {
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
-    from .dispatch import explain as explain
     from .dispatch import freeze as freeze
     from .dispatch import warm as warm
     from .errors import JitmlaError as JitmlaError
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from .spec import Spec as Spec
     from .tune import tunings as tunings
     from .tune import use_tunings as use_tunings
+    from .why import explain as explain
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 Run by `jitmla.compile` as `python -m jitmla._child` in a private folder that holds `request.json` and `kernel.py`.
 Every file is written there under a fixed name, so no path gets into the binary. What the compiler prints is for people;
-the outcome is `result.json`: `{"kernels": [...]}`, or `{"error": ..., "differs": ..., "remedy": ...}`.
+the outcome is `result.json`: `{"kernels": [...]}`, or `{"error": ..., "differs": ..., "remedy": ..., "lasting": ...}`.
 
 Run by `jitmla.pool` as `python -m jitmla._child --serve`, it imports the compiler once and does the same for many
 folders, each in a fork of its own.
@@ -42,6 +42,14 @@ class Failed(Exception):
     """The compile cannot succeed: `args` are what was wrong and what mends it."""
 
 
+class FailedHere(Failed):
+    """It cannot succeed as this machine is set up; the source may be right."""
+
+
+# kinds of errors that say nothing about the source
+PASSING = (FailedHere, OSError, MemoryError, ImportError)
+
+
 def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process when its parent dies (Linux); at once, when it died before the call."""
     if sys.platform == "linux":
@@ -79,7 +87,7 @@ def check_toolchain(wanted: dict[str, str]) -> None:
     differs = [f"{name}: the Key says {wanted[name]}, {value} was loaded"
                for name, value in loaded.items() if value != wanted[name]]
     if differs:
-        raise Failed("; ".join(differs), "install the toolchain that the Key names, and only that flavor of it")
+        raise FailedHere("; ".join(differs), "install the toolchain that the Key names, and only that flavor of it")
 
 
 def portable(module: Any) -> None:
@@ -179,8 +187,8 @@ def link(cc: str, op: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(done.stdout + done.stderr, file=sys.stderr)
-        raise Failed(f"{shlex.join(command)} exited with {done.returncode}: {done.stderr.strip()[-500:]}",
-                     "check the C compiler driver named by JITMLA_CC")
+        raise FailedHere(f"{shlex.join(command)} exited with {done.returncode}: {done.stderr.strip()[-500:]}",
+                         "check the C compiler driver named by JITMLA_CC")
 
 
 def compile_kernel(key: dict[str, Any], cc: str) -> list[dict[str, Any]]:
@@ -207,10 +215,12 @@ def answer(parent: int) -> NoReturn:
     try:
         result = {"kernels": compile_kernel(request["key"], request["cc"])}
     except Failed as e:
-        result = {"error": "Failed", "differs": e.args[0], "remedy": e.args[1]}
+        result = {"error": "Failed", "differs": e.args[0], "remedy": e.args[1],
+                  "lasting": not isinstance(e, PASSING)}
     except Exception as e:  # whatever a template or the compiler raises is the result of this compile
         traceback.print_exc()
-        result = {"error": type(e).__name__, "differs": f"{type(e).__name__}: {e}", "remedy": ""}
+        result = {"error": type(e).__name__, "differs": f"{type(e).__name__}: {e}", "remedy": "",
+                  "lasting": not isinstance(e, PASSING)}
     sys.stdout.flush()
     Path(RESULT).write_text(json.dumps(result), encoding="utf-8")
     os._exit(1 if "error" in result else 0)  # the compiler's own shutdown costs 0.1 s and does nothing for us

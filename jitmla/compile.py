@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import env, lock, toolchain
+from . import env, failures, lock, toolchain
 from .errors import CacheUnwritable, CompileFailed, CompileInterrupted, ToolchainMissing
 from .events import emit
 from .key import Key
@@ -53,7 +53,8 @@ def get_or_compile(key: Key, source_of: Callable[[], str], store: Store | None =
     """The entry of `key`: from the store, or compiled from `source_of()` and published.
 
     Of N processes that miss at once, one compiles and the others wait for it. When the store cannot be written, the
-    entry is returned without being stored (`path` is None). A compile that failed is not tried again in this process.
+    entry is returned without being stored (`path` is None). A compile that failed is not tried again in this process,
+    nor, where the source is at fault, in another one.
     Raises CacheUntrusted, ToolchainMissing and CompileFailed.
     """
     store = store or Store()
@@ -65,12 +66,12 @@ def get_or_compile(key: Key, source_of: Callable[[], str], store: Store | None =
         toolchain.require_compiler()
         raise ValueError(f"{key.name}: a Key made without a toolchain cannot be compiled; make it again")
     emit("miss", op=key.spec.op, key=key.digest[:12], spec=str(key.spec))
-    _raise_remembered(key)
+    _raise_remembered(key, store)
     with _locked(store, key):
         entry = store.find(key)
         if entry is not None:
             return entry
-        _raise_remembered(key)
+        _raise_remembered(key, store)
         emit("compile", op=key.spec.op, key=key.digest[:12], kernel=key.name, arch=key.spec.arch)
         try:
             built = (builder or build)(key, source_of(), store=store)
@@ -78,6 +79,8 @@ def get_or_compile(key: Key, source_of: Callable[[], str], store: Store | None =
             raise
         except CompileFailed as e:
             _failed[key.digest] = e
+            if e.lasting:
+                failures.remember(store, key, e)
             raise
         emit("compiled", op=key.spec.op, key=key.digest[:12], kernel=key.name, seconds=round(built.seconds, 2))
         try:
@@ -109,12 +112,14 @@ def build(key: Key, source: str, store: Store | None = None, timeout: float | No
         if status == 0 and "kernels" in result:
             return Built((folder / LIBRARY).read_bytes(), source, result["kernels"], seconds)
         if "error" in result:
-            raise CompileFailed(**_account(key, folder, store, result["differs"], result["remedy"]))
+            error = CompileFailed(**_account(key, folder, store, result["differs"], result["remedy"]))
+            error.lasting = result.get("lasting", True)
+            raise error
         raise CompileInterrupted(**_account(key, folder, store, *_end(status, limit)))
 
 
 def forget_failures() -> None:
-    """Let Keys whose compile failed in this process be tried again."""
+    """Let Keys whose compile failed in this process be tried again, unless the disk remembers them as well."""
     _failed.clear()
 
 
@@ -130,9 +135,9 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
         os.killpg(child.pid, signal.SIGKILL)
 
 
-def _raise_remembered(key: Key) -> None:
-    if key.digest in _failed:
-        e = _failed[key.digest]
+def _raise_remembered(key: Key, store: Store) -> None:
+    e = _failed.get(key.digest) or failures.recall(store, key)
+    if e is not None:
         raise CompileFailed(e.asked, supported=e.supported, differs=e.differs, remedy=e.remedy)
 
 

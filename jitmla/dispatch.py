@@ -30,6 +30,7 @@ from .registry import Choice
 from .registry import backends as backends
 from .spec import Spec
 from .store import Entry, Store
+from .why import explain as explain
 
 
 @dataclass(frozen=True)
@@ -183,17 +184,3 @@ def sm_count(device: torch.device) -> int:
     tune.adopt(properties.name, properties.multi_processor_count)
     return properties.multi_processor_count
 
-
-def explain(spec: Spec, backend: str = "auto", store: Store | None = None) -> dict[str, Any]:
-    """Which template and variant serve `spec` and why, under which Key, and whether the cache holds it.
-
-    Raises NoTemplate with the reason when nothing serves it.
-    """
-    choice = registry.choose(spec, backend)
-    entry = (store or Store()).find(choice.key)
-    passed_over = {t.name: t.misses(spec) for t in registry.templates(spec.op)
-                   if backend in ("auto", t.backend) and t.misses(spec)}
-    return {"spec": spec.as_dict(), "template": choice.template.name, "variant": choice.variant.name,
-            "summary": choice.template.summary, "passed_over": passed_over,
-            "key": entry.key.digest if entry else choice.key.digest if choice.key.toolchain else None,
-            "cached": entry is not None, "path": str(entry.path) if entry else None}

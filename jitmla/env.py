@@ -19,6 +19,10 @@ class EnvVar:
 
 CACHE_DIR = EnvVar("JITMLA_CACHE_DIR", "", "Root of the kernel cache. Unset: the user cache folder of the platform "
                    "(`$XDG_CACHE_HOME/jitmla` or `~/.cache/jitmla` on Linux).")
+CACHE_PATH = EnvVar("JITMLA_CACHE_PATH", "", "Read-only layers below the kernel cache: roots of other caches, "
+                    "separated by colons. They are looked through in this order, and never written or locked.")
+CACHE_SIZE = EnvVar("JITMLA_CACHE_SIZE", "2GiB", "Size to which the kernel cache is trimmed after an entry is stored: "
+                    "the least recently used ones go first, pinned ones stay. `unlimited` keeps all.")
 CUTE_RUNTIME = EnvVar("JITMLA_CUTE_RUNTIME", "", "Path of `libcute_dsl_runtime.so`, for machines without the CuTe DSL "
                       "wheel. Unset: the copy inside the installed wheel.")
 CC = EnvVar("JITMLA_CC", "cc", "C compiler driver that links a compiled kernel into a shared library.")

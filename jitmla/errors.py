@@ -61,11 +61,17 @@ class MissNotAllowed(JitmlaError, RuntimeError):
 
 
 class CompileFailed(JitmlaError, RuntimeError):
-    """The child process that compiles a kernel failed, was killed, or ran out of time."""
+    """The child process that compiles a kernel failed, was killed, or ran out of time.
+
+    `lasting`: the source is at fault, so the same toolchain will fail again."""
+
+    lasting = True
 
 
 class CompileInterrupted(CompileFailed):
     """The child process was killed or ran out of time: the same compile may succeed when it is tried again."""
+
+    lasting = False
 
 
 class ToolchainMissing(JitmlaError, RuntimeError):

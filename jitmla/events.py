@@ -1,8 +1,8 @@
 """One stream of events: what the cache and the dispatcher did, for logs, counters and callbacks.
 
 Kinds: choose (backend or template taken), hit, miss, wait, compile (begins), compiled (with its seconds), publish,
-load, evict, freeze, refuse (an entry not trusted), degrade (something optional could not be done, the call goes on).
-Nothing is emitted on a call whose Plan is in memory.
+load, evict, freeze, refuse (an entry that does not verify), degrade (something optional could not be done, the call
+goes on). Nothing is emitted on a call whose Plan is in memory.
 """
 
 from __future__ import annotations

@@ -127,6 +127,8 @@ def _one(choice: Choice, store: Store, pool: Pool, must_store: bool) -> Outcome:
             raise CacheUnwritable(f"to store {choice.key.name} in {store.root}", differs="it was compiled, not stored",
                                   supported="a writable folder with free space",
                                   remedy=f"free space, or name another folder in {env.CACHE_DIR.name}")
+        if entry.path == store.path(entry.key):
+            store.pin(entry.key.digest)
     except JitmlaError as error:
         return Outcome(choice.spec, "failed", time.perf_counter() - start, choice, error=error)
     return Outcome(choice.spec, "compiled" if built else "hit", time.perf_counter() - start, choice, entry)

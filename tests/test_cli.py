@@ -195,12 +195,16 @@ def test_a_failure_leaves_the_others(builder):
     builder.refuses = (64, 128)
     done = cli("prewarm", *MODEL, "--json")
     assert done.exit_code == 1
-    for o in objects(done.stdout):
+    found = objects(done.stdout)
+    for o in found:
         failed = o["spec"]["page_size"] in builder.refuses
         assert o["status"] == ("failed" if failed else "compiled")
         assert o.get("error") == ("CompileFailed" if failed else None)
     builder.refuses = ()
     compile.forget_failures()  # as in a new process
+    assert [o["status"] for o in objects(cli("prewarm", *MODEL, "--json").stdout)].count("failed") == len(found) / 2
+    assert cli("cache", "gc", "--failed").exit_code == 0
+    compile.forget_failures()
     again = [o["status"] for o in objects(cli("prewarm", *MODEL, "--json").stdout)]
     assert again.count("compiled") == again.count("hit") == len(again) / 2
 

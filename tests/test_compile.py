@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jitmla import _child, compile, env, toolchain
+from jitmla import _child, bounds, compile, env, toolchain
 from jitmla.compile import Built, build, get_or_compile
 from jitmla.errors import CacheUntrusted, CompileFailed, CompileInterrupted, ToolchainMissing
 from jitmla.store import Store
@@ -143,6 +143,7 @@ def test_a_failure_is_remembered_and_an_interruption_is_not(store, key):
         get_or_compile(key, never, store, builder=never)
     assert str(second.value) == str(first.value) and second.value.as_dict() == first.value.as_dict()
     compile.forget_failures()
+    bounds.sweep(store.root, failures=True)
     assert get_or_compile(key, lambda: SOURCE, store, builder=builder)
 
 

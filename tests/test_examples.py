@@ -1,12 +1,20 @@
 """Every example runs. Those that need a GPU are left to `make test-gpu`."""
 
+import hashlib
+import os
 import re
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
+from jitmla import bundle
+from jitmla.store import Store
+
 from .conftest import REPOSITORY
+from .support.keys import SO_BYTES, make_key, publish
+from .support.tree import snapshot, unprivileged
 
 EXAMPLES = REPOSITORY / "examples"
 
@@ -31,6 +39,28 @@ def test_keys(python_env):
     done = run(python_env, "keys.py", "kimi-k2", "8")
     assert done.returncode == 0, done.stderr
     assert "kimi-k2 on 8 ranks can reach 5 kernels" in done.stdout and '"""' in done.stdout
+
+
+def test_read_only_layer(python_env, tmp_path, store, key, monkeypatch):
+    """From a bundle to a layer that every user can read, and that a process finds kernels in."""
+    bundle.write(tmp_path / "bundle", [publish(store, key), publish(store, make_key(page_size=16))])
+    digest = hashlib.sha256((tmp_path / "bundle").read_bytes()).hexdigest()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        layer = os.path.join(folder, "layer")
+        done = run(python_env, "read_only_layer.py", tmp_path / "bundle", layer, digest)
+        assert done.returncode == 0, done.stderr
+        assert "2 kernels" in done.stdout and f"JITMLA_CACHE_PATH={layer}" in done.stdout
+        assert {state[0] & 0o777 for state in snapshot(layer).values()} == {0o555, 0o444}
+        assert os.listdir(os.path.join(layer, "v1")) == ["sm_90a"]
+        monkeypatch.setenv("JITMLA_CACHE_PATH", layer)
+        monkeypatch.setenv("JITMLA_CACHE_DIR", "/proc/nowhere")
+        with unprivileged():
+            assert Store().find(key).so_bytes == SO_BYTES
+        for path, _, _ in os.walk(layer):
+            os.chmod(path, 0o755)
+    refused = run(python_env, "read_only_layer.py", tmp_path / "bundle", tmp_path / "other", "0" * 64)
+    assert refused.returncode == 1 and "its sha256 is" in refused.stderr and not (tmp_path / "other").exists()
 
 
 def check_demo(done):

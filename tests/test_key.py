@@ -14,19 +14,14 @@ from jitmla import registry, schema
 from jitmla.errors import SchemaViolation
 from jitmla.key import Key, canonical, diff, leaves
 
-from .documents import _valid, get, nearby, replaced, valid
+from .documents import SOME_KEY, _valid, get, nearby, replaced, valid
 from .keysets import product
 
 DETERMINED = settings(deadline=None, derandomize=True, database=None, max_examples=50)
 FEW = settings(DETERMINED, max_examples=6)  # for each of the 18 fields
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
                     | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=12)
-SOME_KEY = {"schema": 1, "spec": {"op": "mla_decode", "arch": "sm_90a", "dtype": "bf16", "kv_dtype": "bf16",
-                                  "kv_lora_rank": 512, "qk_rope_head_dim": 64, "page_size": 64, "rows": 16,
-                                  "causal": False},
-            "template": {"name": "sm90_swap", "digest": "a" * 64},
-            "variant": {"name": "triples8", "constants": {"RING": 8, "DTYPE": "bf16", "CAUSAL": False, "SCALE": 0.5}},
-            "toolchain": {"cute_dsl": "4.8.1", "cuda": "cu12", "host": "linux-x86_64", "options": ""}}
+
 
 
 def fields(form: dict, at: tuple = ()):

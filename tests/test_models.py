@@ -117,8 +117,8 @@ def test_an_arch_without_templates_or_without_a_name():
 
 @pytest.mark.parametrize("name, tp, count", [
     ("deepseek-v3", 1, 8),    # 128 rows and more: 4 page sizes x causal or not
-    ("deepseek-v3", 8, 12),   # and one Key more for one token, whose 16 rows swapped operands take
-    ("deepseek-v3", 16, 20),  # 8, 16, 24 and 32 rows: buckets 8 (one token: no limit to speak of), 16 and 512
+    ("deepseek-v3", 8, 20),   # 16, 32, 48 and 64 rows: buckets 16 (one token: no limit to speak of), 32 and 64
+    ("deepseek-v3", 16, 20),  # 8, 16, 24 and 32 rows
     ("mistral-small-4", 8, 16), ("mistral-small-4", 32, 8)])
 def test_how_many(name, tp, count):
     """A server meets a few dozen Keys at most, and with the engine's own page size and s_q far fewer."""
@@ -134,7 +134,7 @@ def test_the_public_name():
 def test_options_narrow():
     keys = keys_for("deepseek-v3", tp=8, page_sizes=[16, 64], max_s_q=2, dtype="fp16")
     assert {k.spec["page_size"] for k in keys} == {16, 64} and {k.spec["dtype"] for k in keys} == {"fp16"}
-    assert {k.spec["rows"] for k in keys} == {16, 512}
+    assert {k.spec["rows"] for k in keys} == {16, 32}
 
 
 # ------------------------------------------------------------------------------------------------- closure

@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from jitmla import registry, render, schema
 from jitmla.errors import InvalidTemplate, NoTemplate
 from jitmla.registry import Template, Variant, choose, templates
-from jitmla.schedule import SWAP_ROWS
 from jitmla.spec import Spec
 
 from .documents import valid
-from .keysets import product, spec
+from .keysets import ROWS, product, spec
 
 DETERMINED = settings(deadline=None, derandomize=True, database=None)
 SHIPPED = [(op, t) for op in registry.ops() for t in templates(op)]
@@ -83,11 +82,9 @@ class TestCards:
                 assert {s[field] for s in served} == set(values), field
 
 
-def test_few_rows_are_for_swapped_operands():
-    """The host rule (jitmla.schedule) launches by the number of rows what the card chooses by their bucket."""
-    for rows in (8, 16, 512):
-        name = choose(spec("bf16", 512, 64, rows, False)).template.name
-        assert name == ("sm90_swap" if rows <= SWAP_ROWS else "sm90_seesaw")
+def test_who_serves_how_many_rows():
+    names = {rows: choose(spec("bf16", 512, 64, rows, False)).template.name for rows in ROWS}
+    assert names == {8: "sm90_swap", 16: "sm90_swap", 32: "sm90_relay", 64: "sm90_relay", 512: "sm90_seesaw"}
 
 
 @pytest.mark.parametrize("spec", product(), ids=str)

@@ -1,5 +1,6 @@
 """jitmla.schema against the jsonschema package, which is the judge of what the schema means."""
 
+import copy
 import json
 
 import jsonschema
@@ -11,10 +12,10 @@ from jitmla import schema
 from jitmla.errors import SchemaViolation
 from jitmla.resources import SCHEMA
 
-from .documents import mutated, valid
+from .documents import SOME_KEY, get, mutated, places, replaced, valid
 
 FEW = settings(max_examples=30, deadline=None, derandomize=True, database=None)
-MANY = settings(FEW, max_examples=250)
+MANY = settings(FEW, max_examples=120)
 DEFINITIONS = ("manifest", "key", "spec_mla_decode", "name")  # the other ones are part of a manifest
 JUDGES = {name: jsonschema.Draft7Validator({"$ref": f"#/definitions/{name}",
                                             "definitions": schema.document()["definitions"]}) for name in DEFINITIONS}
@@ -71,6 +72,25 @@ def test_valid_documents_are_accepted(name, data):
 def test_the_same_documents_are_accepted_and_refused(name, data):
     document = data.draw(mutated(name))
     assert accepts(document, name) == JUDGES[name].is_valid(document), document
+
+
+MANIFEST = {
+    "key": SOME_KEY, "digest": "0" * 64, "producer": "0.1", "manifest_sha256": "1" * 64,
+    "files": {name: {"sha256": "a" * 64, "bytes": 1} for name in ("kernel.py", "kernel.so")},
+    "kernels": [{"name": "k", "registers": 255, "spill_bytes": 0, "stack_bytes": 0}]}
+VALUES = [None, True, False, 0, 1, -1, 8, 64, 255, 256, 512, 1.0, 64.0, 0.5, "", "1", "a", "A", "bf16", "sm_90a",
+          "cu13", "0" * 64, "g" * 64, "0" * 63, [], [1], {}, {"a": 1}, {"A": 1}, {"A": []}]
+
+
+@pytest.mark.parametrize("place", places(MANIFEST)[1:], ids=lambda p: ".".join(map(str, p)))
+def test_every_value_at_every_place(place):
+    """What the drawn mutations may happen to miss: each place of one manifest, with each kind of value, and without."""
+    schema.check(MANIFEST, "manifest")
+    documents = [replaced(MANIFEST, place, value) for value in VALUES]
+    without = copy.deepcopy(MANIFEST)
+    del get(without, place[:-1])[place[-1]]
+    for document in [*documents, without]:
+        assert accepts(document, "manifest") == JUDGES["manifest"].is_valid(document), get(document, place[:-1])
 
 
 @pytest.mark.parametrize("name, value", [

@@ -10,13 +10,16 @@ from typing import Annotated
 
 import typer
 
-from . import bench, cache, doctor, kernels, output, prewarm, tune
+from . import bench, bundles, cache, doctor, explain, kernels, output, prewarm, tune, upkeep
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Kernels for Multi-head Latent Attention, compiled once and cached on disk.")
 app.command("prewarm")(prewarm.prewarm)
 app.command("kernels")(kernels.kernels)
 app.add_typer(cache.app, name="cache")
+for _name, _command in (("explain", explain.explain), ("verify", upkeep.verify), ("gc", upkeep.gc), ("pin", upkeep.pin),
+                        ("unpin", upkeep.unpin), ("export", bundles.export), ("import", bundles.load)):
+    cache.app.command(_name)(_command)
 app.command("tune")(tune.tune)
 app.command("doctor")(doctor.doctor)
 # its own parser reads the arguments, --help included
