@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -132,6 +133,7 @@ def freeze() -> None:
     load, no access to the file system. A call whose kernel is not loaded raises MissNotAllowed.
     """
     for op in registry.ops():
+        importlib.import_module(f"{__package__}.ops.{op}")
         registry.templates(op)  # so that even a miss reads no file
     schema.document(), tune.tunings()
     misses.set_frozen(True)

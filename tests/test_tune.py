@@ -252,6 +252,13 @@ def test_what_is_hardly_faster_is_not_taken(bench):
     assert json.loads(bench.text(found)) == found
 
 
+def test_what_is_slower_at_one_length_is_not_taken(bench):
+    """Even when it is much faster at the others."""
+    found = bench.mla_decode("deepseek-v3", tp=8, batches=(1,), gpu=H200, measure=timer(
+        bench, lambda case, name, at: 100.0 * (1 if at.parts == 96 else 1.1 if case.kv == 65536 else 0.5)))
+    assert found["launches"] == []
+
+
 def test_each_choice_is_a_line(bench):
     entries = [{**LAUNCH, "batch": [n, n]} for n in range(1, 4)]
     text = bench.text(document(launches=entries))

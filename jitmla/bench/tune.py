@@ -2,8 +2,9 @@
 
 The variants that the cards list for a Spec are timed against each other over a few batches and lengths. Launch
 arguments are searched one after the other from what the rule says, for each class of query rows and of batch sizes. A
-choice other than the card's or the rule's must be faster by GAIN, in the geometric mean over the lengths; what is not
-listed in the document is theirs. Every result is compared with float64 before it counts.
+choice other than the card's or the rule's must be faster by GAIN in the geometric mean over the lengths, and slower by
+no more than that at any of them; what is not listed in the document is theirs. Every result is compared with float64
+before it counts.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from ..spec import Spec, mla_decode_spec
 from ..testing import Problem, mla_decode_oracle
 from .cases import DecodeCase
 from .mla_decode import CHECKED, problem_of
-from .report import environment, rounded
+from .report import environment, output, rounded
 from .timing import Timing, captured, gpu_times
 
 GAIN = 0.02
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # each stands for the sizes down to the one before it
-LENGTHS = (1024, 8192)
+LENGTHS = (1024, 8192, 65536)
+MOST_TOKENS = 1 << 20  # of a case: long requests come in small batches
 VARIANT_BATCHES = (1, 16, 128)
 TRIES = {"fixed": (0, 1, 2, 4, 8), "least": (1, 2, 4, 6, 8), "bias": (0, 3, 8, 16)}
 
@@ -63,14 +65,17 @@ def _posed(case: DecodeCase) -> tuple[Problem, Any]:
 
 def device_facts() -> dict[str, Any]:
     """What a tunings document says of the GPU."""
-    from .report import _output
-
     device = torch.device("cuda", torch.cuda.current_device())
-    names = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
-    said = _output("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", f"--id={device.index}")
     return {"name": torch.cuda.get_device_name(device), "arch": dispatch.arch_of(device),
-            "sms": torch.cuda.get_device_properties(device).multi_processor_count,
-            "clocks": dict(zip(names, (said or "").split(", "), strict=False))}
+            "sms": torch.cuda.get_device_properties(device).multi_processor_count}
+
+
+def clocks() -> dict[str, str]:
+    """What nvidia-smi says of them now; right after a measurement, they are those of the measurement."""
+    names = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit")
+    said = output("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader",
+                  f"--id={torch.cuda.current_device()}")
+    return dict(zip(names, (said or "").split(", "), strict=False))
 
 
 def mla_decode(model: str, *, tp: int = 1, page_sizes: Sequence[int] = (64,), max_s_q: int = 1,
@@ -117,12 +122,12 @@ def _spec(case: DecodeCase, arch: str) -> Spec:
 
 
 def _sized(case: DecodeCase, batch: int, lengths: Iterable[int]) -> list[DecodeCase]:
-    """The case at these lengths, and once with mixed ones."""
+    """The case at these lengths, as far as the batch allows, and once with mixed ones."""
     def sized(kv: int, ragged: bool) -> DecodeCase:
         return DecodeCase(case.heads, case.s_q, batch, kv, case.kv_lora_rank, case.qk_rope_head_dim, case.page_size,
                           case.dtype, ragged)
 
-    lengths = list(lengths)
+    lengths = [kv for kv in lengths if kv * batch <= MOST_TOKENS] or [min(lengths)]
     return [sized(kv, False) for kv in lengths] + ([sized(max(lengths), True)] if batch > 1 else [])
 
 
@@ -138,7 +143,7 @@ def _variant(spec: Spec, case: DecodeCase, document: Document, lengths: Sequence
     documents = {name: {**document, "variants": [{"spec": facts, "variant": name}], "launches": []} for name in names}
     results = [measure(sized, documents) for batch in VARIANT_BATCHES for sized in _sized(case, batch, lengths)]
     best = _best(results, names)
-    progress(f"{spec}: {best}")
+    progress(f"{spec}: " + ", ".join(f"{name} {us:.2f} us" for name, us in _means(results, names).items()))
     if best != names[0]:
         yield {"spec": facts, "variant": best, **_evidence(results, {"tuned": best, "card": names[0]})}
 
@@ -170,8 +175,9 @@ def _launches(case: DecodeCase, rows: tuple[int, int], document: Document, batch
                 yield {**entry, "launch": best, **_evidence(results, {"tuned": "1", "rule": "0"})}
             else:
                 best = start
+        [us] = _means(results, ["0" if best == start else "1"]).values()
         progress(f"rows {rows[0]} to {rows[1]}, batch {below + 1} to {batch}: "
-                 f"{'the rule' if best == start else best}")
+                 f"{f'the rule, {start}' if best == start else best}, {us:.2f} us")
         below = batch
 
 
@@ -184,10 +190,18 @@ def _values(name: str, at: int, rows: tuple[int, int], sms: int) -> list[int]:
 
 
 def _best(results: Sequence[Mapping[str, Timing]], names: Sequence[str]) -> str:
-    """The name with the least geometric mean; the first one, unless another is better by GAIN."""
-    means = {name: math.exp(statistics.fmean(math.log(r[name].us) for r in results)) for name in names}
+    """The name with the least geometric mean of those that are nowhere slower than the first one by more than GAIN; the
+    first one, unless that is better by GAIN."""
+    first = names[0]
+    names = [name for name in names if all(r[name].us <= r[first].us * (1 + GAIN) for r in results)]
+    means = _means(results, names)
     best = min(names, key=means.__getitem__)
-    return best if means[best] <= means[names[0]] * (1 - GAIN) else names[0]
+    return best if means[best] <= means[first] * (1 - GAIN) else first
+
+
+def _means(results: Sequence[Mapping[str, Timing]], names: Sequence[str]) -> dict[str, float]:
+    """Geometric means over the cases."""
+    return {name: math.exp(statistics.fmean(math.log(r[name].us) for r in results)) for name in names}
 
 
 def _evidence(results: Sequence[Mapping[str, Timing]], names: Mapping[str, str]) -> dict[str, Any]:
@@ -199,9 +213,9 @@ def _evidence(results: Sequence[Mapping[str, Timing]], names: Mapping[str, str])
 
 
 def described(document: Document, command: str, commit: str | None = None) -> Document:
-    """The document, with the machine, the driver, the commit and the command."""
-    facts = environment(command, commit)
-    return {**document, "gpu": {**document["gpu"], "driver": facts["driver"]},
+    """The document, with clocks, driver, machine, commit and command; to be called right after measuring."""
+    speed, facts = clocks(), environment(command, commit)
+    return {**document, "gpu": {**document["gpu"], "driver": facts["driver"], "clocks": speed},
             **{name: value for name, value in facts.items() if name not in ("gpu", "driver")}}
 
 
