@@ -458,6 +458,7 @@ def test_miss_during_capture_names_the_prewarm_command(monkeypatch):
     other = torch.zeros(1, device="cuda")
     jitmla.mla_decode(*problem.args, **problem.kwargs)
     monkeypatch.setattr(dispatch, "_plans", {})
+    monkeypatch.setattr(dispatch, "_loaded", {})
     monkeypatch.setattr(op, "_prepared", {})
     with pytest.raises(MissNotAllowed) as caught, torch.cuda.graph(torch.cuda.CUDAGraph()):
         other.add_(1)  # so that the graph is not empty
