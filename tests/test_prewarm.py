@@ -260,7 +260,7 @@ def test_who_waits_says_for_whom_and_takes_what_the_other_made(store, monkeypatc
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.budget
 def test_64_processes_and_8_keys_with_the_real_compiler(store, tmp_path):
     """At most 1.3 times the time of the 8 compiles one after the other."""
     keys = [tiny_key(page_size=n) for n in range(1, 9)]
