@@ -301,9 +301,9 @@ def test_without_a_store_the_failed_source_is_kept_elsewhere(temporary):
 def test_a_hanging_compile_is_killed_with_all_it_started_and_may_be_tried_again(store, tmp_path):
     source, note = HANGING.format(path=str(tmp_path / "pids")), tmp_path / "pids"
     start = time.monotonic()
-    with pytest.raises(CompileInterrupted, match="still running after 2 s") as caught:
-        get_or_compile(tiny_key(), lambda: source, store, builder=lambda *a, **k: build(*a, **k, timeout=2.0))
-    assert time.monotonic() - start < 4.0 and env.COMPILE_TIMEOUT.name in caught.value.remedy
+    with pytest.raises(CompileInterrupted, match="still running after 6 s") as caught:
+        get_or_compile(tiny_key(), lambda: source, store, builder=lambda *a, **k: build(*a, **k, timeout=6.0))
+    assert time.monotonic() - start < 10.0 and env.COMPILE_TIMEOUT.name in caught.value.remedy
     pids = [int(pid) for pid in note.read_text().split()]
     assert len(pids) == 2 and wait_until(lambda: not any(map(alive, pids)))
     assert get_or_compile(tiny_key(), lambda: TINY, store).path
