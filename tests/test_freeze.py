@@ -115,6 +115,7 @@ def test_a_cpu_is_no_device(gpu, keys):
         jitmla.warm(keys, device="cpu")
 
 
+@pytest.mark.budget
 def test_a_plan_within_3_ms(gpu, keys, monkeypatch):
     """From a Spec to what can be launched, the artifact on disk: processor time, the best of 20, each with nothing
     remembered of what jitmla reads."""
