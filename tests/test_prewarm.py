@@ -13,7 +13,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from jitmla import compile, lock, models, prewarm, registry
+from jitmla import bounds, compile, lock, models, prewarm, registry
 from jitmla.cli import app
 from jitmla.compile import Built
 from jitmla.errors import CompileFailed
@@ -64,7 +64,8 @@ def test_what_has_no_template_is_reported_and_the_rest_is_compiled(builder):
     assert {o["key"] for o in by_arch["sm_90a"]} == {
         k.digest for k in models.keys_for("deepseek-v3", tp=8, page_sizes=[64])}
     told = cli("prewarm", *MODEL, "--arch", "sm_90a,sm_100a", "--page-size", "64")
-    assert told.exit_code == 3 and "3 hit, 3 unserved" in told.stdout and "arch=sm_100a" in told.stderr
+    counts = f"{len(by_arch['sm_90a'])} hit, {len(by_arch['sm_100a'])} unserved"
+    assert told.exit_code == 3 and counts in told.stdout and "arch=sm_100a" in told.stderr
 
 
 def test_failed_outranks_unserved(builder):
@@ -90,13 +91,16 @@ def test_keys_from_what_prewarm_printed(builder, tmp_path, store):
     builder.refuses = (16,)
     first = cli("prewarm", *MODEL, "--arch", "sm_90a,sm_100a", "--json")
     (tmp_path / "keys.jsonl").write_text(first.stdout)
-    assert {o["status"] for o in objects(first.stdout)} == {"compiled", "failed", "unserved"}
+    before = sorted((o["status"], o["spec"]["arch"]) for o in objects(first.stdout))
+    assert {status for status, _ in before} == {"compiled", "failed", "unserved"}
     builder.refuses = ()
     compile.forget_failures()
+    bounds.sweep(store.root, failures=True)
     again = cli("prewarm", "--keys-from", tmp_path / "keys.jsonl", "--json")
     assert again.exit_code == 3
+    became = {"compiled": "hit", "failed": "compiled", "unserved": "unserved"}
     assert sorted((o["status"], o["spec"]["arch"]) for o in objects(again.stdout)) == sorted(
-        [("hit", "sm_90a")] * 9 + [("compiled", "sm_90a")] * 3 + [("unserved", "sm_100a")] * 12)
+        (became[status], arch) for status, arch in before)
 
 
 @pytest.mark.parametrize("form", ["list", "lines", "stdin"])
@@ -256,7 +260,7 @@ def test_who_waits_says_for_whom_and_takes_what_the_other_made(store, monkeypatc
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.budget
 def test_64_processes_and_8_keys_with_the_real_compiler(store, tmp_path):
     """At most 1.3 times the time of the 8 compiles one after the other."""
     keys = [tiny_key(page_size=n) for n in range(1, 9)]
