@@ -12,6 +12,7 @@ from typing import Any
 
 from . import compile, env, registry, toolchain
 from .errors import CacheUnwritable, JitmlaError, NoTemplate
+from .events import emit
 from .pool import Pool
 from .registry import Choice
 from .spec import Spec
@@ -107,6 +108,14 @@ def _work(todo: queue.SimpleQueue[Choice], done: queue.SimpleQueue[Outcome | Bas
         done.put(error)
 
 
+def _pin(store: Store, entry: Entry) -> None:
+    """Keep an entry from being evicted; where that cannot be noted, nothing is evicted either."""
+    try:
+        store.pin(entry.key.digest)
+    except CacheUnwritable as e:
+        emit("degrade", what="pin", op=entry.key.spec.op, key=entry.key.digest[:12], reason=e.differs)
+
+
 def _one(choice: Choice, store: Store, pool: Pool, must_store: bool) -> Outcome:
     """Make sure that the Key of `choice` is on disk."""
     start = time.perf_counter()
@@ -127,8 +136,8 @@ def _one(choice: Choice, store: Store, pool: Pool, must_store: bool) -> Outcome:
             raise CacheUnwritable(f"to store {choice.key.name} in {store.root}", differs="it was compiled, not stored",
                                   supported="a writable folder with free space",
                                   remedy=f"free space, or name another folder in {env.CACHE_DIR.name}")
-        if entry.path == store.path(entry.key):
-            store.pin(entry.key.digest)
+        if must_store and entry.path == store.path(entry.key):
+            _pin(store, entry)
     except JitmlaError as error:
         return Outcome(choice.spec, "failed", time.perf_counter() - start, choice, error=error)
     return Outcome(choice.spec, "compiled" if built else "hit", time.perf_counter() - start, choice, entry)

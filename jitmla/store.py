@@ -140,12 +140,12 @@ class Store:
 
     def pin(self, digest: str, pinned: bool = True) -> None:
         """Keep an entry of the user's cache from being evicted, or let it be again; raises CacheUnwritable."""
-        folder = self.side_folder(PINS)
+        pin = self.side_folder(PINS) / digest
         with self._writing():
-            if pinned:
-                (folder / digest).touch()
-            else:
-                (folder / digest).unlink(missing_ok=True)
+            if not pinned:
+                pin.unlink(missing_ok=True)
+            elif not pin.exists():
+                pin.touch()
 
     def _move_in(self, key: Key, files: dict[str, bytes], staging: int, parent: int) -> Entry | None:
         """Write `files` to a staging folder and rename it into place; returns the valid entry that was there first."""

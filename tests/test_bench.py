@@ -212,7 +212,7 @@ def test_the_commit_of_a_checkout(monkeypatch, tmp_path):
         asked.append(command)
         return answers[command[3]]
 
-    monkeypatch.setattr(report, "_output", output)
+    monkeypatch.setattr(report, "output", output)
     assert report._commit() == "f" * 40
     answers["status"] = " M file"
     assert report._commit() == "f" * 40 + " with changes"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 import time
 
 import pytest
@@ -15,6 +16,7 @@ from jitmla.store import Store
 from .support.keys import KERNELS, SO_BYTES, make_key, publish
 from .support.tiny import SOURCE as TINY
 from .support.tiny import needs_compiler, tiny_key
+from .support.tree import unprivileged
 
 MODEL = ["--model", "deepseek-v3", "--tp", "8", "--arch", "sm_90a"]
 
@@ -206,6 +208,20 @@ def test_prewarm_pins_what_it_was_asked_for(store, monkeypatch):
     assert CliRunner().invoke(app, ["prewarm", *MODEL, "--page-size", "64"]).exit_code == 0
     there = bounds.residents(store.root)
     assert there and all(resident.pinned for resident in there)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_prewarm_finds_what_is_in_a_cache_that_it_cannot_write(monkeypatch, seen, sources):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        monkeypatch.setenv(env.CACHE_DIR.name, os.path.join(folder, "cache"))
+        for key, source in sources.items():
+            Store().publish(key, source, SO_BYTES, KERNELS)
+        Store().root.chmod(0o755)
+        with unprivileged():
+            done = CliRunner().invoke(app, ["prewarm", *MODEL, "--json"])
+        assert done.exit_code == 0 and {o["status"] for o in objects(done)} == {"hit"}
+        assert {e.fields["what"] for e in seen if e.kind == "degrade"} == {"pin"}
 
 
 # ------------------------------------------------------------------------------------------------ export, import

@@ -14,6 +14,7 @@ from jitmla.store import Store
 
 from .conftest import REPOSITORY
 from .support.keys import SO_BYTES, make_key, publish
+from .support.tiny import needs_compiler
 from .support.tree import snapshot, unprivileged
 
 EXAMPLES = REPOSITORY / "examples"
@@ -85,6 +86,7 @@ def test_demo_without_gpu(python_env, tmp_path):
 
 
 @pytest.mark.gpu
+@needs_compiler
 def test_demo_with_gpu(python_env, tmp_path):
     lines = check_demo(run(python_env, "demo.py", str(tmp_path / "demo")))
     assert lines["call"].endswith("on cuda: backend sm90") and " us for " in lines["time"]

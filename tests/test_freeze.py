@@ -131,7 +131,7 @@ def test_a_plan_within_3_ms(gpu, keys, monkeypatch):
     assert min(times) <= 3.0, times
 
 
-@pytest.mark.slow
+@pytest.mark.budget
 def test_a_new_process_has_a_plan_within_3_ms(keys, python_env, store):
     """The same in processes of their own."""
     times = [float(subprocess.check_output([sys.executable, "-m", "tests.support.warm_path"], text=True, env={

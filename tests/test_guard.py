@@ -125,6 +125,8 @@ def test_other_layouts_that_the_kernel_serves(kernel, over):
     (r"seq_lens\.shape\[0\]", {"seq_lens": Claim("int32", (B - 1,))}),
     (r"argument #5 .*dtype=float32", {"sinks": Claim("bf16", (HEADS,))}),
     (r"out\.shape\[2\]", {"out": Claim("bf16", (B, S_Q, 4, LATENT))}),
+    (r"sinks\.strides\[0\]", {"sinks": Claim("fp32", (HEADS,), (2,))}),
+    (r"out\.strides\[3\]", {"out": Claim("bf16", (B, S_Q, HEADS, LATENT), (HEADS * 1024, HEADS * 1024, 1024, 2))}),
     (r"out\.shape\[3\]", {"out": Claim("bf16", (B, S_Q, HEADS, WIDTH))}),
     (r"Misaligned .* argument #6", {"out": Claim("bf16", (B, S_Q, HEADS, LATENT), address=(1 << 20) + 2)}),
     (r"argument #7 .*ndim=3", {"lse": Claim("fp32", (B, HEADS))}),

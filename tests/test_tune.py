@@ -27,7 +27,7 @@ def facts(s):
 
 
 def document(**over):
-    return {"format": 1, "gpu": H200, "variants": [{"spec": facts(SMALL), "variant": "sm90_seesaw/tile_slots"}],
+    return {"format": 1, "gpu": H200, "variants": [{"spec": facts(SMALL), "variant": "sm90_seesaw/m64n64"}],
             "launches": [LAUNCH], **over}
 
 
@@ -46,9 +46,9 @@ def untouched(monkeypatch):
 
 def test_a_variant_is_chosen_as_measured():
     assert registry.choose(SMALL).name == "sm90_swap/triples8" and tune.pick(SMALL) is None
-    assert [c.name for c in registry.candidates(SMALL)] == ["sm90_swap/triples8", "sm90_seesaw/tile_slots"]
+    assert [c.name for c in registry.candidates(SMALL)] == ["sm90_swap/triples8", "sm90_seesaw/m64n64"]
     jitmla.use_tunings(document())
-    assert registry.choose(SMALL).name == registry.choose(SMALL, "sm90").name == "sm90_seesaw/tile_slots"
+    assert registry.choose(SMALL).name == registry.choose(SMALL, "sm90").name == "sm90_seesaw/m64n64"
     other = spec("fp16", 512, 64, 16, False)
     assert registry.choose(other).name == "sm90_swap/triples8"
 
@@ -124,12 +124,12 @@ def test_the_environment_names_a_file(tmp_path, monkeypatch):
     (tmp_path / "t.json").write_text(json.dumps(document()))
     monkeypatch.setenv(env.TUNINGS.name, str(tmp_path / "t.json"))
     monkeypatch.setattr(tune, "_documents", None)  # as in a new process
-    assert registry.choose(SMALL).name == "sm90_seesaw/tile_slots"
+    assert registry.choose(SMALL).name == "sm90_seesaw/m64n64"
 
 
 def test_the_first_of_several_counts():
     jitmla.use_tunings([document(), document(variants=[{"spec": facts(SMALL), "variant": "sm90_swap/triples8"}])])
-    assert registry.choose(SMALL).name == "sm90_seesaw/tile_slots"
+    assert registry.choose(SMALL).name == "sm90_seesaw/m64n64"
 
 
 def test_prewarm_takes_them(tmp_path, monkeypatch):
@@ -143,7 +143,7 @@ def test_prewarm_takes_them(tmp_path, monkeypatch):
                                     "--max-s-q", "1", "--page-size", "64", "--json", "--tunings",
                                     str(tmp_path / "t.json")])
     [found] = map(json.loads, done.stdout.splitlines())
-    assert found["name"] == "mla_decode/sm90_seesaw/tile_slots"
+    assert found["name"] == "mla_decode/sm90_seesaw/m64n64"
 
 
 def test_plans_are_made_anew():
@@ -227,12 +227,12 @@ def timer(bench, us):
 
 def test_the_search_finds_what_is_faster_and_says_how_much(bench):
     def us(case, name, at):
-        return 100 * (0.8 if name == "sm90_seesaw/tile_slots" else 1) * (
+        return 100 * (0.8 if name == "sm90_seesaw/m64n64" else 1) * (
             1 + abs(at.parts - 96) / 500 + (at.least != 4) * 0.1)
 
     found = bench.mla_decode("deepseek-v3", tp=8, batches=(1, 64), gpu=H200, measure=timer(bench, us))
     [variant] = found["variants"]
-    assert variant["spec"] == facts(SMALL) and variant["variant"] == "sm90_seesaw/tile_slots"
+    assert variant["spec"] == facts(SMALL) and variant["variant"] == "sm90_seesaw/m64n64"
     assert statistics.fmean(variant["us"]["tuned"]) < statistics.fmean(variant["us"]["card"])
     one, many = found["launches"]
     assert (one["rows"], one["batch"], many["batch"]) == ([9, 16], [1, 1], [2, 64])
@@ -241,7 +241,7 @@ def test_the_search_finds_what_is_faster_and_says_how_much(bench):
     assert json.loads(bench.text(found)) == found
     jitmla.use_tunings(found)
     tune.adopt(H200["name"], H200["sms"])
-    assert registry.choose(SMALL).name == "sm90_seesaw/tile_slots"
+    assert registry.choose(SMALL).name == "sm90_seesaw/m64n64"
     assert schedule.launch_args(16, 40, 132).parts == 96
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from .. import bundle, models, prewarm
+from .. import bundle, models, registry
 from ..errors import CacheCorrupt, InvalidArgument
 from ..store import Entry, Store
 from . import output, requests
@@ -37,11 +37,11 @@ def export(
         entries = _all(store, arch)
     else:
         specs = requests.of_model(model, tp, arch or "", page_size or models.PAGE_SIZES, max_s_q, dtype)
-        choices, _ = prewarm.choices(specs)
-        entries = [entry for entry in (store.find(choice.key) for choice in choices) if entry is not None]
-        if len(entries) < len(choices):
-            raise InvalidArgument(f"the {len(choices)} kernels of {model}", supported="those that are stored",
-                                  differs=f"{len(choices) - len(entries)} are not",
+        keys = dict.fromkeys(registry.choose(spec).key for spec in specs)
+        entries = [entry for entry in map(store.find, keys) if entry is not None]
+        if len(entries) < len(keys):
+            raise InvalidArgument(f"the {len(keys)} kernels of {model}", supported="those that are stored",
+                                  differs=f"{len(keys) - len(entries)} are not",
                                   remedy=f"jitmla prewarm --model {model} --tp {tp} --arch {arch}")
     if not entries:
         raise InvalidArgument("to export kernels", supported="those that are stored", differs="none fits",

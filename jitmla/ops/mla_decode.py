@@ -73,7 +73,7 @@ def mla_decode(q: Any, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, 
         q_nope, q_pe = q if type(q) is tuple else (q, q)
         prepared = _prepared[q_nope.shape, q_nope.dtype, q_nope.get_device(), q_pe is q_nope, q_pe.size(3),
                              kv_cache.size(1), kv_lora_rank, causal, backend]
-        if (type(sm_scale) is not float or not 0.0 < sm_scale < INF
+        if (type(sm_scale) is not float or not 0.0 < sm_scale < INF or type(kv_lora_rank) is not int
                 or q_nope.requires_grad or q_pe.requires_grad or kv_cache.requires_grad):
             prepared = None
     except (KeyError, AttributeError, TypeError, ValueError, IndexError):
@@ -185,8 +185,9 @@ def _prepare(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_ran
     if batch == 0:
         return Empty(out_shape)
     device = q_nope.device
+    plan = dispatch.plan_for(spec, backend, device)
     launch = schedule.launch_args(s_q * heads, batch, dispatch.sm_count(device), kv_lora_rank)
-    prepared = OnGpu(out_shape, dispatch.plan_for(spec, backend, device).function, q_nope.get_device(),
+    prepared = OnGpu(out_shape, plan.function, q_nope.get_device(),
                      torch.cuda.device_count() > 1, kv_lora_rank if joined else 0,
                      schedule.workspace_floats(launch.parts, s_q * heads, kv_lora_rank),
                      schedule.semaphore_count(launch.parts, s_q * heads), tuple(launch), _no_lse(device))

@@ -43,7 +43,7 @@ print((end - start) * 1e3, (found - start) * 1e3, (verified - found) * 1e3, (end
 
 @pytest.mark.skipif(toolchain.current() is None or toolchain.linker() is None,
                     reason="needs the compiler (CuTe DSL) and a C linker")
-@pytest.mark.slow
+@pytest.mark.budget
 def test_warm_start(tmp_path, capsys):
     root = os.environ.get("JITMLA_TEST_CACHE") or str(tmp_path / "cache")
     choice = registry.choose(spec("bf16", 512, 64, 16, False))

@@ -33,7 +33,7 @@ def here(value, device):
         return tuple(here(v, device) for v in value) if isinstance(value, tuple) else value
     if value.is_meta:
         return value if device == "cpu" else torch.zeros(value.shape, dtype=value.dtype)
-    return value.to(device)
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device).copy_(value)
 
 
 def call(given):
