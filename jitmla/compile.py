@@ -147,7 +147,17 @@ def _locked(store: Store, key: Key) -> Any:
     except CacheUnwritable as e:
         emit("degrade", what="lock", op=key.spec.op, key=key.digest[:12], reason=e.differs)
         return nullcontext()
-    return lock.exclusive(folder, key.digest, op=key.spec.op, key=key.digest[:12], kernel=key.name)
+    path = store.path(key)
+    before = _inode(path)  # of an entry that was refused, if there is one
+    return lock.exclusive(folder, key.digest, done=lambda: _inode(path) not in (None, before), op=key.spec.op,
+                          key=key.digest[:12], kernel=key.name)
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
 
 
 @contextmanager

@@ -13,7 +13,6 @@ import ctypes
 import fcntl
 import functools
 import os
-import shutil
 import tempfile
 import threading
 import time
@@ -78,11 +77,12 @@ def _load_bytes(entry: Entry) -> Any:
         folder = tempfile.mkdtemp(prefix="jitmla-", dir=_memory_disk())
         # tvm_ffi wants a suffix; the linker takes a path that it has seen before for the same library
         path = os.path.join(folder, f"{entry.key.digest}.so")
+        os.symlink(f"/proc/self/fd/{fd}", path)
         try:
-            os.symlink(f"/proc/self/fd/{fd}", path)
             return tvm_ffi.load_module(path)
         finally:
-            shutil.rmtree(folder)
+            os.unlink(path)
+            os.rmdir(folder)
     except RuntimeError as e:
         raise _failed(entry, str(e), "install the versions of tvm_ffi and of the DSL runtime library that this version "
                       "of jitmla asks for") from e
