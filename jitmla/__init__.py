@@ -12,6 +12,9 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "mla_decode": "jitmla.ops.mla_decode",
+    "inv_rope_fp8_quant": "jitmla.ops.inv_rope_fp8_quant",
+    "fp8_bmm": "jitmla.ops.fp8_bmm",
+    "o_a_proj": "jitmla.ops.o_a_proj",
     "keys_for": "jitmla.models",
     "explain": "jitmla.dispatch",
     "stats": "jitmla.events",
@@ -29,7 +32,10 @@ if TYPE_CHECKING:
     from .events import subscribe as subscribe
     from .key import Key as Key
     from .models import keys_for as keys_for
+    from .ops.fp8_bmm import fp8_bmm as fp8_bmm
+    from .ops.inv_rope_fp8_quant import inv_rope_fp8_quant as inv_rope_fp8_quant
     from .ops.mla_decode import mla_decode as mla_decode
+    from .ops.o_a_proj import o_a_proj as o_a_proj
     from .spec import Spec as Spec
 
 

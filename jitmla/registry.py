@@ -1,5 +1,8 @@
 """Reads the template cards and chooses who serves a Spec: `choose(spec)` -> Choice, or NoTemplate with the reason.
 
+For most ops a Spec has one Choice. Where a card says `per_call`, several rows serve the same Spec, the host picks one
+of them by the sizes of a call (jitmla/pick.py), and `choices(spec)` are all that it may pick.
+
 A card (`templates/<op>/card.toml`) is the one statement of what exists. docs/templates.md describes its fields.
 """
 
@@ -48,6 +51,7 @@ class Template:
     equal: list[list[str]]
     from_spec: dict[str, str]
     variants: list[Variant]
+    per_call: bool = False
 
     @property
     def path(self) -> Path:
@@ -67,13 +71,17 @@ class Template:
         found += [f"{field}={spec[field]} (has {', '.join(map(str, values))})"
                   for field, values in self.supports.items() if spec[field] not in values]
         found += [f"{a}={spec[a]} with {b}={spec[b]} (needs them equal)" for a, b in self.equal if spec[a] != spec[b]]
-        if not found and self.variant(spec) is None:
+        if not found and not self.rows(spec):
             found = ["no row of its config table fits"]
         return found
 
     def variant(self, spec: Spec) -> Variant | None:
         """The first row of the config table whose conditions hold."""
-        return next((v for v in self.variants if all(spec[f] in values for f, values in v.when.items())), None)
+        return next(iter(self.rows(spec)), None)
+
+    def rows(self, spec: Spec) -> list[Variant]:
+        """The rows of the config table whose conditions hold."""
+        return [v for v in self.variants if all(spec[f] in values for f, values in v.when.items())]
 
     def constants(self, spec: Spec, variant: Variant) -> dict[str, Any]:
         return {**{name: spec[field] for name, field in self.from_spec.items()}, **variant.constants}
@@ -115,14 +123,14 @@ def templates(op: str) -> tuple[Template, ...]:
     path = TEMPLATES / op / "card.toml"
     try:
         card = tomllib.loads(path.read_text(encoding="utf-8"))
-        return tuple(_template(card["op"], t) for t in card["template"])
+        return tuple(_template(card["op"], card.get("per_call", False), t) for t in card["template"])
     except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as e:
         raise InvalidTemplate(f"the card of {op!r}", supported="see docs/templates.md", differs=f"{path}: {e!r}") from e
 
 
-def _template(op: str, fields: dict[str, Any]) -> Template:
+def _template(op: str, per_call: bool, fields: dict[str, Any]) -> Template:
     variants = [Variant(**{"when": {}, "constants": {}, **v}) for v in fields.pop("variant")]
-    return Template(op=op, variants=variants, **{"options": "", "equal": [], **fields})
+    return Template(op=op, variants=variants, per_call=per_call, **{"options": "", "equal": [], **fields})
 
 
 def ops() -> list[str]:
@@ -135,17 +143,31 @@ def backends(op: str) -> list[str]:
     return list(dict.fromkeys(t.backend for t in templates(op)))
 
 
-def choose(spec: Spec, backend: str = "auto") -> Choice:
+def choose(spec: Spec, backend: str = "auto", variant: str | None = None) -> Choice:
     """The first template (of `backend`, unless that is "auto") that serves `spec`; raises NoTemplate.
 
+    variant: for a card that says `per_call`, the row that was picked for the call.
     This is the only predicate there is: `auto` and a named backend use the same one.
     """
+    found = choices(spec, backend)
+    if variant is None:
+        return found[0]
+    for choice in found:
+        if choice.variant.name == variant:
+            return choice
+    raise NoTemplate(f"{spec.op} on backend {backend!r} with variant {variant!r}",
+                     supported=", ".join(c.variant.name for c in found), differs="no such row serves this Spec")
+
+
+def choices(spec: Spec, backend: str = "auto") -> list[Choice]:
+    """Everything that calls of `spec` can reach: one Choice, or with `per_call` every row that serves it, of the
+    backend of the first template that does. Raises NoTemplate."""
     candidates = [t for t in templates(spec.op) if backend in ("auto", t.backend)]
-    for template in candidates:
-        variant = template.variant(spec)
-        if variant is not None and not template.misses(spec):
-            return Choice(spec, template, variant)
-    raise _no_template(spec, backend, candidates)
+    serving = [t for t in candidates if not t.misses(spec)]
+    if not serving:
+        raise _no_template(spec, backend, candidates)
+    found = [Choice(spec, t, row) for t in serving if t.backend == serving[0].backend for row in t.rows(spec)]
+    return found if serving[0].per_call else found[:1]
 
 
 def _no_template(spec: Spec, backend: str, candidates: list[Template]) -> NoTemplate:

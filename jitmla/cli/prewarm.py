@@ -134,7 +134,7 @@ def _value(field: dict[str, Any], text: str) -> Any:
 
 def _choices(specs: list[Spec]) -> list[Choice]:
     """Who serves each Spec, without repeated Keys; raises NoTemplate."""
-    return list({choice.key: choice for choice in map(registry.choose, specs)}.values())
+    return list({choice.key: choice for spec in specs for choice in registry.choices(spec)}.values())
 
 
 def _outcomes(choices: list[Choice], store: Store, jobs: int) -> Iterator[Outcome]:
