@@ -9,20 +9,28 @@ from jitmla import registry, render, schema
 from jitmla.errors import InvalidTemplate, NoTemplate
 from jitmla.registry import Template, Variant, choose, templates
 from jitmla.schedule import SWAP_ROWS
-from jitmla.spec import Spec
+from jitmla.spec import Spec, fp8_bmm_spec
 
 from .documents import valid
-from .keysets import product, spec
+from .keysets import o_proj_product, product, spec
 
 DETERMINED = settings(deadline=None, derandomize=True, database=None)
 SHIPPED = [(op, t) for op in registry.ops() for t in templates(op)]
-SMEM_LIMIT = {"sm_90a": 232448}  # bytes that one block may have
+SMEM_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376, "sm_90a": 232448,  # of one block
+              "sm_100a": 232448, "sm_103a": 232448, "sm_120a": 101376, "sm_121a": 101376}
 REGISTER_FILE = 65536
 
 
 def test_ops():
-    assert registry.ops() == ["mla_decode"]
-    assert registry.backends("mla_decode") == ["sm90"]
+    assert {op: registry.backends(op) for op in registry.ops()} == {
+        "fp8_bmm": ["sm90"], "inv_rope_fp8_quant": ["simt"], "mla_decode": ["sm90"]}
+
+
+def reachable(op):
+    """Every Choice that calls of the op can get."""
+    if op == "mla_decode":
+        return [choose(s) for s in product()]
+    return [c for c in o_proj_product() if c.spec.op == op]
 
 
 @pytest.mark.parametrize("op, template", SHIPPED, ids=lambda x: getattr(x, "name", x))
@@ -72,12 +80,12 @@ class TestCards:
             schema.check(name, "name")
 
     def test_every_variant_is_reachable(self, op, template):
-        reached = {choose(s).variant.name for s in product() if choose(s).template.name == template.name}
+        reached = {c.variant.name for c in reachable(op) if c.template.name == template.name}
         assert reached == {v.name for v in template.variants}
 
     def test_every_supported_value_is_reachable(self, op, template):
         """In the card's table no value stands that another template takes away in every case; `rows` is preference."""
-        served = [dict(s) for s in product() if choose(s).template.name == template.name]
+        served = [dict(c.spec) for c in reachable(op) if c.template.name == template.name]
         for field, values in template.supports.items():
             if field != "rows":
                 assert {s[field] for s in served} == set(values), field
@@ -125,6 +133,34 @@ def test_any_spec_is_served_or_refused_with_a_reason(facts):
         expected.add(f"kv_dtype={wanted['kv_dtype']} with dtype={wanted['dtype']} (needs them equal)")
     assert missing == expected
     assert "backend='reference'" in error.remedy
+
+
+@pytest.mark.parametrize("op", ["fp8_bmm", "inv_rope_fp8_quant"])
+def test_rows_that_are_picked_by_call(op):
+    """All rows serve the same Spec; a name picks one of them, also across templates; no name: the first."""
+    specs = list(dict.fromkeys(c.spec for c in reachable(op)))
+    for wanted in specs:
+        found = registry.choices(wanted)
+        names = [c.variant.name for c in found]
+        assert names == [v.name for t in templates(op) for v in t.variants] and len(set(names)) == len(names)
+        assert len({c.key for c in found}) == len(found)
+        for choice in found:
+            picked = choose(wanted, choice.template.backend, choice.variant.name)
+            assert picked.key == choice.key and not picked.template.misses(wanted)
+        assert choose(wanted).key == found[0].key
+    with pytest.raises(NoTemplate, match="with variant 'nothing'"):
+        choose(specs[0], "auto", "nothing")
+
+
+def test_elsewhere_there_is_one_choice():
+    assert all(registry.choices(s) == [choose(s)] for s in product())
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_100a", "sm_120a"])
+def test_the_product_is_for_hopper_only(arch):
+    with pytest.raises(NoTemplate, match=f"arch={arch}") as caught:
+        choose(fp8_bmm_spec(arch=arch))
+    assert "nearest sm90_tiles: arch: sm_90a" in caught.value.supported
 
 
 def test_the_nearest_template_misses_least(monkeypatch):

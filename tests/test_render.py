@@ -14,7 +14,7 @@ from jitmla.registry import read_common
 from jitmla.render import BEGIN, END, constants_of, digest, inline, render
 
 from .golden import FOLDER, files, normalised
-from .keysets import covering, product
+from .keysets import covering, o_proj_covering, o_proj_product, product
 
 DETERMINED = settings(deadline=None, derandomize=True, database=None)
 TEMPLATE = f'''"""A template."""
@@ -210,9 +210,9 @@ def test_normalised_text_is_the_same_code():
     assert normalised(source) == 'x = "# no comment"\ndef f():\n    return x\n'
 
 
-@pytest.mark.parametrize("spec", covering(), ids=str)
-def test_every_rendered_file(spec):
-    choice = registry.choose(spec)
+@pytest.mark.parametrize("choice", [*map(registry.choose, covering()), *o_proj_covering()],
+                         ids=lambda c: f"{c.variant.name} {c.spec}")
+def test_every_rendered_file(choice):
     text = choice.source()
     tree = ast.parse(text)
     assert "from common" not in text and "import common" not in text
@@ -230,8 +230,10 @@ def test_every_source_is_another_one():
     """Keys that differ have sources that differ: no Key is compiled for nothing."""
     choices = [registry.choose(spec) for spec in product()]
     assert len({c.key.digest for c in choices}) == len({(c.template.name, c.key.constants) for c in choices}) == 96
-    some = [registry.choose(spec) for spec in covering()]
+    some = [*map(registry.choose, covering()), *o_proj_covering()]
     assert len({normalised(c.source()) for c in some}) == len(some)
+    rest = o_proj_product()
+    assert len({c.key.digest for c in rest}) == len({(c.template.name, c.key.constants) for c in rest}) == len(rest)
 
 
 @pytest.mark.parametrize("module", sorted(p.stem for p in (registry.TEMPLATES / "common").glob("*.py")))

@@ -15,7 +15,8 @@ from .documents import mutated, valid
 
 FEW = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 MANY = settings(FEW, max_examples=250)
-DEFINITIONS = ("manifest", "key", "spec_mla_decode", "name")  # the other ones are part of a manifest
+# the other ones are part of a manifest
+DEFINITIONS = ("manifest", "key", "spec_mla_decode", "spec_inv_rope_fp8_quant", "spec_fp8_bmm", "name")
 JUDGES = {name: jsonschema.Draft7Validator({"$ref": f"#/definitions/{name}",
                                             "definitions": schema.document()["definitions"]}) for name in DEFINITIONS}
 
@@ -104,4 +105,4 @@ def test_the_error_names_the_field(change, words):
 def test_the_fields_of_an_unknown_op():
     with pytest.raises(SchemaViolation, match="op 'mla_encode'") as caught:
         schema.spec_fields("mla_encode")
-    assert caught.value.supported == "mla_decode"
+    assert caught.value.supported == "mla_decode, inv_rope_fp8_quant, fp8_bmm"

@@ -26,9 +26,9 @@ bytes.
 
     load  r0 r1 .. | r0 -> rotate, amax, scale, convert, store; load r[STAGES] | r1 -> ... ; load r[STAGES + 1] | ...
 
-Pairs of the rotation. Interleaved pairs (448 + 2 i, 449 + 2 i) are in one lane anyhow. NEOX pairs are
-(448 + i, 480 + i): in wide, the lanes 28 to 31 take the pieces [448 + 8 j, ..) and [480 + 8 j, ..) instead, so that these
-pairs are in one lane as well, and store 8 bytes twice; in split, the lane 4 further has the other half, as packed bf16.
+Pairs of the rotation. Interleaved pairs (448 + 2 i, 449 + 2 i) are in one lane anyhow. NEOX pairs are (448 + i,
+480 + i). In wide, lanes 28 to 31 then take the pieces [448 + 8 j, ..) and [480 + 8 j, ..), so that these pairs are in
+one lane as well, and store 8 bytes twice. In split, the lane 4 further has the other half (exchanged as packed bf16).
 
 From sm_90 on it is launched with PDL, waits for the kernel before it, and lets the one behind it start at once.
 Tokens from M on of o_scale, as far as the tensor has them, are written 0. NaN or infinity in a chunk: no promise for

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jitmla import registry
 
-from ..keysets import product, spec
+from ..keysets import o_proj_product, product, quant_spec, spec
 
 FOLDER = Path(__file__).parent
 SAMPLES = {"sm90_swap": spec("bf16", 512, 64, 16, False), "sm90_seesaw": spec("bf16", 512, 64, 512, True)}
@@ -36,14 +36,23 @@ def normalised(source: str) -> str:
     return "".join(line.rstrip() + "\n" for line in lines if line.strip())
 
 
+def samples() -> dict[str, registry.Choice]:
+    """One Choice of each template."""
+    found = {name: registry.choose(s) for name, s in SAMPLES.items()}
+    (bmm,) = {c.spec for c in o_proj_product(["sm_90a"]) if c.spec.op == "fp8_bmm"}
+    return found | {"warp_rows": registry.choose(quant_spec("sm_90a", "pow2_f32", False, "i64"), "auto", "t8h8"),
+                    "sm90_tiles": registry.choose(bmm, "auto", "m128n256"),
+                    "sm90_stream": registry.choose(bmm, "auto", "t64r64")}
+
+
 def files() -> dict[str, str]:
     """Name and text of each golden file, as of now."""
-    found = {f"{name}.txt": normalised(registry.choose(s).source()) for name, s in SAMPLES.items()}
-    found["constants.txt"] = "".join(_constants(s) for s in product())
+    found = {f"{name}.txt": normalised(choice.source()) for name, choice in samples().items()}
+    choices = [*map(registry.choose, product()), *o_proj_product(["sm_90a"])]
+    found["constants.txt"] = "".join(map(_constants, choices))
     return found
 
 
-def _constants(s) -> str:
-    choice = registry.choose(s)
-    facts = " ".join(f"{k}={v}" for k, v in s if k not in ("op", "arch", "kv_dtype", "qk_rope_head_dim"))
+def _constants(choice: registry.Choice) -> str:
+    facts = " ".join(f"{k}={v}" for k, v in choice.spec if k not in ("op", "arch", "kv_dtype", "qk_rope_head_dim"))
     return f"{facts}\n    {choice.key.name}: " + " ".join(f"{k}={v!r}" for k, v in choice.key.constants) + "\n"
