@@ -123,12 +123,12 @@ def templates(op: str) -> tuple[Template, ...]:
     path = TEMPLATES / op / "card.toml"
     try:
         card = tomllib.loads(path.read_text(encoding="utf-8"))
-        return tuple(_template(card["op"], card.get("per_call", False), t) for t in card["template"])
+        return tuple(_template(card["op"], t, card.get("per_call", False)) for t in card["template"])
     except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as e:
         raise InvalidTemplate(f"the card of {op!r}", supported="see docs/templates.md", differs=f"{path}: {e!r}") from e
 
 
-def _template(op: str, per_call: bool, fields: dict[str, Any]) -> Template:
+def _template(op: str, fields: dict[str, Any], per_call: bool = False) -> Template:
     variants = [Variant(**{"when": {}, "constants": {}, **v}) for v in fields.pop("variant")]
     return Template(op=op, variants=variants, per_call=per_call, **{"options": "", "equal": [], **fields})
 
