@@ -53,7 +53,7 @@ BLOCK_BYTES = (ROWS + TOKENS) * BLOCK + 4 * TOKENS
 ALL_CTAS = (1 << SHARE) - 1
 DEEP = TOKENS <= 64  # two rTmp fit in the registers
 LINE = ROWS + 4  # of the partial sums: no bank conflicts
-BAR_MATH = 1  # named barrier
+BAR_MATH, BAR_READY = 1, 2  # named barriers
 
 assert ROWS in (64, 128) and TOKENS in (16, 32, 64, 128) and 1 in (SPLIT, SHARE)
 assert TOKENS % SPLIT == 0 and GROUP % SHARE == 0
@@ -120,27 +120,13 @@ class Fp8Bmm:
         sSum = cute.make_tensor(sums, cute.make_layout((LINE, TOKENS)))
         full = smem.allocate_array(Int64, GROUP * GROUPS)  # one for each block
         empty = smem.allocate_array(Int64, GROUPS)
-        if warp_idx == WARPS:
-            for tma in (tma_w, tma_x, tma_s):
-                cpasync.prefetch_descriptor(tma)
-            with cute.arch.elect_one():
-                for i in cutlass.range_constexpr(GROUP * GROUPS):
-                    cute.arch.mbarrier_init(full + i, 1)
-                for i in cutlass.range_constexpr(GROUPS):
-                    cute.arch.mbarrier_init(empty + i, WARPS * SHARE)
-            cute.arch.mbarrier_init_fence()
-        rank = Int32(0)
-        if const_expr(CLUSTER > 1):
-            rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
-            cute.arch.cluster_arrive_relaxed()
-            cute.arch.cluster_wait()
-        else:
-            cute.arch.sync_threads()
-
         tiles_m = cute.ceil_div(mOut.shape[1], TOKENS)
         g = by // tiles_m
         m = by - g * tiles_m
         n = bx // SPLIT
+        rank = Int32(0)
+        if const_expr(CLUSTER > 1):
+            rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
         part = rank if const_expr(SPLIT > 1) else Int32(0)
         blocks_k = mW.shape[1] // BLOCK
         groups_k = cute.ceil_div(blocks_k, GROUP)
@@ -150,6 +136,11 @@ class Fp8Bmm:
         if warp_idx == WARPS:
             self.load(tma_x, mX, tma_w, mW, tma_s, mS, sX, sW, sS, full, empty, early, n, m, g, rank, first, count)
         else:
+            if const_expr(CLUSTER > 1):
+                cute.arch.cluster_arrive_relaxed()
+                cute.arch.cluster_wait()
+            else:
+                cute.arch.barrier(barrier_id=BAR_READY, number_of_threads=32 * WARPS + 32)
             cute.arch.griddepcontrol_wait()
             wg = cute.arch.make_warp_uniform(warp_idx // 4)
             t = tid % 128
@@ -213,7 +204,19 @@ class Fp8Bmm:
 
     @cute.jit
     def load(self, tma_x, mX, tma_w, mW, tma_s, mS, sX, sW, sS, full, empty, early, n, m, g, rank, first, count):
-        """The load warp."""
+        """The load warp. It starts as soon as its own barriers are ready; what concerns others waits for the cluster."""
+        for tma in (tma_w, tma_x, tma_s):
+            cpasync.prefetch_descriptor(tma)
+        with cute.arch.elect_one():
+            for i in cutlass.range_constexpr(GROUP * GROUPS):
+                cute.arch.mbarrier_init(full + i, 1)
+            for i in cutlass.range_constexpr(GROUPS):
+                cute.arch.mbarrier_init(empty + i, WARPS * SHARE)
+        cute.arch.mbarrier_init_fence()
+        if const_expr(CLUSTER > 1):
+            cute.arch.cluster_arrive_relaxed()
+        else:
+            cute.arch.barrier_arrive(barrier_id=BAR_READY, number_of_threads=32 * WARPS + 32)
 
         def tile_of(x, shape):
             """Tiles of a global tensor, the coordinates within a tile as one mode."""
@@ -228,6 +231,8 @@ class Fp8Bmm:
         for i in cutlass.range_constexpr(GROUPS):
             if i < count:
                 self.load_weights(tma_w, tWgW[None, n, None, g], tWsW, full, (first + i) * GROUP, i)
+        if const_expr(CLUSTER > 1):
+            cute.arch.cluster_wait()
         if early != 0:
             cute.arch.griddepcontrol_wait()
         slot, phase = Int32(0), Int32(1)

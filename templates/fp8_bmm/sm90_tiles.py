@@ -53,7 +53,8 @@ TILE_N = BLOCK * BLOCKS_N
 STAGE_BYTES = (TILE_M + TILE_N) * BLOCK + 4 * TILE_M
 FEEDER = 8  # the warp that loads
 REGISTERS_MATH, REGISTERS_FEEDER = 240, 24
-BAR_STORE, BAR_TURN = 1, 3  # named barriers: one of each per warpgroup
+BAR_STORE, BAR_TURN, BAR_READY = 1, 3, 5  # named barriers: the first two one per warpgroup
+READY_THREADS = 32 * (FEEDER + 1)
 
 assert BLOCKS_N in (1, 2)
 
@@ -119,7 +120,9 @@ class Fp8Bmm:
                     cute.arch.mbarrier_init(full + i, 1)
                     cute.arch.mbarrier_init(empty + i, 8)
             cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
+            cute.arch.barrier_arrive(barrier_id=BAR_READY, number_of_threads=READY_THREADS)  # and start to load at once
+        elif warp_idx < FEEDER:
+            cute.arch.barrier(barrier_id=BAR_READY, number_of_threads=READY_THREADS)
         cute.arch.griddepcontrol_wait()
 
         tiles_n = mB.shape[0] // TILE_N
