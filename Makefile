@@ -4,7 +4,7 @@ JOBS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-gpu lint docs clean
+.PHONY: help demo test test-gpu budget lint docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -13,7 +13,10 @@ demo: $(READY) ## one kernel from request to result: generated, compiled, cached
 	$(BIN)/python examples/demo.py
 
 test: $(READY) ## the tests that need no GPU (JOBS=2 processes)
-	$(BIN)/python -m pytest -m "not gpu" -n $(JOBS)
+	$(BIN)/python -m pytest -m "not gpu and not budget" -n $(JOBS)
+
+budget: $(READY) ## the times that are promised, on a machine that does nothing else
+	$(BIN)/python -m pytest -m "budget and not gpu"
 
 test-gpu: $(READY) ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu

@@ -36,7 +36,7 @@ def _table_of(op: str) -> str:
     templates = registry.templates(op)
     fields = list(dict.fromkeys(field for t in templates for field in t.supports))
     rows = [["arch", "backend", "template", *(_title(f) for f in fields)]]
-    rows += [[", ".join(t.archs), t.backend, t.name, *(_values(f, t.supports.get(f, ["any"])) for f in fields)]
+    rows += [[", ".join(t.archs), t.backend, t.name, *(_values(op, f, t.supports.get(f, ["any"])) for f in fields)]
              for t in templates]
     return f"**{op}**\n\n" + _markdown(rows)
 
@@ -45,9 +45,12 @@ def _title(field: str) -> str:
     return "s_q * heads" if field == "rows" else field
 
 
-def _values(field: str, values: list[Any]) -> str:
-    """The values, or for a bucket the range that its largest one stands for."""
-    return f"1 to {max(values)}" if field == "rows" else ", ".join(str(v).lower() for v in values)
+def _values(op: str, field: str, values: list[Any]) -> str:
+    """The values, or for buckets the range that they stand for."""
+    if field != "rows":
+        return ", ".join(str(v).lower() for v in values)
+    below = [bucket for bucket in schema.spec_fields(op)[field]["enum"] if bucket < min(values)]
+    return f"{max(below, default=0) + 1} to {max(values)}"
 
 
 def schema_page() -> str:

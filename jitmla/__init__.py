@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+OPS = ("mla_decode", "inv_rope_fp8_quant", "fp8_bmm", "o_a_proj")  # modules of jitmla.ops, each with that function
 _WHERE = {
-    "mla_decode": "jitmla.ops.mla_decode",
-    "inv_rope_fp8_quant": "jitmla.ops.inv_rope_fp8_quant",
-    "fp8_bmm": "jitmla.ops.fp8_bmm",
-    "o_a_proj": "jitmla.ops.o_a_proj",
+    **{op: f"jitmla.ops.{op}" for op in OPS},
     "keys_for": "jitmla.models",
-    "explain": "jitmla.dispatch",
+    "explain": "jitmla.why",
+    "warm": "jitmla.dispatch",
+    "freeze": "jitmla.dispatch",
+    "use_tunings": "jitmla.tune",
+    "tunings": "jitmla.tune",
     "stats": "jitmla.events",
+    "prometheus": "jitmla.events",
     "subscribe": "jitmla.events",
     "Key": "jitmla.key",
     "Spec": "jitmla.spec",
@@ -26,8 +29,10 @@ _WHERE = {
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
-    from .dispatch import explain as explain
+    from .dispatch import freeze as freeze
+    from .dispatch import warm as warm
     from .errors import JitmlaError as JitmlaError
+    from .events import prometheus as prometheus
     from .events import stats as stats
     from .events import subscribe as subscribe
     from .key import Key as Key
@@ -37,6 +42,9 @@ if TYPE_CHECKING:
     from .ops.mla_decode import mla_decode as mla_decode
     from .ops.o_a_proj import o_a_proj as o_a_proj
     from .spec import Spec as Spec
+    from .tune import tunings as tunings
+    from .tune import use_tunings as use_tunings
+    from .why import explain as explain
 
 
 def __getattr__(name: str) -> Any:

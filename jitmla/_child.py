@@ -2,16 +2,22 @@
 
 Run by `jitmla.compile` as `python -m jitmla._child` in a private folder that holds `request.json` and `kernel.py`.
 Every file is written there under a fixed name, so no path gets into the binary. What the compiler prints is for people;
-the outcome is `result.json`: `{"kernels": [...]}`, or `{"error": ..., "differs": ..., "remedy": ...}`.
+the outcome is `result.json`: `{"kernels": [...]}`, or `{"error": ..., "differs": ..., "remedy": ..., "lasting": ...}`.
+
+Run by `jitmla.pool` as `python -m jitmla._child --serve`, it imports the compiler once and does the same for many
+folders, each in a fork of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import importlib.util
 import json
 import os
 import re
+import select
 import shlex
 import signal
 import subprocess
@@ -19,10 +25,11 @@ import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 REQUEST, RESULT, SOURCE, OBJECT, LIBRARY, REMARKS = (
     "request.json", "result.json", "kernel.py", "kernel.o", "kernel.so", "ptxas.yaml")
+LOG = "compile.log"
 LOAD_SUFFIX = "_cuda_load"  # the library exports <op> and <op>_cuda_load
 # The compiler targets the processor it runs on; a cache is carried to other ones, so the launcher code is held to what
 # every processor of the architecture has.
@@ -35,12 +42,28 @@ class Failed(Exception):
     """The compile cannot succeed: `args` are what was wrong and what mends it."""
 
 
+class FailedHere(Failed):
+    """It cannot succeed as this machine is set up; the source may be right."""
+
+
+# kinds of errors that say nothing about the source
+PASSING = (FailedHere, OSError, MemoryError, ImportError)
+
+
 def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process when its parent dies (Linux); at once, when it died before the call."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def import_compiler() -> Any:
+    """cutlass.cute, without torch: importing that as well would double the time of a compile."""
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    import cutlass.cute as cute
+
+    return cute
 
 
 def import_kernel() -> ModuleType:
@@ -64,7 +87,7 @@ def check_toolchain(wanted: dict[str, str]) -> None:
     differs = [f"{name}: the Key says {wanted[name]}, {value} was loaded"
                for name, value in loaded.items() if value != wanted[name]]
     if differs:
-        raise Failed("; ".join(differs), "install the toolchain that the Key names, and only that flavor of it")
+        raise FailedHere("; ".join(differs), "install the toolchain that the Key names, and only that flavor of it")
 
 
 def portable(module: Any) -> None:
@@ -164,14 +187,13 @@ def link(cc: str, op: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(done.stdout + done.stderr, file=sys.stderr)
-        raise Failed(f"{shlex.join(command)} exited with {done.returncode}: {done.stderr.strip()[-500:]}",
-                     "check the C compiler driver named by JITMLA_CC")
+        raise FailedHere(f"{shlex.join(command)} exited with {done.returncode}: {done.stderr.strip()[-500:]}",
+                         "check the C compiler driver named by JITMLA_CC")
 
 
 def compile_kernel(key: dict[str, Any], cc: str) -> list[dict[str, Any]]:
     """Write kernel.so for `key`; returns what ptxas said about each kernel."""
-    sys.modules["torch"] = None  # type: ignore[assignment]  # importing it would double the time of a compile
-    import cutlass.cute as cute
+    cute = import_compiler()
 
     check_toolchain(key["toolchain"])
     op, arch, options = key["spec"]["op"], key["spec"]["arch"], key["toolchain"]["options"]
@@ -186,20 +208,92 @@ def compile_kernel(key: dict[str, Any], cc: str) -> list[dict[str, Any]]:
     return kernels
 
 
-def main() -> None:
+def answer(parent: int) -> NoReturn:
+    """Do what request.json in the working folder asks, and end the process."""
     request = json.loads(Path(REQUEST).read_text(encoding="utf-8"))
-    die_with_parent(request["parent"])
+    die_with_parent(parent or request["parent"])
     try:
         result = {"kernels": compile_kernel(request["key"], request["cc"])}
     except Failed as e:
-        result = {"error": "Failed", "differs": e.args[0], "remedy": e.args[1]}
+        result = {"error": "Failed", "differs": e.args[0], "remedy": e.args[1],
+                  "lasting": not isinstance(e, PASSING)}
     except Exception as e:  # whatever a template or the compiler raises is the result of this compile
         traceback.print_exc()
-        result = {"error": type(e).__name__, "differs": f"{type(e).__name__}: {e}", "remedy": ""}
+        result = {"error": type(e).__name__, "differs": f"{type(e).__name__}: {e}", "remedy": "",
+                  "lasting": not isinstance(e, PASSING)}
     sys.stdout.flush()
     Path(RESULT).write_text(json.dumps(result), encoding="utf-8")
     os._exit(1 if "error" in result else 0)  # the compiler's own shutdown costs 0.1 s and does nothing for us
 
 
+def serve() -> NoReturn:
+    """A folder per line on stdin; on stdout `{"folder", "pid"}` when its fork starts, and with "status" when it ended.
+
+    Ends with stdin, and kills what still runs.
+    """
+    answers = os.dup(1)
+    os.dup2(2, 1)  # what the compiler prints is no answer
+    import_compiler()
+    gc.freeze()  # a collection in a fork would copy the pages that it shares with this process
+    woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake)
+    running: dict[int, str] = {}
+    received = b""
+
+    def say(**message: Any) -> None:
+        os.write(answers, json.dumps(message).encode() + b"\n")
+
+    while True:
+        ready, _, _ = select.select([0, woken], [], [])
+        if woken in ready:
+            os.read(woken, 4096)
+        while running:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            say(folder=running.pop(pid), pid=pid, status=os.waitstatus_to_exitcode(status))
+        if 0 not in ready:
+            continue
+        data = os.read(0, 65536)
+        if not data:
+            for pid in running:
+                kill_group(pid)
+            os._exit(0)
+        *folders, received = (received + data).split(b"\n")
+        for folder in map(os.fsdecode, folders):
+            parent, pid = os.getpid(), os.fork()
+            if pid == 0:
+                become_worker(folder, parent, [answers, woken, wake])
+            running[pid] = folder
+            say(folder=folder, pid=pid)
+
+
+def become_worker(folder: str, parent: int, close: list[int]) -> NoReturn:
+    """In a fork of the server: what a process of its own would have from its start, then the compile."""
+    try:
+        os.setpgid(0, 0)
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for fd in close:
+            os.close(fd)
+        os.chdir(folder)
+        for name, flags, fds in ((os.devnull, os.O_RDONLY, (0,)), (LOG, os.O_WRONLY | os.O_CREAT, (1, 2))):
+            opened = os.open(name, flags, 0o600)
+            for fd in fds:
+                os.dup2(opened, fd)
+            os.close(opened)
+        answer(parent)
+    finally:  # whatever happens, this process must not go on as a second server
+        os._exit(3)
+
+
+def kill_group(pid: int) -> None:
+    """Kill a worker with all that it started; it may not have its group yet, or may have ended."""
+    for kill in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError):
+            kill(pid, signal.SIGKILL)
+
+
 if __name__ == "__main__":
-    main()
+    serve() if sys.argv[1:] == ["--serve"] else answer(0)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import env, lock, toolchain
+from . import env, failures, lock, toolchain
 from .errors import CacheUnwritable, CompileFailed, CompileInterrupted, ToolchainMissing
 from .events import emit
 from .key import Key
@@ -53,7 +53,8 @@ def get_or_compile(key: Key, source_of: Callable[[], str], store: Store | None =
     """The entry of `key`: from the store, or compiled from `source_of()` and published.
 
     Of N processes that miss at once, one compiles and the others wait for it. When the store cannot be written, the
-    entry is returned without being stored (`path` is None). A compile that failed is not tried again in this process.
+    entry is returned without being stored (`path` is None). A compile that failed is not tried again in this process,
+    nor, where the source is at fault, in another one.
     Raises CacheUntrusted, ToolchainMissing and CompileFailed.
     """
     store = store or Store()
@@ -65,12 +66,12 @@ def get_or_compile(key: Key, source_of: Callable[[], str], store: Store | None =
         toolchain.require_compiler()
         raise ValueError(f"{key.name}: a Key made without a toolchain cannot be compiled; make it again")
     emit("miss", op=key.spec.op, key=key.digest[:12], spec=str(key.spec))
-    _raise_remembered(key)
+    _raise_remembered(key, store)
     with _locked(store, key):
         entry = store.find(key)
         if entry is not None:
             return entry
-        _raise_remembered(key)
+        _raise_remembered(key, store)
         emit("compile", op=key.spec.op, key=key.digest[:12], kernel=key.name, arch=key.spec.arch)
         try:
             built = (builder or build)(key, source_of(), store=store)
@@ -78,7 +79,10 @@ def get_or_compile(key: Key, source_of: Callable[[], str], store: Store | None =
             raise
         except CompileFailed as e:
             _failed[key.digest] = e
+            if e.lasting:
+                failures.remember(store, key, e)
             raise
+        emit("compiled", op=key.spec.op, key=key.digest[:12], kernel=key.name, seconds=round(built.seconds, 2))
         try:
             return store.publish(key, built.source, built.so_bytes, built.kernels)
         except CacheUnwritable as e:
@@ -87,8 +91,10 @@ def get_or_compile(key: Key, source_of: Callable[[], str], store: Store | None =
     return Entry(key, built.source, built.so_bytes, manifest, None)
 
 
-def build(key: Key, source: str, store: Store | None = None, timeout: float | None = None) -> Built:
-    """Compile `source` in a child process. `timeout`: seconds, else JITMLA_COMPILE_TIMEOUT.
+def build(key: Key, source: str, store: Store | None = None, timeout: float | None = None, *,
+          run: Callable[[Path, float], int | None] | None = None) -> Built:
+    """Compile `source` in a child process. `timeout`: seconds, else JITMLA_COMPILE_TIMEOUT. `run`: instead of
+    `run_child`, what starts that process.
 
     Raises ToolchainMissing; CompileFailed with the last lines that the compiler printed, the source being kept, in the
     store if one is given; CompileInterrupted when the child was killed or ran out of time.
@@ -100,18 +106,20 @@ def build(key: Key, source: str, store: Store | None = None, timeout: float | No
         request = {"key": key.as_dict(), "cc": env.CC.get(), "parent": os.getpid()}
         (folder / REQUEST).write_text(json.dumps(request), encoding="utf-8")
         start = time.monotonic()
-        status = _run(folder, limit)
+        status = (run or run_child)(folder, limit)
         seconds = time.monotonic() - start
         result = _result(folder, status)
         if status == 0 and "kernels" in result:
             return Built((folder / LIBRARY).read_bytes(), source, result["kernels"], seconds)
         if "error" in result:
-            raise CompileFailed(**_account(key, folder, store, result["differs"], result["remedy"]))
+            error = CompileFailed(**_account(key, folder, store, result["differs"], result["remedy"]))
+            error.lasting = result.get("lasting", True)
+            raise error
         raise CompileInterrupted(**_account(key, folder, store, *_end(status, limit)))
 
 
 def forget_failures() -> None:
-    """Let Keys whose compile failed in this process be tried again."""
+    """Let Keys whose compile failed in this process be tried again, unless the disk remembers them as well."""
     _failed.clear()
 
 
@@ -127,9 +135,9 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
         os.killpg(child.pid, signal.SIGKILL)
 
 
-def _raise_remembered(key: Key) -> None:
-    if key.digest in _failed:
-        e = _failed[key.digest]
+def _raise_remembered(key: Key, store: Store) -> None:
+    e = _failed.get(key.digest) or failures.recall(store, key)
+    if e is not None:
         raise CompileFailed(e.asked, supported=e.supported, differs=e.differs, remedy=e.remedy)
 
 
@@ -139,7 +147,17 @@ def _locked(store: Store, key: Key) -> Any:
     except CacheUnwritable as e:
         emit("degrade", what="lock", op=key.spec.op, key=key.digest[:12], reason=e.differs)
         return nullcontext()
-    return lock.exclusive(folder, key.digest, op=key.spec.op, key=key.digest[:12], kernel=key.name)
+    path = store.path(key)
+    before = _inode(path)  # of an entry that was refused, if there is one
+    return lock.exclusive(folder, key.digest, done=lambda: _inode(path) not in (None, before), op=key.spec.op,
+                          key=key.digest[:12], kernel=key.name)
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
 
 
 @contextmanager
@@ -151,14 +169,10 @@ def _work_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run(folder: Path, limit: float) -> int | None:
+def run_child(folder: Path, limit: float) -> int | None:
     """Run the child in `folder`; its exit status, or None when it had to be killed after `limit` seconds."""
-    if not sys.executable:
-        raise ToolchainMissing("to start a process that compiles", supported="a Python with sys.executable",
-                               differs="this process does not know its interpreter", remedy="prewarm the cache instead")
     with open(folder / LOG, "wb") as log:
-        child = subprocess.Popen([sys.executable, "-m", "jitmla._child"], cwd=folder, env=_environment(),
-                                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        child = start_child(cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
         _children.add(child)
         try:
             return child.wait(limit)
@@ -170,12 +184,22 @@ def _run(folder: Path, limit: float) -> int | None:
             _children.discard(child)
 
 
+def start_child(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    """Start the compiler process in a session of its own; raises ToolchainMissing."""
+    if not sys.executable:
+        raise ToolchainMissing("to start a process that compiles", supported="a Python with sys.executable",
+                               differs="this process does not know its interpreter", remedy="prewarm the cache instead")
+    return subprocess.Popen([sys.executable, "-m", "jitmla._child", *arguments], env=_environment(),
+                            start_new_session=True, **options)
+
+
 def _environment() -> dict[str, str]:
     """The child's environment: no GPU, none of the user's settings of the compiler, and this process's import path."""
     clean = {n: v for n, v in os.environ.items() if not n.startswith(COMPILER_SETTINGS)}
     path = os.pathsep.join(os.path.abspath(p) for p in sys.path)
     return {**clean, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "PYTHONSAFEPATH": "1",
-            "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+            "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1",
+            "OPENBLAS_NUM_THREADS": "1"}  # numpy's threads do nothing here, and do not live through a fork
 
 
 def _result(folder: Path, status: int | None) -> dict[str, Any]:

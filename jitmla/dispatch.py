@@ -2,27 +2,34 @@
 
     plan_for(spec, backend, device)
       in the table                     -> Plan
-      capturing a CUDA graph           -> MissNotAllowed with the prewarm command
-      registry.choose -> Key           -> NoTemplate when nothing serves the Spec
+      registry.choose                  -> NoTemplate when nothing serves the Spec
+      loaded under another name        -> Plan
+      frozen, or capturing a graph     -> MissNotAllowed with the difference and the prewarm command
       compile.get_or_compile           -> the store's verified bytes, compiled first if need be
       load.load                        -> a function whose driver module is loaded
+
+`warm` takes that path for a list of Keys before serving begins, `freeze` ends it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from . import arch, compile, events, load, pick, registry
-from .errors import MissNotAllowed
+from . import OPS, arch, compile, events, load, misses, prewarm, registry, schema, tune
+from .errors import InvalidArgument
 from .key import Key
+from .misses import prewarm_command as prewarm_command
+from .registry import Choice
 from .registry import backends as backends
 from .spec import Spec
 from .store import Entry, Store
+from .why import explain as explain
 
 
 @dataclass(frozen=True)
@@ -41,55 +48,156 @@ class Plan:
                 self.function(*args)
 
 
-_plans: dict[tuple[Spec, str, torch.device, str | None], Plan] = {}
+class Remembered(dict[Any, Any]):
+    """What calls of an op do, by what of their arguments decides it. Bounded, and emptied by `forget`."""
+
+    MOST = 8192  # an engine has a few hundred
+
+    def __init__(self) -> None:
+        super().__init__()
+        _remembered.append(self)
+
+    def __setitem__(self, call: Any, value: Any) -> None:
+        if len(self) >= self.MOST:
+            self.clear()
+        super().__setitem__(call, value)
 
 
-def plan_for(spec: Spec, backend: str, device: torch.device, variant: str | None = None) -> Plan:
+_remembered: list[Remembered] = []
+_plans: dict[tuple[Spec, str, torch.device], Plan] = {}  # by what a call asks
+_loaded: dict[tuple[Spec, str, torch.device], Plan] = {}  # the same ones by Spec, "template/variant" and device
+
+
+def plan_for(spec: Spec, backend: str, device: torch.device, **sizes: int) -> Plan:
     """The Plan that serves `spec` on `device`, compiled and loaded if this process has not done so yet.
 
-    variant: the row that jitmla.pick picked for the call, for ops whose card says `per_call`.
+    sizes: those of the call, for an op that picks by them (jitmla.pick); the first such call also loads what later ones
+    can get, as far as the cache has it: they may be in a graph capture.
     Raises NoTemplate, MissNotAllowed, and what compiling and loading may raise.
     """
-    plan = _plans.get((spec, backend, device, variant))
+    plan = None if sizes else _plans.get((spec, backend, device))
     if plan is None:
-        if torch.cuda.is_current_stream_capturing():
-            raise _miss_in_capture(spec)
-        store = Store()
-        choice = registry.choose(spec, backend, variant)
-        plan = _plans[spec, backend, device, variant] = _loaded(
-            choice, compile.get_or_compile(choice.key, choice.source, store), device)
-        if variant is not None:
-            _load_siblings(choice, backend, device, store)
+        choice = registry.choose(spec, backend, sizes)
+        plan = _loaded.get((spec, choice.name, device))
+        if plan is None:
+            if torch.cuda.is_current_stream_capturing():
+                raise misses.not_loaded(spec, "during CUDA graph capture", _specs_on(device),
+                                        "call the op once before capturing, or jitmla.warm its Key")
+            if misses.policy() == "error":
+                raise misses.not_loaded(spec, misses.reason(), _specs_on(device), "jitmla.warm its Key before serving")
+            plan = _load(choice, _entry(choice), device)
+            if sizes:
+                _load_siblings(choice, backend, device)
+        if not sizes:
+            _plans[spec, backend, device] = plan
     return plan
 
 
-def _loaded(choice: registry.Choice, entry: Entry, device: torch.device) -> Plan:
-    plan = Plan(choice.key, device, load.load(entry, choice.spec.op, device.index))
+def _load_siblings(chosen: Choice, backend: str, device: torch.device) -> None:
+    store = Store()
+    for choice in registry.choices(chosen.spec, backend):
+        entry = None if (choice.spec, choice.name, device) in _loaded else store.find(choice.key)
+        if entry is not None:
+            _load(choice, entry, device)
+
+
+def _entry(choice: Choice) -> Entry:
+    """From the cache, or compiled where that is allowed."""
+    store = Store()
+    if misses.policy() == "compile":
+        return compile.get_or_compile(choice.key, choice.source, store)
+    entry = store.find(choice.key)
+    if entry is None:
+        raise misses.not_stored(choice.spec, str(store.root))
+    return entry
+
+
+def _load(choice: Choice, entry: Entry, device: torch.device) -> Plan:
+    plan = Plan(entry.key, device, load.load(entry, choice.spec.op, device.index))
     events.emit("choose", op=choice.spec.op, backend=choice.template.backend, template=choice.template.name,
                 variant=choice.variant.name, device=str(device))
+    _loaded[choice.spec, choice.name, device] = plan
     return plan
 
 
-def _load_siblings(chosen: registry.Choice, backend: str, device: torch.device, store: Store) -> None:
-    """Load what else calls of this Spec can pick, as far as the cache has it: a later call may be in a graph
-    capture."""
-    for choice in registry.choices(chosen.spec, backend):
-        at = (choice.spec, backend, device, choice.variant.name)
-        entry = None if at in _plans else store.find(choice.key)
-        if entry is not None:
-            _plans[at] = _loaded(choice, entry, device)
+def _specs_on(device: torch.device) -> list[Spec]:
+    return [spec for spec, _, where in _loaded if where == device]
 
 
-def _miss_in_capture(spec: Spec) -> MissNotAllowed:
-    return MissNotAllowed(f"{spec} during CUDA graph capture", supported="kernels that this process has loaded before",
-                          differs="this one was not used before, and loading it now would break the capture",
-                          remedy=f"call the op once before capturing; to have it on disk: {prewarm_command(spec)}")
+def warm(keys: Iterable[Key], device: torch.device | str | int | None = None, jobs: int | None = None) -> None:
+    """Have the kernels of `keys` (of `jitmla.keys_for`) loaded in the driver of `device`, by default the current one,
+    so that the first call of each finds nothing left to do, inside a CUDA graph capture included.
+
+    What the cache lacks is compiled, `jobs` at once, unless JITMLA_ON_MISS forbids it. Raises InvalidArgument for a Key
+    that is not the choice here, MissNotAllowed, and what compiling and loading may raise.
+    """
+    where, store = _device(device), Store()
+    chosen = {key: _choice_of(key) for key in keys}
+    todo = {key: choice for key, choice in chosen.items() if (choice.spec, choice.name, where) not in _loaded}
+    if todo and misses.frozen():
+        raise misses.not_loaded(next(iter(todo)).spec, misses.reason(), _specs_on(where), "warm first, then freeze")
+    sm_count(where)
+    lacking = []
+    for key, choice in todo.items():
+        entry = store.find(key)
+        if entry is None:
+            lacking.append(choice)
+        else:
+            _load(choice, entry, where)
+    if lacking and misses.policy() != "compile":
+        raise misses.not_stored(lacking[0].spec, str(store.root))
+    for outcome in prewarm.run(lacking, store, jobs or prewarm.cores(), must_store=False):
+        if outcome.error:
+            raise outcome.error
+        _load(outcome.choice, outcome.entry, where)
+    for choice in chosen.values():
+        for backend in ("auto", choice.template.backend):
+            if registry.choose(choice.spec, backend).name == choice.name:
+                _plans[choice.spec, backend, where] = _loaded[choice.spec, choice.name, where]
 
 
-def prewarm_command(spec: Spec) -> str:
-    """The command line that puts the kernel of `spec` into the cache."""
-    facts = " ".join(f"--spec {name}={str(value).lower()}" for name, value in spec if name not in ("op", "arch"))
-    return f"jitmla prewarm --op {spec.op} --arch {spec.arch} {facts}"
+def freeze() -> None:
+    """From now on use what is loaded and nothing else, for the life of this process: no compile, no dlopen, no driver
+    load, no access to the file system. A call whose kernel is not loaded raises MissNotAllowed.
+    """
+    for op in OPS:
+        importlib.import_module(f"{__package__}.ops.{op}")
+    for op in registry.ops():
+        registry.templates(op)  # so that even a miss reads no file
+    schema.document(), tune.tunings()
+    misses.set_frozen(True)
+    events.emit("freeze", kernels=len(_loaded))
+
+
+def forget() -> None:
+    """Have every call choose anew. What is loaded stays loaded."""
+    _plans.clear()
+    for calls in _remembered:
+        calls.clear()
+
+
+tune.changed.append(forget)
+
+
+def _choice_of(key: Key) -> Choice:
+    """The Choice behind a Key; raises InvalidArgument unless the same is chosen here."""
+    found = registry.choices(key.spec)
+    for choice in found:
+        if choice.key.same_but_toolchain(key):
+            return choice
+    raise InvalidArgument(f"to warm {key.name} for {key.spec}",
+                          supported=f"the choice here: {' or '.join(choice.key.name for choice in found)}",
+                          differs="its template, variant or tunings are others than here",
+                          remedy="make the Keys where they are warmed, with the same version and tunings")
+
+
+def _device(device: torch.device | str | int | None) -> torch.device:
+    """With its index."""
+    found = torch.device("cuda" if device is None else f"cuda:{device}" if isinstance(device, int) else device)
+    if found.type != "cuda":
+        raise InvalidArgument(f"device={device!r}", supported="a CUDA device", differs=f"it is a {found.type} device",
+                              remedy="the reference on CPU tensors needs no kernel")
+    return found if found.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
 @functools.cache
@@ -100,29 +208,8 @@ def arch_of(device: torch.device) -> str:
 
 @functools.cache
 def sm_count(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """Multiprocessors of the device. From here on, launch arguments tuned on its kind are used."""
+    properties = torch.cuda.get_device_properties(device)
+    tune.adopt(properties.name, properties.multi_processor_count)
+    return properties.multi_processor_count
 
-
-def explain(spec: Spec, backend: str = "auto", store: Store | None = None, **sizes: int) -> dict[str, Any]:
-    """Which template and variant serve `spec` and why, under which Key, and whether the cache holds it.
-
-    sizes: for an op that picks a variant for each call, the sizes of one (the arguments of its rule in jitmla.pick);
-    the result then also has `picked`, the reason. `variants` are all that calls of this Spec can reach.
-    Raises NoTemplate with the reason when nothing serves it.
-    """
-    store = store or Store()
-    variant, why = pick.pick(spec.op, **sizes) if sizes else (None, None)
-    choice = registry.choose(spec, backend, variant)
-    passed_over = {t.name: t.misses(spec) for t in registry.templates(spec.op)
-                   if backend in ("auto", t.backend) and t.misses(spec)}
-    reachable = registry.choices(spec, backend)
-    return {"spec": spec.as_dict(), "template": choice.template.name, "variant": choice.variant.name,
-            "summary": choice.template.summary, "passed_over": passed_over, **_where(choice, store),
-            **({"picked": why} if why else {}),
-            **({"variants": {c.variant.name: _where(c, store) for c in reachable}} if len(reachable) > 1 else {})}
-
-
-def _where(choice: registry.Choice, store: Store) -> dict[str, Any]:
-    entry = store.find(choice.key)
-    return {"key": entry.key.digest if entry else choice.key.digest if choice.key.toolchain else None,
-            "cached": entry is not None, "path": str(entry.path) if entry else None}

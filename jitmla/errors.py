@@ -51,16 +51,27 @@ class SchemaViolation(JitmlaError, ValueError):
     """A Key or manifest does not match cache_schema.json."""
 
 
+class InvalidTunings(JitmlaError, ValueError):
+    """A tunings file that cannot be read, or says what no kernel can be launched with."""
+
+
 class MissNotAllowed(JitmlaError, RuntimeError):
-    """A kernel is missing or not loaded at a moment when jitmla must not compile or load (CUDA graph capture)."""
+    """A kernel is missing or not loaded at a moment when jitmla must not compile or load: during CUDA graph capture,
+    after `freeze`, or as JITMLA_ON_MISS says."""
 
 
 class CompileFailed(JitmlaError, RuntimeError):
-    """The child process that compiles a kernel failed, was killed, or ran out of time."""
+    """The child process that compiles a kernel failed, was killed, or ran out of time.
+
+    `lasting`: the source is at fault, so the same toolchain will fail again."""
+
+    lasting = True
 
 
 class CompileInterrupted(CompileFailed):
     """The child process was killed or ran out of time: the same compile may succeed when it is tried again."""
+
+    lasting = False
 
 
 class ToolchainMissing(JitmlaError, RuntimeError):

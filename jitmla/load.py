@@ -17,7 +17,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from . import arch, toolchain
@@ -75,11 +74,15 @@ def _load_bytes(entry: Entry) -> Any:
         while rest:
             rest = rest[os.write(fd, rest):]
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
-        with tempfile.TemporaryDirectory(prefix="jitmla-", dir=_memory_disk()) as folder:
-            # tvm_ffi wants a suffix; the linker takes a path that it has seen before for the same library
-            path = Path(folder) / f"{entry.key.digest}.so"
-            path.symlink_to(f"/proc/self/fd/{fd}")
+        folder = tempfile.mkdtemp(prefix="jitmla-", dir=_memory_disk())
+        # tvm_ffi wants a suffix; the linker takes a path that it has seen before for the same library
+        path = os.path.join(folder, f"{entry.key.digest}.so")
+        os.symlink(f"/proc/self/fd/{fd}", path)
+        try:
             return tvm_ffi.load_module(path)
+        finally:
+            os.unlink(path)
+            os.rmdir(folder)
     except RuntimeError as e:
         raise _failed(entry, str(e), "install the versions of tvm_ffi and of the DSL runtime library that this version "
                       "of jitmla asks for") from e

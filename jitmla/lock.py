@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,26 +20,29 @@ from .errors import InvalidArgument
 from .events import emit
 
 WAIT_EVENT_SECONDS = 5.0
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.05
+TRY_EVERY = 5  # polls: trying the lock takes twenty times as long as looking whether it is needed any more
 
 
 @contextmanager
-def exclusive(folder: Path, name: str, timeout: float | None = None, **about: Any) -> Iterator[bool]:
+def exclusive(folder: Path, name: str, timeout: float | None = None, *, done: Callable[[], bool] = lambda: False,
+              **about: Any) -> Iterator[bool]:
     """Hold the lock `name` in `folder` during the block. Yields whether it is held: without it, do the work anyway.
 
     While another process holds it: an event `wait` at once and every 5 seconds, with `about`, who holds it and for how
-    long. After `timeout` seconds (JITMLA_LOCK_TIMEOUT), and where locking does not work: an event `degrade`, and False.
+    long. When `done()` says that the work was done meanwhile, False: of many that wait, none then waits for the next.
+    After `timeout` seconds (JITMLA_LOCK_TIMEOUT), and where locking does not work: an event `degrade`, and False.
     """
     import filelock
 
     limit = timeout_seconds(env.LOCK_TIMEOUT) if timeout is None else timeout
-    lock = filelock.FileLock(folder / f"{name}.lock", mode=0o600, poll_interval=POLL_SECONDS)
+    lock = filelock.FileLock(folder / f"{name}.lock", mode=0o600)
     holder = folder / f"{name}.holder"
     try:
-        held = _acquire(lock, holder, limit, about)
+        held = _acquire(lock, holder, limit, done, about)
         if held:
             holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}))
-        else:
+        elif not done():
             emit("degrade", what="lock", reason=f"held by {describe(holder)}, waited {limit:g} s", **about)
     except (OSError, NotImplementedError) as e:
         held = False
@@ -52,21 +55,27 @@ def exclusive(folder: Path, name: str, timeout: float | None = None, **about: An
         lock.release(force=True)
 
 
-def _acquire(lock: Any, holder: Path, limit: float, about: dict[str, Any]) -> bool:
+def _acquire(lock: Any, holder: Path, limit: float, done: Callable[[], bool], about: dict[str, Any]) -> bool:
     import filelock
 
     start = time.monotonic()
-    pause = 0.0
+    tell = 0.0
+    poll = 0
     while True:
-        try:
-            lock.acquire(timeout=pause)
-            return True
-        except filelock.Timeout:
-            waited = time.monotonic() - start
-            if waited >= limit:
-                return False
+        if poll % TRY_EVERY == 0:
+            try:
+                lock.acquire(timeout=0)
+                return True
+            except filelock.Timeout:
+                pass
+        waited = time.monotonic() - start
+        if waited >= limit or done():
+            return False
+        if waited >= tell:
             emit("wait", holder=describe(holder), seconds=round(waited, 1), **about)
-            pause = min(WAIT_EVENT_SECONDS, limit - waited)
+            tell = waited + WAIT_EVENT_SECONDS
+        time.sleep(min(POLL_SECONDS, limit - waited))
+        poll += 1
 
 
 def describe(holder: Path) -> str:

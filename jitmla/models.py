@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,24 +106,47 @@ def specs_for(name_or_path: str | Path, *, tp: int, arch: str, page_sizes: Itera
         raise InvalidArgument(f"tp={tp} for {dims.name}",
                               supported=f"a divisor of its {dims.num_attention_heads} heads",
                               differs="heads cannot be split evenly")
+    serving = Serving(dims, dims.num_attention_heads // tp, tp, arch, tuple(page_sizes), max_s_q)
+    return list(dict.fromkeys(spec for part in PARTS for spec in part(serving)))
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a model is served: heads is what each of tp ranks has."""
+
+    dims: MlaModel
+    heads: int
+    tp: int
+    arch: str
+    page_sizes: tuple[int, ...]
+    max_s_q: int
+
+
+def _dense_decode(serving: Serving) -> Iterator[Spec]:
+    dims = serving.dims
     if dims.o_groups:
-        return _output_path_specs(dims, tp, arch)
-    heads = dims.num_attention_heads // tp
-    return list(dict.fromkeys(
-        mla_decode_spec(arch=arch, dtype=dims.dtype, kv_lora_rank=dims.kv_lora_rank,
-                        qk_rope_head_dim=dims.qk_rope_head_dim, page_size=page_size, s_q=s_q, heads=heads,
-                        causal=causal)
-        for page_size in page_sizes for s_q in range(1, max_s_q + 1) for causal in (True, False)))
+        return
+    for page_size, s_q, causal in itertools.product(serving.page_sizes, range(1, serving.max_s_q + 1), (True, False)):
+        yield mla_decode_spec(arch=serving.arch, dtype=dims.dtype, kv_lora_rank=dims.kv_lora_rank,
+                              qk_rope_head_dim=dims.qk_rope_head_dim, page_size=page_size, s_q=s_q,
+                              heads=serving.heads, causal=causal)
 
 
-def _output_path_specs(dims: MlaModel, tp: int, arch: str) -> list[Spec]:
-    if dims.o_groups % tp:
-        raise InvalidArgument(f"tp={tp} for {dims.name}", supported=f"a divisor of its {dims.o_groups} output groups",
-                              differs="a group is not split")
-    quant = [inv_rope_fp8_quant_spec(arch=arch, dtype=dims.dtype, positions=positions, nope_dim=dims.qk_nope_head_dim,
-                                     rope_dim=dims.qk_rope_head_dim, group_size=128, scale_mode=mode, neox=False)
-             for positions in ("i64", "i32") for mode in ("pow2_f32", "raw_f32")]
-    return [*quant, fp8_bmm_spec(arch=arch)]
+def _output_path(serving: Serving) -> Iterator[Spec]:
+    dims = serving.dims
+    if not dims.o_groups:
+        return
+    if dims.o_groups % serving.tp:
+        raise InvalidArgument(f"tp={serving.tp} for {dims.name}", differs="a group is not split",
+                              supported=f"a divisor of its {dims.o_groups} output groups")
+    for positions, mode in itertools.product(("i64", "i32"), ("pow2_f32", "raw_f32")):
+        yield inv_rope_fp8_quant_spec(arch=serving.arch, dtype=dims.dtype, positions=positions,
+                                      nope_dim=dims.qk_nope_head_dim, rope_dim=dims.qk_rope_head_dim, group_size=128,
+                                      scale_mode=mode, neox=False)
+    yield fp8_bmm_spec(arch=serving.arch)
+
+
+PARTS = (_dense_decode, _output_path)  # what each part of a model meets
 
 
 def keys_for(model: str | Path, tp: int = 1, arch: str = "sm_90a", *, page_sizes: Iterable[int] = PAGE_SIZES,

@@ -1,7 +1,7 @@
 """Reads the template cards and chooses who serves a Spec: `choose(spec)` -> Choice, or NoTemplate with the reason.
 
-For most ops a Spec has one Choice. Where a card says `per_call`, several rows serve the same Spec, the host picks one
-of them by the sizes of a call (jitmla/pick.py), and `choices(spec)` are all that it may pick.
+Most Specs have one Choice. Ops with a rule (jitmla.pick) have one for each call: `choose(spec, sizes=...)`, and
+`choices(spec)` are all that their calls can get. Tunings go before the card and the rule, for both.
 
 A card (`templates/<op>/card.toml`) is the one statement of what exists. docs/templates.md describes its fields.
 """
@@ -9,12 +9,14 @@ A card (`templates/<op>/card.toml`) is the one statement of what exists. docs/te
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import render, toolchain
+from . import pick, render, toolchain, tune
 from .errors import InvalidTemplate, NoTemplate
+from .events import emit
 from .key import Key
 from .resources import TEMPLATES
 from .spec import Spec
@@ -51,7 +53,6 @@ class Template:
     equal: list[list[str]]
     from_spec: dict[str, str]
     variants: list[Variant]
-    per_call: bool = False
 
     @property
     def path(self) -> Path:
@@ -71,16 +72,16 @@ class Template:
         found += [f"{field}={spec[field]} (has {', '.join(map(str, values))})"
                   for field, values in self.supports.items() if spec[field] not in values]
         found += [f"{a}={spec[a]} with {b}={spec[b]} (needs them equal)" for a, b in self.equal if spec[a] != spec[b]]
-        if not found and not self.rows(spec):
+        if not found and self.variant(spec) is None:
             found = ["no row of its config table fits"]
         return found
 
     def variant(self, spec: Spec) -> Variant | None:
         """The first row of the config table whose conditions hold."""
-        return next(iter(self.rows(spec)), None)
+        return next(iter(self.fitting(spec)), None)
 
-    def rows(self, spec: Spec) -> list[Variant]:
-        """The rows of the config table whose conditions hold."""
+    def fitting(self, spec: Spec) -> list[Variant]:
+        """Every row of the config table whose conditions hold."""
         return [v for v in self.variants if all(spec[f] in values for f, values in v.when.items())]
 
     def constants(self, spec: Spec, variant: Variant) -> dict[str, Any]:
@@ -94,6 +95,12 @@ class Choice:
     spec: Spec
     template: Template
     variant: Variant
+    why: str = field(default="the first in the card", compare=False)
+
+    @property
+    def name(self) -> str:
+        """As tunings and the rules of jitmla.pick have it."""
+        return f"{self.template.name}/{self.variant.name}"
 
     @functools.cached_property
     def key(self) -> Key:
@@ -123,14 +130,14 @@ def templates(op: str) -> tuple[Template, ...]:
     path = TEMPLATES / op / "card.toml"
     try:
         card = tomllib.loads(path.read_text(encoding="utf-8"))
-        return tuple(_template(card["op"], t, card.get("per_call", False)) for t in card["template"])
+        return tuple(_template(card["op"], t) for t in card["template"])
     except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as e:
         raise InvalidTemplate(f"the card of {op!r}", supported="see docs/templates.md", differs=f"{path}: {e!r}") from e
 
 
-def _template(op: str, fields: dict[str, Any], per_call: bool = False) -> Template:
+def _template(op: str, fields: dict[str, Any]) -> Template:
     variants = [Variant(**{"when": {}, "constants": {}, **v}) for v in fields.pop("variant")]
-    return Template(op=op, variants=variants, per_call=per_call, **{"options": "", "equal": [], **fields})
+    return Template(op=op, variants=variants, **{"options": "", "equal": [], **fields})
 
 
 def ops() -> list[str]:
@@ -143,31 +150,41 @@ def backends(op: str) -> list[str]:
     return list(dict.fromkeys(t.backend for t in templates(op)))
 
 
-def choose(spec: Spec, backend: str = "auto", variant: str | None = None) -> Choice:
-    """The first template (of `backend`, unless that is "auto") that serves `spec`; raises NoTemplate.
+def candidates(spec: Spec, backend: str = "auto") -> list[Choice]:
+    """Every template and variant (of `backend`, unless that is "auto") that can serve `spec`, in the cards' order."""
+    return [Choice(spec, template, variant) for template in templates(spec.op)
+            if backend in ("auto", template.backend) and not template.misses(spec)
+            for variant in template.fitting(spec)]
 
-    variant: for a card that says `per_call`, the row that was picked for the call.
+
+def choose(spec: Spec, backend: str = "auto", sizes: Mapping[str, int] | None = None) -> Choice:
+    """Who serves `spec`: the tuned candidate, else what the rule says, else the first one; raises NoTemplate.
+
+    sizes: those of a call, for an op with a rule in jitmla.pick; raises InvalidArgument when they are not its sizes.
     This is the only predicate there is: `auto` and a named backend use the same one.
     """
-    found = choices(spec, backend)
-    if variant is None:
-        return found[0]
+    found = candidates(spec, backend)
+    if not found:
+        raise _no_template(spec, backend, [t for t in templates(spec.op) if backend in ("auto", t.backend)])
+    if sizes:
+        fitting = pick.fitting(spec.op, [c.name for c in found], sizes)
+        found = [c for c in found if c.name in fitting]
+    tuned = tune.pick(spec, sizes or {})
     for choice in found:
-        if choice.variant.name == variant:
-            return choice
-    raise NoTemplate(f"{spec.op} on backend {backend!r} with variant {variant!r}",
-                     supported=", ".join(c.variant.name for c in found), differs="no such row serves this Spec")
+        if choice.name == tuned:
+            return replace(choice, why="tuned")
+    if tuned is not None and backend == "auto":
+        emit("degrade", what="tuned variant", reason=f"{tuned} does not serve it", spec=str(spec))
+    if not sizes:
+        return found[0]
+    best, why = pick.best(spec.op, [c.name for c in found], sizes)
+    return next(replace(c, why=why) for c in found if c.name == best)
 
 
 def choices(spec: Spec, backend: str = "auto") -> list[Choice]:
-    """Everything that calls of `spec` can reach: one Choice, or with `per_call` every row that serves it, of the
-    backend of the first template that does. Raises NoTemplate."""
-    candidates = [t for t in templates(spec.op) if backend in ("auto", t.backend)]
-    serving = [t for t in candidates if not t.misses(spec)]
-    if not serving:
-        raise _no_template(spec, backend, candidates)
-    found = [Choice(spec, t, row) for t in serving if t.backend == serving[0].backend for row in t.rows(spec)]
-    return found if serving[0].per_call else found[:1]
+    """Everything that calls of `spec` can get: one Choice, or with a rule each candidate. Raises NoTemplate."""
+    chosen = choose(spec, backend)
+    return candidates(spec, backend) if spec.op in pick.RULES else [chosen]
 
 
 def _no_template(spec: Spec, backend: str, candidates: list[Template]) -> NoTemplate:

@@ -1,6 +1,7 @@
-"""Where the package finds its own data: cache_schema.json and templates/.
+"""Where the package finds its own data: cache_schema.json, templates/ and tunings/.
 
-Both live beside the package in a checkout and inside it in an installed wheel. This is the one place that knows.
+The first two live beside the package in a checkout and inside it in an installed wheel. This is the one place that
+knows.
 """
 
 from __future__ import annotations
@@ -17,3 +18,4 @@ def _locate(name: str) -> Path:
 
 SCHEMA = _locate("cache_schema.json")
 TEMPLATES = _locate("templates")
+TUNINGS = _PACKAGE / "tunings"  # of `jitmla tune`, one file for each kind of GPU

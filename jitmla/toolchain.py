@@ -23,16 +23,28 @@ INSTALL = "pip install 'jitmla[compile]'"
 
 def _version(package: str) -> str | None:
     try:
-        return importlib.metadata.version(package)
+        found = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+    # `found.version` parses the whole of the metadata, description included, with the parser for e-mails
+    stated = (found.read_text("METADATA") or "").partition("\nVersion:")[2].partition("\n")[0].strip()
+    return stated or found.version
+
+
+def _installed(package: str) -> bool:
+    """Without reading its metadata, which is half of what asking for a version takes."""
+    try:
+        importlib.metadata.distribution(package)
+        return True
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 @functools.cache
 def current(options: str = "") -> tuple[tuple[str, str], ...] | None:
     """The toolchain part of a Key built here, or None when no compiler is installed. `options`: of cute.compile."""
     dsl = _version(DSL)
-    flavor = next((f for f in FLAVORS if _version(f"{DSL}-libs-{f}")), None)
+    flavor = next((f for f in FLAVORS if _installed(f"{DSL}-libs-{f}")), None)
     if dsl is None or flavor is None:
         return None
     return tuple(sorted({"cute_dsl": dsl, "cuda": flavor, "host": host(), "options": options}.items()))

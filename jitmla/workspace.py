@@ -1,7 +1,7 @@
 """Scratch memory of the kernels: partial results, and counters that every launch leaves at zero.
 
-Eager calls share one buffer per device and stream: calls on a stream follow one another. A call that is being captured
-in a CUDA graph gets memory of its own, because its graph may later run beside anything: partial results from the graph's
+Eager calls share one buffer per device and stream: calls on a stream follow one another. A call that is captured in a
+CUDA graph gets memory of its own, because its graph may later run beside anything: partial results from the graph's
 pool, counters from a pool that was zeroed before.
 """
 
@@ -38,6 +38,7 @@ def _reserve(device: int) -> None:
 def _captured_counters(device: int, count: int) -> Tensor:
     pool = _pools.get(device)
     if pool is None or pool.shape[0] < count:
-        return torch.zeros(count, dtype=torch.int32, device=f"cuda:{device}")  # zeroed by each replay: right, but slower
+        # zeroed by each replay: right, but one more node in the graph
+        return torch.zeros(count, dtype=torch.int32, device=f"cuda:{device}")
     _pools[device] = pool[count:]
     return pool[:count]

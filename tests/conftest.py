@@ -2,11 +2,12 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from jitmla import compile, events
+from jitmla import bounds, compile, events, layers
 from jitmla.store import Store
 
 from .support.keys import make_key, publish
@@ -34,6 +35,9 @@ def cache_dir(request, monkeypatch, tmp_path):
     monkeypatch.setenv("JITMLA_CACHE_DIR", str(tmp_path / "cache"))
     yield tmp_path / "cache"
     compile.forget_failures()
+    bounds._touched.clear()
+    layers._told.clear()
+    layers.installed.cache_clear()
 
 
 @pytest.fixture
@@ -50,6 +54,16 @@ def key():
 def entry(store, key):
     """A published entry of `key`, whose library is arbitrary bytes."""
     return publish(store, key)
+
+
+@pytest.fixture
+def in_memory(cache_dir, monkeypatch):
+    """For tests that replace thousands of entries: their cache lies in memory, if the machine has such a disk. To be
+    named before `store`."""
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        monkeypatch.setenv("JITMLA_CACHE_DIR", os.path.join(folder, "cache"))
+        yield
 
 
 @pytest.fixture

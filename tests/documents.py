@@ -14,6 +14,14 @@ SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-3, 600), st.floats(al
                     st.text(max_size=5).filter(lambda s: not s.endswith("\n")))
 VALUES = st.one_of(SCALARS, st.lists(SCALARS, max_size=2), st.dictionaries(st.sampled_from(["a", "A", "x"]), SCALARS))
 
+# An arbitrary Key, as a document.
+SOME_KEY = {"schema": 1, "spec": {"op": "mla_decode", "arch": "sm_90a", "dtype": "bf16", "kv_dtype": "bf16",
+                                  "kv_lora_rank": 512, "qk_rope_head_dim": 64, "page_size": 64, "rows": 16,
+                                  "causal": False},
+            "template": {"name": "sm90_swap", "digest": "a" * 64},
+            "variant": {"name": "triples8", "constants": {"RING": 8, "DTYPE": "bf16", "CAUSAL": False, "SCALE": 0.5}},
+            "toolchain": {"cute_dsl": "4.8.1", "cuda": "cu12", "host": "linux-x86_64", "options": ""}}
+
 
 def valid(name: str) -> st.SearchStrategy:
     """Documents that match definition `name`."""

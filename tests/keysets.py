@@ -1,8 +1,9 @@
-"""The Specs and Choices that tests compile and run, and a command that puts their kernels into the cache:
+"""What tests render, compile and run of each op, and a command that puts the kernels into the cache:
 
-    python -m tests.keysets [--all] [--jobs N]      (JITMLA_CACHE_DIR says where)
+    python -m tests.keysets [--op OP] [--all] [--jobs N]      (JITMLA_CACHE_DIR says where)
 
-GPU tests draw from these Specs alone, so that a prewarmed cache serves them on a machine without the compiler.
+GPU tests draw from `covering_choices` alone, so that a prewarmed cache serves them on a machine without the compiler.
+An op is in SETS, or test_registry.py fails.
 """
 
 from __future__ import annotations
@@ -11,16 +12,53 @@ import argparse
 import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
-from jitmla import registry
+from jitmla import registry, schema
 from jitmla.layouts import SCALE_MODES
 from jitmla.registry import Choice
 from jitmla.spec import Spec, fp8_bmm_spec, inv_rope_fp8_quant_spec
 
 ARCH = "sm_90a"
-DTYPES, LATENTS, PAGES, ROWS, CAUSAL = ("bf16", "fp16"), (512, 256), (64, 16, 32, 128), (8, 16, 512), (False, True)
+
+
+class Sets(NamedTuple):
+    """The Specs of an op. product: all that its card serves, of all archs. covering: those that are compiled by the
+    usual run of the tests. points: whose code is a golden file (the last one of each template).
+    wanted: which Choices of the covering Specs, for an op that picks by the sizes of a call; None: all."""
+
+    product: Callable[[], list[Spec]]
+    covering: Callable[[], list[Spec]]
+    points: Callable[[], list[Spec]]
+    wanted: Callable[[Choice], bool] | None = None
+
+
+def every_choice(*ops: str) -> list[Choice]:
+    """All that calls can get, of these ops or all."""
+    return _choices(spec for op in ops or SETS for spec in SETS[op].product())
+
+
+def covering_choices(*ops: str) -> list[Choice]:
+    """Every template and variant and value of each constant, of these ops or all."""
+    return [c for op in ops or SETS for c in _choices(SETS[op].covering()) if (SETS[op].wanted or bool)(c)]
+
+
+def golden_choices() -> list[Choice]:
+    """One of each template."""
+    found = _choices(spec for sets in SETS.values() for spec in sets.points())
+    return list({choice.template.name: choice for choice in found}.values())
+
+
+def _choices(specs: Iterable[Spec]) -> list[Choice]:
+    return [choice for spec in specs for choice in registry.choices(spec)]
+
+
+# ------------------------------------------------------------------------------------------------------- mla_decode
+
+DTYPES, LATENTS, PAGES, CAUSAL = ("bf16", "fp16"), (512, 256), (64, 16, 32, 128), (False, True)
+ROWS = tuple(schema.spec_fields("mla_decode")["rows"]["enum"])
 
 
 def spec(dtype: str, latent: int, page: int, rows: int, causal: bool) -> Spec:
@@ -29,16 +67,25 @@ def spec(dtype: str, latent: int, page: int, rows: int, causal: bool) -> Spec:
 
 
 def covering() -> list[Spec]:
-    """Each (template, rows) with every pair of values of its other constants: an orthogonal array of 8 runs
-    (OA(8, 4 x 2 x 2 x 2)) for each of the three row buckets, plus the causal kernels of the usual working point.
+    """For each template every pair of values of its constants: an orthogonal array of 8 runs, OA(8, 4 x 2 x 2 x 2 x 2),
+    for page size, dtype, latent, causal and (two by two) the row buckets that it serves. And the usual working point,
+    bf16 with latent 512 and pages of 64, for each row bucket and causal or not.
 
-    The full product is 96 Keys and eight minutes of compiling; what depends on three constants at once is left to it.
+    What depends on three constants at once is left to the full product, which takes five times as long.
     """
     specs = []
-    for rows, a, b, c in itertools.product(ROWS, (0, 1), (0, 1), (0, 1)):
-        specs.append(spec(DTYPES[c], LATENTS[a ^ c], PAGES[2 * a + b], rows, CAUSAL[b ^ c]))
-    specs += [spec("bf16", 512, 64, rows, True) for rows in ROWS]
+    for rows, a, b, c in itertools.product(_pairs_of_rows(), (0, 1), (0, 1), (0, 1)):
+        specs.append(spec(DTYPES[c], LATENTS[a ^ c], PAGES[2 * a + b], rows[(a ^ b ^ c) % len(rows)], CAUSAL[b ^ c]))
+    specs += [spec("bf16", 512, 64, rows, causal) for rows in ROWS for causal in CAUSAL]
     return list(dict.fromkeys(specs))
+
+
+def _pairs_of_rows() -> list[tuple[int, ...]]:
+    """The row buckets of each template, at most two together."""
+    served: dict[str, list[int]] = {}
+    for rows in ROWS:
+        served.setdefault(registry.choose(spec("bf16", 512, 64, rows, False)).template.name, []).append(rows)
+    return [tuple(rows[i:i + 2]) for rows in served.values() for i in range(0, len(rows), 2)]
 
 
 def product() -> list[Spec]:
@@ -46,33 +93,59 @@ def product() -> list[Spec]:
     return [spec(*values) for values in itertools.product(DTYPES, LATENTS, PAGES, ROWS, CAUSAL)]
 
 
+def points() -> list[Spec]:
+    return [spec("bf16", 512, 64, rows, rows == max(ROWS)) for rows in ROWS]  # causal: the code it adds is seen
+
+
+# ---------------------------------------------------------------------------------- DeepSeek-V4's output path
+
+USUAL_QUANT = {"scale_mode": "pow2_f32", "neox": False, "positions": "i64"}
+
+
 def quant_spec(arch: str, scale_mode: str, neox: bool, positions: str) -> Spec:
     return inv_rope_fp8_quant_spec(arch=arch, dtype="bf16", positions=positions, nope_dim=448, rope_dim=64,
                                    group_size=128, scale_mode=scale_mode, neox=neox)
 
 
-def o_proj_product(archs: Sequence[str] | None = None) -> list[Choice]:
-    """Every Choice of the ops of DeepSeek-V4's output path: every Spec that their cards serve, with every row."""
-    (quant,), bmm = registry.templates("inv_rope_fp8_quant"), registry.templates("fp8_bmm")
-    specs = [quant_spec(*values) for values in itertools.product(quant.archs, SCALE_MODES, CAUSAL, ("i64", "i32"))]
-    specs += [fp8_bmm_spec(arch=arch) for arch in dict.fromkeys(itertools.chain(*(t.archs for t in bmm)))]
-    return [c for s in specs if archs is None or s.arch in archs for c in registry.choices(s)]
+def quant_product(archs: Iterable[str] | None = None) -> list[Spec]:
+    (template,) = registry.templates("inv_rope_fp8_quant")
+    return [quant_spec(*values) for values in itertools.product(archs or template.archs, SCALE_MODES, CAUSAL,
+                                                                 ("i64", "i32"))]
 
 
-def o_proj_covering(arch: str = ARCH) -> list[Choice]:
-    """On one arch: every variant with every scale mode, each with both pairings and both types of positions; the usual
-    working point (power of two, interleaved, int64) of every variant; and every variant of the product."""
-    usual = quant_spec(arch, "pow2_f32", False, "i64")
-    rows = sorted(c.variant.name for c in registry.choices(usual))
-    found = []
-    for choice in o_proj_product([arch]):
-        if choice.spec.op == "inv_rope_fp8_quant":
-            i, j = rows.index(choice.variant.name), SCALE_MODES.index(choice.spec["scale_mode"])
-            drawn = (i + j) % 2 == 1, ("i32", "i64")[(i + j) // 2 % 2]
-            if (choice.spec["neox"], choice.spec["positions"]) != drawn and choice.spec != usual:
-                continue
-        found.append(choice)
-    return found
+def quant_wanted(choice: Choice) -> bool:
+    """On Hopper the usual working point, and each variant with each scale mode, with one pairing and one type of
+    positions each. Elsewhere (an arch without the conversion to e4m3, one with it, and one behind Hopper) the smallest
+    and the largest variant, each with a scale mode."""
+    spec = dict(choice.spec)
+    row = [v.name for v in choice.template.variants].index(choice.variant.name)
+    mode = SCALE_MODES.index(spec["scale_mode"])
+    drawn = spec["neox"] == (row + mode) % 2 and spec["positions"] == ("i32", "i64")[(row + mode) // 2 % 2]
+    if spec["arch"] == ARCH:
+        return drawn or all(spec[name] == value for name, value in USUAL_QUANT.items())
+    return drawn and (row, mode) in ((0, 1), (len(choice.template.variants) - 1, 2))
+
+
+def bmm_product() -> list[Spec]:
+    templates = registry.templates("fp8_bmm")
+    return [fp8_bmm_spec(arch=arch) for arch in dict.fromkeys(itertools.chain(*(t.archs for t in templates)))]
+
+
+SETS = {
+    "mla_decode": Sets(product, covering, points),
+    "inv_rope_fp8_quant": Sets(quant_product, lambda: quant_product([ARCH, "sm_80", "sm_89", "sm_100a"]),
+                               lambda: [quant_spec(ARCH, **USUAL_QUANT)], quant_wanted),
+    "fp8_bmm": Sets(bmm_product, bmm_product, bmm_product),
+}
+
+
+def only_when_asked(config) -> None:
+    """Skip the full product, which takes minutes, unless the -m of the command line names `slow`."""
+    import pytest
+
+    expression = config.getoption("markexpr") or ""
+    if "slow" not in expression.replace("not slow", ""):
+        pytest.skip(f"the full product of {len(every_choice())} Keys takes minutes: run it with -m slow")
 
 
 def prewarm(choices: list[Choice], jobs: int) -> int:
@@ -98,9 +171,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="the full product instead of the covering set")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--op", choices=registry.ops(), action="append", help="only these; repeat it for several")
+    parser.add_argument("--op", choices=SETS, action="append", default=[], help="only these; repeat it for several")
+    parser.add_argument("--arch", help="only this one")
     options = parser.parse_args()
-    wanted = [registry.choose(s) for s in (product() if options.all else covering())]
-    wanted += o_proj_product([ARCH]) if options.all else o_proj_covering()
-    wanted = [c for c in wanted if not options.op or c.spec.op in options.op]
+    wanted = (every_choice if options.all else covering_choices)(*options.op)
+    wanted = [c for c in wanted if options.arch in (None, c.spec.arch)]
     sys.exit(1 if prewarm(wanted, options.jobs) else 0)

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -67,6 +69,40 @@ def test_logged_at_the_level_of_its_kind(kind, caplog):
 def test_what_goes_wrong_is_a_warning():
     warnings = {kind for kind, level in events.LEVELS.items() if level >= logging.WARNING}
     assert warnings == {"refuse", "degrade"}
+
+
+def test_a_subscriber_that_fails_is_logged_and_the_others_are_called(caplog):
+    seen = []
+    leave_a, leave_b = events.subscribe(lambda e: 1 / 0), events.subscribe(seen.append)
+    with caplog.at_level(logging.ERROR, logger="jitmla"):
+        events.emit("hit", key="k")
+    leave_a(), leave_b()
+    assert len(seen) == 1 and "ZeroDivisionError" in caplog.text
+
+
+def test_counting_in_threads_loses_nothing():
+    before = events.stats()["wait"]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: [events.emit("wait") for _ in range(200)], range(8)))
+    assert events.stats()["wait"] == before + 1600
+
+
+def test_prometheus_text():
+    """Every line is one of the three forms of the format; counters only rise."""
+    before = dict(re.findall(r"^(\S+) (\S+)$", events.prometheus(), re.M))
+    events.emit("hit", key="k")
+    events.emit("compiled", seconds=1.5)
+    events.emit("load", ms=250)
+    text = events.prometheus()
+    assert text.endswith("\n")
+    for line in text.splitlines():
+        assert re.fullmatch(r'# (HELP \w+ .+|TYPE \w+ counter)|\w+(\{\w+="\w+"\})? [0-9.]+', line), line
+    after = dict(re.findall(r"^(\S+) (\S+)$", text, re.M))
+    rise = {name: round(float(after[name]) - float(before[name]), 6) for name in after}
+    assert {name: by for name, by in rise.items() if by} == {
+        'jitmla_events_total{kind="hit"}': 1, 'jitmla_events_total{kind="compiled"}': 1,
+        'jitmla_events_total{kind="load"}': 1, "jitmla_compile_seconds_total": 1.5, "jitmla_load_seconds_total": 0.25}
+    assert {f'jitmla_events_total{{kind="{kind}"}}' for kind in events.LEVELS} < set(after)
 
 
 @pytest.mark.parametrize("level, lines", [("", 0), ("warning", 1), ("INFO", 2), ("DEBUG", 3)])

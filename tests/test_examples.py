@@ -1,12 +1,21 @@
 """Every example runs. Those that need a GPU are left to `make test-gpu`."""
 
+import hashlib
+import os
 import re
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
+from jitmla import bundle
+from jitmla.store import Store
+
 from .conftest import REPOSITORY
+from .support.keys import SO_BYTES, make_key, publish
+from .support.tiny import needs_compiler
+from .support.tree import snapshot, unprivileged
 
 EXAMPLES = REPOSITORY / "examples"
 
@@ -33,6 +42,28 @@ def test_keys(python_env):
     assert "kimi-k2 on 8 ranks can reach 5 kernels" in done.stdout and '"""' in done.stdout
 
 
+def test_read_only_layer(python_env, tmp_path, store, key, monkeypatch):
+    """From a bundle to a layer that every user can read, and that a process finds kernels in."""
+    bundle.write(tmp_path / "bundle", [publish(store, key), publish(store, make_key(page_size=16))])
+    digest = hashlib.sha256((tmp_path / "bundle").read_bytes()).hexdigest()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        layer = os.path.join(folder, "layer")
+        done = run(python_env, "read_only_layer.py", tmp_path / "bundle", layer, digest)
+        assert done.returncode == 0, done.stderr
+        assert "2 kernels" in done.stdout and f"JITMLA_CACHE_PATH={layer}" in done.stdout
+        assert {state[0] & 0o777 for state in snapshot(layer).values()} == {0o555, 0o444}
+        assert os.listdir(os.path.join(layer, "v1")) == ["sm_90a"]
+        monkeypatch.setenv("JITMLA_CACHE_PATH", layer)
+        monkeypatch.setenv("JITMLA_CACHE_DIR", "/proc/nowhere")
+        with unprivileged():
+            assert Store().find(key).so_bytes == SO_BYTES
+        for path, _, _ in os.walk(layer):
+            os.chmod(path, 0o755)
+    refused = run(python_env, "read_only_layer.py", tmp_path / "bundle", tmp_path / "other", "0" * 64)
+    assert refused.returncode == 1 and "its sha256 is" in refused.stderr and not (tmp_path / "other").exists()
+
+
 def check_demo(done):
     """What `make demo` shows: the request, the choice, both times, the source and the check."""
     assert done.returncode == 0, done.stderr
@@ -55,6 +86,7 @@ def test_demo_without_gpu(python_env, tmp_path):
 
 
 @pytest.mark.gpu
+@needs_compiler
 def test_demo_with_gpu(python_env, tmp_path):
     lines = check_demo(run(python_env, "demo.py", str(tmp_path / "demo")))
     assert lines["call"].endswith("on cuda: backend sm90") and " us for " in lines["time"]

@@ -198,6 +198,7 @@ def test_a_warm_find_and_load_takes_less_than_a_millisecond(store, monkeypatch):
 
 
 @pytest.mark.gpu
+@needs_compiler
 def test_the_first_call_of_a_process_may_be_inside_a_graph_capture(store, python_env):
     compile.get_or_compile(tiny_key(), lambda: TINY, store)
     said = subprocess.check_output([sys.executable, "-m", "tests.support.first_call"], text=True,

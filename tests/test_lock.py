@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -65,6 +66,18 @@ def test_a_waiter_says_who_holds_it_and_for_how_long(folder, seen, monkeypatch):
     seconds = [event.fields["seconds"] for event in seen]
     assert seconds == sorted(seconds) and seconds[-1] >= 0.2
     assert not (folder / "k.holder").exists()
+
+
+def test_who_waits_for_what_is_done_meanwhile_goes_on_at_once(folder, seen):
+    """All of them, and not one after the other: the lock is still held."""
+    with running(hold(folder)) as holder:
+        held(folder)
+        threading.Timer(0.3, (folder / "done").touch).start()
+        start = time.monotonic()
+        with lock.exclusive(folder, "k", done=(folder / "done").exists) as mine:
+            assert not mine and 0.3 <= time.monotonic() - start < 2.0
+        assert alive(holder)
+    assert [event.kind for event in seen] == ["wait"]
 
 
 def test_after_the_time_is_over_one_goes_on_without_it(folder, seen, monkeypatch):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jitmla
-from jitmla import models, pick, registry
+from jitmla import models, registry
 from jitmla.errors import InvalidArgument, JitmlaError, NoTemplate, UnknownArch, UnknownModel
 from jitmla.models import KNOWN, PAGE_SIZES, MlaModel, keys_for, model, specs_for
 from jitmla.ops import checks
@@ -118,8 +118,8 @@ def test_an_arch_without_templates_or_without_a_name():
 
 @pytest.mark.parametrize("name, tp, count", [
     ("deepseek-v3", 1, 8),    # 128 rows and more: 4 page sizes x causal or not
-    ("deepseek-v3", 8, 12),   # and one Key more for one token, whose 16 rows swapped operands take
-    ("deepseek-v3", 16, 20),  # 8, 16, 24 and 32 rows: buckets 8 (one token: no limit to speak of), 16 and 512
+    ("deepseek-v3", 8, 20),   # 16, 32, 48 and 64 rows: buckets 16 (one token: no limit to speak of), 32 and 64
+    ("deepseek-v3", 16, 20),  # 8, 16, 24 and 32 rows
     ("mistral-small-4", 8, 16), ("mistral-small-4", 32, 8)])
 def test_how_many(name, tp, count):
     """A server meets a few dozen Keys at most, and with the engine's own page size and s_q far fewer."""
@@ -135,7 +135,7 @@ def test_the_public_name():
 def test_options_narrow():
     keys = keys_for("deepseek-v3", tp=8, page_sizes=[16, 64], max_s_q=2, dtype="fp16")
     assert {k.spec["page_size"] for k in keys} == {16, 64} and {k.spec["dtype"] for k in keys} == {"fp16"}
-    assert {k.spec["rows"] for k in keys} == {16, 512}
+    assert {k.spec["rows"] for k in keys} == {16, 32}
 
 
 # ------------------------------------------------------------------------------------------------- DeepSeek-V4
@@ -159,12 +159,11 @@ def test_closure_of_the_output_path(name, tp):
     keys, met = keys_for(name, tp=tp), set()
     quant, bmm = [s for s in specs_for(name, tp=tp, arch="sm_90a") if s.op != "fp8_bmm"], fp8_bmm_spec(arch="sm_90a")
     for tokens in [*range(1, 300), *range(300, 20000, 97)]:
-        row, _ = pick.inv_rope_fp8_quant(tokens=tokens, heads=heads, heads_per_group=heads // groups)
-        met |= {registry.choose(s, "auto", row).key for s in quant}
+        sizes = {"tokens": tokens, "heads": heads, "heads_per_group": heads // groups}
+        met |= {registry.choose(s, "auto", sizes).key for s in quant}
         for sms in (78, 114, 132):
-            row, _ = pick.fp8_bmm(groups=groups, tokens=tokens, columns=dims.o_lora_rank, k=heads // groups * 512,
-                                  sms=sms)
-            met.add(registry.choose(bmm, "auto", row).key)
+            met.add(registry.choose(bmm, "auto", {"groups": groups, "tokens": tokens, "columns": dims.o_lora_rank,
+                                                  "k": heads // groups * 512, "sms": sms}).key)
     assert met <= set(keys) and len(keys) == len(set(keys))
     assert {k for k in keys if k.spec.op != "fp8_bmm"} <= met
     assert {(k.spec["positions"], k.spec["scale_mode"]) for k in keys if k.spec.op != "fp8_bmm"} == {

@@ -5,14 +5,13 @@ import itertools
 import pytest
 from hypothesis import given, settings
 
-from jitmla import registry, render, schema
+from jitmla import pick, registry, render, schema
 from jitmla.errors import InvalidTemplate, NoTemplate
 from jitmla.registry import Template, Variant, choose, templates
-from jitmla.schedule import SWAP_ROWS
 from jitmla.spec import Spec, fp8_bmm_spec
 
 from .documents import valid
-from .keysets import o_proj_product, product, spec
+from .keysets import ROWS, SETS, every_choice, product, spec
 
 DETERMINED = settings(deadline=None, derandomize=True, database=None)
 SHIPPED = [(op, t) for op in registry.ops() for t in templates(op)]
@@ -26,11 +25,9 @@ def test_ops():
         "fp8_bmm": ["sm90"], "inv_rope_fp8_quant": ["simt"], "mla_decode": ["sm90"]}
 
 
-def reachable(op):
-    """Every Choice that calls of the op can get."""
-    if op == "mla_decode":
-        return [choose(s) for s in product()]
-    return [c for c in o_proj_product() if c.spec.op == op]
+def test_each_op_has_its_sets():
+    """What tests render, compile and run: a card whose op is not there would go without."""
+    assert set(SETS) == set(registry.ops())
 
 
 @pytest.mark.parametrize("op, template", SHIPPED, ids=lambda x: getattr(x, "name", x))
@@ -80,22 +77,20 @@ class TestCards:
             schema.check(name, "name")
 
     def test_every_variant_is_reachable(self, op, template):
-        reached = {c.variant.name for c in reachable(op) if c.template.name == template.name}
+        reached = {c.variant.name for c in every_choice(op) if c.template.name == template.name}
         assert reached == {v.name for v in template.variants}
 
     def test_every_supported_value_is_reachable(self, op, template):
         """In the card's table no value stands that another template takes away in every case; `rows` is preference."""
-        served = [dict(c.spec) for c in reachable(op) if c.template.name == template.name]
+        served = [dict(c.spec) for c in every_choice(op) if c.template.name == template.name]
         for field, values in template.supports.items():
             if field != "rows":
                 assert {s[field] for s in served} == set(values), field
 
 
-def test_few_rows_are_for_swapped_operands():
-    """The host rule (jitmla.schedule) launches by the number of rows what the card chooses by their bucket."""
-    for rows in (8, 16, 512):
-        name = choose(spec("bf16", 512, 64, rows, False)).template.name
-        assert name == ("sm90_swap" if rows <= SWAP_ROWS else "sm90_seesaw")
+def test_who_serves_how_many_rows():
+    names = {rows: choose(spec("bf16", 512, 64, rows, False)).template.name for rows in ROWS}
+    assert names == {8: "sm90_swap", 16: "sm90_swap", 32: "sm90_relay", 64: "sm90_relay", 512: "sm90_seesaw"}
 
 
 @pytest.mark.parametrize("spec", product(), ids=str)
@@ -135,21 +130,14 @@ def test_any_spec_is_served_or_refused_with_a_reason(facts):
     assert "backend='reference'" in error.remedy
 
 
-@pytest.mark.parametrize("op", ["fp8_bmm", "inv_rope_fp8_quant"])
+@pytest.mark.parametrize("op", pick.RULES)
 def test_rows_that_are_picked_by_call(op):
-    """All rows serve the same Spec; a name picks one of them, also across templates; no name: the first."""
-    specs = list(dict.fromkeys(c.spec for c in reachable(op)))
-    for wanted in specs:
+    """All rows serve the same Spec, of all templates."""
+    for wanted in SETS[op].product():
         found = registry.choices(wanted)
-        names = [c.variant.name for c in found]
-        assert names == [v.name for t in templates(op) for v in t.variants] and len(set(names)) == len(names)
+        assert [c.name for c in found] == [f"{t.name}/{v.name}" for t in templates(op) for v in t.variants]
         assert len({c.key for c in found}) == len(found)
-        for choice in found:
-            picked = choose(wanted, choice.template.backend, choice.variant.name)
-            assert picked.key == choice.key and not picked.template.misses(wanted)
-        assert choose(wanted).key == found[0].key
-    with pytest.raises(NoTemplate, match="with variant 'nothing'"):
-        choose(specs[0], "auto", "nothing")
+        assert choose(wanted) == found[0]
 
 
 def test_elsewhere_there_is_one_choice():

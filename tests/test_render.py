@@ -14,7 +14,7 @@ from jitmla.registry import read_common
 from jitmla.render import BEGIN, END, constants_of, digest, inline, render
 
 from .golden import FOLDER, files, normalised
-from .keysets import covering, o_proj_covering, o_proj_product, product
+from .keysets import covering_choices, every_choice
 
 DETERMINED = settings(deadline=None, derandomize=True, database=None)
 TEMPLATE = f'''"""A template."""
@@ -190,6 +190,31 @@ def test_the_digest_covers_all_code_but_the_values_of_constants():
     assert len({of(), *others}) == 5
 
 
+def test_the_digest_covers_what_common_modules_import():
+    """The scan that the digest relies on, and the parser that rendering relies on, find the same imports."""
+    source = f"from common.tools import (\n    double)\n{BEGIN}\nA = 1\n{END}\nfrom common.base import one\n"
+    read = []
+
+    def reader(name):
+        read.append(name)
+        return COMMON[name]
+
+    digest(source, reader)
+    scanned = list(read)
+    read.clear()
+    inline(source, reader)
+    assert sorted(scanned) == sorted(read) == ["base", "tools"]
+
+
+@pytest.mark.parametrize("line", [
+    "from  common.base import one", "from common .base import one", "x = 1; from common.base import one",
+    '"""\nfrom common.base import one\n"""'])
+def test_an_import_that_the_scan_and_the_parser_see_differently(line):
+    with pytest.raises(InvalidTemplate, match="mine") as caught:
+        inline(f"import x\n{line}\n", COMMON.__getitem__, "mine")
+    assert "at the beginning of a line" in caught.value.supported
+
+
 # ------------------------------------------------------------------------------------------------- shipped templates
 
 
@@ -210,15 +235,14 @@ def test_normalised_text_is_the_same_code():
     assert normalised(source) == 'x = "# no comment"\ndef f():\n    return x\n'
 
 
-@pytest.mark.parametrize("choice", [*map(registry.choose, covering()), *o_proj_covering()],
-                         ids=lambda c: f"{c.variant.name} {c.spec}")
+@pytest.mark.parametrize("choice", covering_choices(), ids=lambda c: f"{c.variant.name} {c.spec}")
 def test_every_rendered_file(choice):
     text = choice.source()
     tree = ast.parse(text)
     assert "from common" not in text and "import common" not in text
     assert constants_of(text) == dict(choice.key.constants)
     head = text.splitlines()[:3]
-    assert head == [f"# jitmla kernel {choice.key.name} for sm_90a", f"# Key {choice.key.digest}",
+    assert head == [f"# jitmla kernel {choice.key.name} for {choice.spec.arch}", f"# Key {choice.key.digest}",
                     f"# template {choice.template.digest}"]
     assert ast.get_docstring(tree), "the template's docstring stays the module's docstring"
     defined = [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
@@ -228,12 +252,11 @@ def test_every_rendered_file(choice):
 
 def test_every_source_is_another_one():
     """Keys that differ have sources that differ: no Key is compiled for nothing."""
-    choices = [registry.choose(spec) for spec in product()]
-    assert len({c.key.digest for c in choices}) == len({(c.template.name, c.key.constants) for c in choices}) == 96
-    some = [*map(registry.choose, covering()), *o_proj_covering()]
+    choices = every_choice()
+    assert len({c.key.digest for c in choices}) == len({(c.template.name, c.key.constants) for c in choices})
+    assert len(choices) == len({c.key.digest for c in choices})
+    some = covering_choices()
     assert len({normalised(c.source()) for c in some}) == len(some)
-    rest = o_proj_product()
-    assert len({c.key.digest for c in rest}) == len({(c.template.name, c.key.constants) for c in rest}) == len(rest)
 
 
 @pytest.mark.parametrize("module", sorted(p.stem for p in (registry.TEMPLATES / "common").glob("*.py")))

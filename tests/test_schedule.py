@@ -1,7 +1,9 @@
 """The work split of mla_decode: a model of templates/common/mla_split.py that is checked by brute force, the template's
-own text run lane by lane against that model, and the host rule."""
+own text run lane by lane against that model, how the parts of a request wait for each other, and the host rule."""
 
 import ast
+import functools
+import random
 import types
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jitmla import schedule
-from jitmla.schedule import BLOCK_TOKENS, MAX_PARTS, combine_blocks, launch_args, workspace_floats
+from jitmla.schedule import BLOCK_TOKENS, MAX_PARTS, launch_args, semaphore_count, workspace_floats
 
 COMMON = Path(__file__).parents[1] / "templates" / "common"
 FAST = settings(max_examples=200, deadline=None)
@@ -58,23 +60,31 @@ class Split:
         r1, j1, _ = self.locate((p + 1) * self.share)
         return r0, r1 - 1 if j1 == 0 else r1, j0, j1
 
-    def parts_of(self, item):
-        nb, fixed, share = self.nb, self.fixed, self.share
-        if self.aligned:
-            return (item, item * self.s, ceil_div(nb[item], self.piece)) if self.s > 0 else (item, 0, 0)
-        if len(nb) <= self.parts:
-            pos = sum(nb[:item]) + fixed * item + fixed
-            return item, pos // share, (pos + nb[item] - 1) // share - pos // share + 1
-        r, j, c = self.locate((item + 1) * share)
-        if r < len(nb) and j > 0 and c + fixed >= item * share:
-            return r, item, (c + fixed + nb[r] - 1) // share - item + 1
-        return item, item, 0
-
     def pieces(self, p):
         """(request, first block, end block) of part p, with the rules of the decode kernels."""
         r0, r1, j0, j1 = self.interval(p)
         for r in range(r0, r1 + 1):
             yield r, j0 if r == r0 else 0, j1 if r == r1 and j1 > 0 else self.nb[r]
+
+
+    def shares(self, p):
+        """(request, p0, parts with a piece, sharers) of each split request that part p has to combine, by looking at
+        the pieces of all parts. What `sharing` computes from the share of p alone."""
+        found = []
+        for r, owners in enumerate(self.owners):
+            sharers = range(r * self.s, r * self.s + self.s) if self.aligned and self.s > 0 else owners
+            if len(owners) > 1 and p in sharers:
+                found.append((r, owners[0], len(owners), len(sharers)))
+        return found
+
+    @functools.cached_property
+    def owners(self):
+        """The parts that have a piece of each request."""
+        owners = [[] for _ in self.nb]
+        for p in range(self.parts):
+            for r, _, _ in self.pieces(p):
+                owners[r].append(p)
+        return owners
 
 
 def check(split):
@@ -90,17 +100,19 @@ def check(split):
                 assert slot not in slots and slot < 2 * split.parts
                 slots[slot] = r, b0, b1
     assert all(c == 1 for row in cover for c in row)
-    seen = {}
-    for item in range(min(len(split.nb), split.parts)):
-        r, p0, n = split.parts_of(item)
-        assert n <= min(split.parts, MAX_PARTS)
+    read, counters = {}, set()
+    for r, owners in enumerate(split.owners):
+        p0, n = owners[0], len(owners)
+        assert owners == list(range(p0, p0 + n)) and n <= min(split.parts, MAX_PARTS)
         if n > 1:
+            assert p0 not in counters, "two requests with one counter"
+            counters.add(p0)
             mine = [2 * (p0 + i) + (1 if i == 0 else 0) for i in range(n)]
-            assert not seen.keys() & set(mine)
-            seen.update((slot, r) for slot in mine)
+            assert not read.keys() & set(mine)
+            read.update((slot, r) for slot in mine)
             ends = [0] + [slots[slot][2] for slot in mine]
             assert [slots[slot][1] for slot in mine] == ends[:-1] and ends[-1] == split.nb[r]
-    assert seen == {slot: r for slot, (r, _, _) in slots.items()}
+    assert read == {slot: r for slot, (r, _, _) in slots.items()}
 
 
 def blocks(most_requests=160, most_blocks=1100):
@@ -129,13 +141,13 @@ def test_every_block_once_and_every_slot_read(nb, knobs):
     latent=st.sampled_from([256, 512]),
 )
 def test_split_with_the_launch_rule(nb, rows, sms, latent):
-    check(Split(nb, *launch_args(rows, len(nb), sms, latent)[:4]))
+    check(Split(nb, *launch_args(rows, len(nb), sms, latent)))
 
 
 def test_both_splits_are_reached():
-    assert Split([64] * 128, *launch_args(128, 128, 132)[:4]).aligned
-    assert not Split([1] * 127 + [4000], *launch_args(128, 128, 132)[:4]).aligned
-    assert Split([1000], *launch_args(16, 1, 132)[:4]).parts_of(0)[2] > 32
+    assert Split([64] * 128, *launch_args(128, 128, 132)).aligned
+    assert not Split([1] * 127 + [4000], *launch_args(128, 128, 132)).aligned
+    assert len(Split([1000], *launch_args(16, 1, 132)).owners[0]) > 32
 
 
 # ---------------------------------------------------------------------------------- the template against the model
@@ -225,16 +237,75 @@ def test_device_code_agrees_with_the_model(device, nb, knobs, slack, data):
     split, lengths = Split(nb, *knobs), tokens(nb, slack)
     some = data.draw(st.lists(st.integers(0, split.parts - 1), min_size=1, max_size=3, unique=True))
     for p in some:
-        got = run_warp(device.interval, lengths, len(nb), p, *knobs, split.s, split.k)
-        assert got[4] == sum(nb)
-        if got[1] < got[0]:
+        *share, total, unit = run_warp(device.interval, lengths, len(nb), p, *knobs, split.s, split.k)
+        assert total == sum(nb)
+        if share[1] < share[0]:
             assert not list(split.pieces(p))
         else:
-            assert got[:4] == split.interval(p)
-        if p < len(nb):
-            b, p0, n = run_warp(device.parts_of, lengths, len(nb), p, *knobs, split.s, split.k)
-            model = split.parts_of(p)
-            assert (n < 2 and model[2] < 2) or (b, p0, n) == model
+            assert tuple(share) == split.interval(p)
+        assert shares(device, split, lengths, p, unit, *share) == split.shares(p)
+
+
+def shares(device, split, lengths, p, unit, r0, r1, j0, j1):
+    """What part p combines, as `MlaCombine.run` reads it from the answer of `sharing`."""
+    p0, n, sharers, started = device.sharing(lengths, p, split.s, unit, r0, r1, j0, j1)
+    both = [(r0, p0, n, sharers), (r1, p, started, started)]
+    return [x for x in both if x[2] > 1]
+
+
+# ------------------------------------------------------------------------------------- arrive, wait, leave, reset
+
+
+def run_parts(split, tiles, counters, rng):
+    """Run all CTAs of a launch in a random order of steps: attention work, arrivals, then for each split request a
+    wait, a departure and its combine. Returns each (request, row tile, sharer) that was combined."""
+
+    def increment(at, total):  # red.inc
+        counters[at] = 0 if counters[at] >= total - 1 else counters[at] + 1
+
+    def cta(p, tile):
+        work = split.shares(p)
+        yield lambda: True  # the attention work needs nobody
+        written.add((p, tile))
+        for _, p0, n, sharers in work:
+            if p - p0 < n:
+                increment(p0 * tiles + tile, n + sharers)
+        for r, p0, n, sharers in work:
+            at = p0 * tiles + tile
+            yield lambda at=at, n=n: counters[at] >= n
+            increment(at, n + sharers)
+            assert all((q, tile) in written for q in split.owners[r]), "combined before all partial results are there"
+            combined.append((r, tile, p - p0))
+
+    written, combined = set(), []
+    running = [(c, next(c)) for c in (cta(p, tile) for p in range(split.parts) for tile in range(tiles))]
+    while running:
+        ready = [i for i, (_, condition) in enumerate(running) if condition()]
+        assert ready, "every CTA waits for another"
+        i = rng.choice(ready)
+        c, _ = running[i]
+        try:
+            running[i] = c, next(c)
+        except StopIteration:
+            running.pop(i)
+    return combined
+
+
+@settings(max_examples=60, deadline=None)
+@given(nb=blocks(most_requests=40, most_blocks=200), knobs=KNOBS, tiles=st.integers(1, 3), seed=st.integers(0, 2**16))
+def test_parts_wait_for_each_other_and_leave_the_counters_at_zero(nb, knobs, tiles, seed):
+    parts = min(knobs[0], 24)
+    split = Split(nb, parts, *knobs[1:])
+    counters = [0] * (parts * tiles)
+    for launch in range(2):
+        combined = run_parts(split, tiles, counters, random.Random(seed + launch))
+        assert not any(counters)
+        expect = []
+        for r, owners in enumerate(split.owners):
+            sharers = split.s if split.aligned and split.s > 0 else len(owners)
+            if len(owners) > 1:
+                expect += [(r, tile, i) for tile in range(tiles) for i in range(sharers)]
+        assert sorted(combined) == sorted(expect)
 
 
 class Address(types.SimpleNamespace):
@@ -300,25 +371,27 @@ def test_touch_table_stays_inside_the_used_entries(device, length, spare, page_s
 def test_launch_args_are_what_the_kernels_can_do(rows, batch, sms, latent):
     launch = launch_args(rows, batch, sms, latent)
     tiles = 1 if rows <= schedule.SWAP_ROWS else ceil_div(rows, schedule.TILE_ROWS)
-    assert 1 <= launch.parts <= MAX_PARTS and launch.parts * tiles <= max(sms, tiles)
-    assert launch.fixed >= 0 and launch.least >= 1 and launch.rows_per_warp >= 1
-    assert launch.warps_per_row in (1, 2, 4, 8) and (latent // 128) % launch.slices == 0
-    assert launch.warps_per_row == 1 or launch.rows_per_warp == 1
-    if launch.warps_per_row > 1:
-        assert launch.warps_per_row <= launch.parts // batch  # no warp without a part
-        assert combine_blocks(rows, batch, launch, latent) <= 4 * sms  # one wave
+    assert 1 <= launch.parts <= MAX_PARTS
+    assert launch.parts * tiles <= sms or launch.parts == 1  # CTAs that wait for each other all run
+    assert launch.fixed >= 0 and launch.least >= 1
+    assert semaphore_count(launch.parts, rows) == launch.parts * tiles
 
 
 @pytest.mark.parametrize(
     ("rows", "batch", "expect"),
     [
-        (16, 1, (96, 1, 1, 3, 8, 1, 1)),
-        (16, 32, (132, 1, 1, 3, 4, 4, 1)),
-        (16, 128, (132, 1, 1, 3, 1, 4, 1)),
-        (16, 200, (132, 4, 6, 8, 1, 4, 2)),
-        (128, 1, (66, 1, 2, 3, 8, 1, 1)),
-        (128, 8, (66, 1, 2, 3, 4, 4, 1)),
-        (128, 128, (66, 4, 6, 8, 1, 4, 2)),
+        (16, 1, (96, 1, 1, 3)),
+        (16, 8, (128, 2, 1, 3)),
+        (16, 32, (128, 2, 1, 3)),
+        (16, 50, (132, 2, 1, 3)),
+        (16, 128, (128, 2, 1, 3)),
+        (16, 200, (132, 4, 6, 8)),
+        (64, 1, (96, 1, 1, 3)),
+        (64, 128, (128, 2, 1, 3)),
+        (17, 200, (132, 4, 6, 8)),
+        (128, 1, (66, 1, 2, 3)),
+        (128, 8, (66, 1, 2, 3)),
+        (128, 128, (66, 4, 6, 8)),
     ],
 )
 def test_launch_args_on_an_h200(rows, batch, expect):

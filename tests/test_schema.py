@@ -1,5 +1,6 @@
 """jitmla.schema against the jsonschema package, which is the judge of what the schema means."""
 
+import copy
 import json
 
 import jsonschema
@@ -11,12 +12,12 @@ from jitmla import schema
 from jitmla.errors import SchemaViolation
 from jitmla.resources import SCHEMA
 
-from .documents import mutated, valid
+from .documents import SOME_KEY, get, mutated, places, replaced, valid
 
 FEW = settings(max_examples=30, deadline=None, derandomize=True, database=None)
-MANY = settings(FEW, max_examples=250)
-# the other ones are part of a manifest
-DEFINITIONS = ("manifest", "key", "spec_mla_decode", "spec_inv_rope_fp8_quant", "spec_fp8_bmm", "name")
+MANY = settings(FEW, max_examples=120)
+SPECS = tuple(name for name in schema.document()["definitions"] if name.startswith("spec_"))
+DEFINITIONS = ("manifest", "key", *SPECS, "name")  # the other ones are part of a manifest
 JUDGES = {name: jsonschema.Draft7Validator({"$ref": f"#/definitions/{name}",
                                             "definitions": schema.document()["definitions"]}) for name in DEFINITIONS}
 
@@ -74,6 +75,25 @@ def test_the_same_documents_are_accepted_and_refused(name, data):
     assert accepts(document, name) == JUDGES[name].is_valid(document), document
 
 
+MANIFEST = {
+    "key": SOME_KEY, "digest": "0" * 64, "producer": "0.1", "manifest_sha256": "1" * 64,
+    "files": {name: {"sha256": "a" * 64, "bytes": 1} for name in ("kernel.py", "kernel.so")},
+    "kernels": [{"name": "k", "registers": 255, "spill_bytes": 0, "stack_bytes": 0}]}
+VALUES = [None, True, False, 0, 1, -1, 8, 64, 255, 256, 512, 1.0, 64.0, 0.5, "", "1", "a", "A", "bf16", "sm_90a",
+          "cu13", "0" * 64, "g" * 64, "0" * 63, [], [1], {}, {"a": 1}, {"A": 1}, {"A": []}]
+
+
+@pytest.mark.parametrize("place", places(MANIFEST)[1:], ids=lambda p: ".".join(map(str, p)))
+def test_every_value_at_every_place(place):
+    """What the drawn mutations may happen to miss: each place of one manifest, with each kind of value, and without."""
+    schema.check(MANIFEST, "manifest")
+    documents = [replaced(MANIFEST, place, value) for value in VALUES]
+    without = copy.deepcopy(MANIFEST)
+    del get(without, place[:-1])[place[-1]]
+    for document in [*documents, without]:
+        assert accepts(document, "manifest") == JUDGES["manifest"].is_valid(document), get(document, place[:-1])
+
+
 @pytest.mark.parametrize("name, value", [
     ("sha256", "0" * 64), ("name", "a_name")])
 def test_a_trailing_newline_is_refused(name, value):
@@ -105,4 +125,4 @@ def test_the_error_names_the_field(change, words):
 def test_the_fields_of_an_unknown_op():
     with pytest.raises(SchemaViolation, match="op 'mla_encode'") as caught:
         schema.spec_fields("mla_encode")
-    assert caught.value.supported == "mla_decode, inv_rope_fp8_quant, fp8_bmm"
+    assert caught.value.supported == ", ".join(name.removeprefix("spec_") for name in SPECS)

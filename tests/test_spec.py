@@ -75,7 +75,7 @@ def test_unknown_op():
         Spec.from_dict(FACTS)
 
 
-@pytest.mark.parametrize("rows, top", [(1, 8), (8, 8), (9, 16), (16, 16), (17, 512), (512, 512)])
+@pytest.mark.parametrize("rows, top", [(1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (33, 64), (65, 512), (512, 512)])
 def test_bucket(rows, top):
     assert bucket("mla_decode", "rows", rows) == top
 
@@ -93,7 +93,7 @@ def test_what_a_call_makes_of_its_sizes(s_q, heads, causal):
             of_call(s_q, heads, causal)
         return
     spec = of_call(s_q, heads, causal)
-    assert spec["rows"] == min(top for top in (8, 16, 512) if top >= s_q * heads)
+    assert spec["rows"] == min(top for top in (8, 16, 32, 64, 512) if top >= s_q * heads)
     assert spec["causal"] is (causal and s_q > 1), "with one token the limit hides nothing"
     assert spec["kv_dtype"] == spec["dtype"] == "fp16"
 

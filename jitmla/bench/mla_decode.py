@@ -93,5 +93,5 @@ def host(peers: Sequence[Peer]) -> list[dict[str, Any]]:
         problem = problem_of(case)
         calls, _ = contenders(problem, peers)
         with torch.inference_mode():
-            found.append({"case": case.as_dict(), "us": {name: host_us(call) for name, call in calls.items()}})
+            found.append({"case": case.as_dict(), "us": host_us(calls)})
     return found

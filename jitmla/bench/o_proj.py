@@ -20,8 +20,7 @@ from torch import Tensor
 
 import jitmla
 
-from .. import dispatch, env, pick, registry
-from ..errors import JitmlaError
+from .. import dispatch, env, pick, registry, tune
 from ..registry import Choice
 from ..spec import fp8_bmm_spec, inv_rope_fp8_quant_spec
 from ..store import Store
@@ -158,14 +157,17 @@ def specs_of(case: OProjCase) -> dict[str, Any]:
             if case.part == "chain" or (op == "fp8_bmm") == (case.part == "product")}
 
 
+def sizes_of(op: str, case: OProjCase) -> dict[str, int]:
+    """What the rule of the op looks at."""
+    if op == "inv_rope_fp8_quant":
+        return {"tokens": case.tokens, "heads": case.heads, "heads_per_group": case.heads // case.groups}
+    sms = dispatch.sm_count(torch.device("cuda", torch.cuda.current_device()))
+    return {"groups": case.groups, "tokens": case.tokens, "columns": case.rows, "k": case.columns, "sms": sms}
+
+
 def picked(case: OProjCase) -> list[Choice]:
     """What the host picks for the case."""
-    sms = dispatch.sm_count(torch.device("cuda", torch.cuda.current_device()))
-    sizes = {"inv_rope_fp8_quant": {"tokens": case.tokens, "heads": case.heads,
-                                    "heads_per_group": case.heads // case.groups},
-             "fp8_bmm": {"groups": case.groups, "tokens": case.tokens, "columns": case.rows, "k": case.columns,
-                         "sms": sms}}
-    return [registry.choose(spec, "auto", pick.pick(op, **sizes[op])[0]) for op, spec in specs_of(case).items()]
+    return [registry.choose(spec, "auto", sizes_of(op, case)) for op, spec in specs_of(case).items()]
 
 
 def rates(case: OProjCase, timing: Timing) -> dict[str, Any]:
@@ -196,7 +198,7 @@ def host() -> list[dict[str, Any]]:
     for case in O_PROJ_HOST:
         call = Setting(case).calls([])[OURS]
         with torch.inference_mode():
-            found.append({"case": case.as_dict(), "us": {OURS: host_us(call)}})
+            found.append({"case": case.as_dict(), "us": host_us({OURS: call})})
     return found
 
 
@@ -222,27 +224,23 @@ def swept(case: OProjCase) -> dict[str, Any]:
     """{"us": {variant: time}, "picked": variant, "loss": how much longer than the best that takes}"""
     setting, device = Setting(case), torch.device("cuda", torch.cuda.current_device())
     ((op, spec),) = specs_of(case).items()
+    sizes, mine = sizes_of(op, case), picked(case)[0].name
     z, calls = setting.out().transpose(0, 1), {}
-    for choice in registry.choices(spec):
-        name = choice.variant.name
-        constants = dict(choice.key.constants)
-        if case.columns // 512 % constants.get("HEADS", 1) or m_waste(name, case) > 8:
+    for name in pick.fitting(op, [c.name for c in registry.choices(spec)], sizes):
+        if m_waste(name, case) > 8:
             continue
-        try:
-            plan = dispatch.plan_for(spec, "auto", device, name)
-        except JitmlaError as e:
-            print(f"{name}: {e}", file=sys.stderr)
-            continue
+        tune.use_tunings(tune.naming(spec, name))
+        plan = dispatch.plan_for(spec, "auto", device, **sizes)
         if op == "fp8_bmm":
-            ctas = pick.fp8_bmm_ctas(name, case.groups, case.tokens, case.rows, dispatch.sm_count(device))
+            ctas = pick.fp8_bmm_ctas(name, case.groups, case.tokens, case.rows, sizes["sms"])
             calls[name] = functools.partial(plan, *setting.factors.args, z, ctas, 0)
         else:
             calls[name] = functools.partial(plan, *setting.quant.args, setting.o_fp8, setting.o_scale)
+    tune.use_tunings(None)
     us = {name: timing.us for name, timing in gpu_times(calls, iters=12 if case.tokens < 4096 else 6).items()}
-    mine = picked(case)[0].variant.name
     return {"case": case.as_dict(), "us": us, "picked": mine, "loss": us[mine] / min(us.values()) - 1}
 
 
 def m_waste(variant: str, case: OProjCase) -> float:
-    """Token tiles of a product variant beyond eight: it reads the weights for each, and is not worth measuring."""
-    return case.tokens / pick.BMM[variant].tokens if variant in pick.BMM and not variant.startswith("m128") else 0
+    """Token tiles of a streaming variant: it reads the weights for each, and beyond eight is not worth measuring."""
+    return case.tokens / pick.BMM[variant].tokens if variant.startswith("sm90_stream") else 0

@@ -33,7 +33,7 @@ def environment(command: str, commit: str | None = None) -> dict[str, Any]:
     """Where and with what a result was measured."""
     import torch
     return {"machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-            "gpu": torch.cuda.get_device_name(), "driver": _output("nvidia-smi", "--query-gpu=driver_version",
+            "gpu": torch.cuda.get_device_name(), "driver": output("nvidia-smi", "--query-gpu=driver_version",
                                                                   "--format=csv,noheader", "--id=0"),
             "torch": torch.__version__, "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
             "commit": commit or _commit(), "command": command}
@@ -42,11 +42,11 @@ def environment(command: str, commit: str | None = None) -> dict[str, Any]:
 def _commit() -> str | None:
     """The commit of this checkout, marked when files differ from it; None outside of a checkout."""
     root = str(Path(__file__).resolve().parents[2])
-    commit = _output("git", "-C", root, "rev-parse", "HEAD")
-    return commit and commit + (" with changes" if _output("git", "-C", root, "status", "--porcelain") else "")
+    commit = output("git", "-C", root, "rev-parse", "HEAD")
+    return commit and commit + (" with changes" if output("git", "-C", root, "status", "--porcelain") else "")
 
 
-def _output(*command: str) -> str | None:
+def output(*command: str) -> str | None:
     """What a command prints, or None where there is no such command or it fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

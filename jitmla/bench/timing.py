@@ -94,19 +94,19 @@ def summary(spans: Sequence[Sequence[tuple[float, float]]]) -> Timing:
     return Timing(statistics.median(times), times, len(spans[0]))
 
 
-def host_us(call: Callable[[], Any], bursts: int = 15) -> float:
-    """Host microseconds of one eager call, not waiting for the GPU: the median over bursts of the mean in a burst."""
-    for _ in range(BURST):
-        call()
-    means = []
-    for _ in range(bursts):
-        torch.cuda.synchronize()
-        start = time.perf_counter_ns()
-        for _ in range(BURST):
-            call()
-        means.append((time.perf_counter_ns() - start) / BURST / 1e3)
+def host_us(calls: dict[str, Callable[[], Any]], rounds: int = 40) -> dict[str, float]:
+    """Host microseconds of one eager call of each, not waiting for the GPU: the median over rounds, in which they take
+    turns, of the mean in a burst."""
+    means: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):  # the first one warms up
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter_ns()
+            for _ in range(BURST):
+                call()
+            means[name].append((time.perf_counter_ns() - start) / BURST / 1e3)
     torch.cuda.synchronize()
-    return statistics.median(means)
+    return {name: statistics.median(times[1:]) for name, times in means.items()}
 
 
 def ceilings() -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""`jitmla cache`: what is on disk. It only reads."""
+"""`jitmla cache path`, `ls` and `show`: what is on disk. They only read; the other commands have their own modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..key import leaves
 from ..store import Listing, Store
 from . import output
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Show what is in the kernel cache.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The kernel cache: what is in it, and its upkeep.")
 
 
 @app.command("path")
@@ -25,16 +25,19 @@ def path() -> None:
 @output.reports_errors
 def ls(as_json: output.Json = False) -> None:
     """List the entries. Manifests are verified; binaries are when they are loaded."""
-    store = Store()
-    found = list(store.entries())
+    found = {layer.root: list(layer.entries()) for layer in Store().layers()}
     if as_json:
-        for listing in found:
-            output.json_line(_summary(listing))
+        for root, listings in found.items():
+            for listing in listings:
+                output.json_line(summary(listing) | {"layer": str(root)})
         return
-    if not found:
-        output.line(f"no kernels in {store.root}")
-        return
-    output.table(("key", "kernel", "serves", "toolchain", "KiB"), [_row(listing) for listing in found])
+    for number, (root, listings) in enumerate(found.items()):
+        if listings:
+            if len(found) > 1:
+                output.line(("\n" if number else "") + str(root))
+            output.table(("key", "kernel", "serves", "toolchain", "KiB"), [_row(listing) for listing in listings])
+        else:
+            output.line(f"no kernels in {root}")
 
 
 @app.command("show")
@@ -45,7 +48,7 @@ def show(
     as_json: output.Json = False,
 ) -> None:
     """Show one entry: its manifest, and where its source lies."""
-    listing = _only(key)
+    listing = only(key)
     if source:
         entry = Store().find(listing.key) if listing.key is not None else None
         if entry is None:
@@ -55,7 +58,7 @@ def show(
     if listing.manifest is None:
         raise _corrupt(listing)
     if as_json:
-        output.json_line(_summary(listing) | {"manifest": listing.manifest})
+        output.json_line(summary(listing) | {"manifest": listing.manifest})
         return
     output.line(f"source    {listing.path / 'kernel.py'}\nbinary    {listing.path / 'kernel.so'}\n")
     facts = {name: value for name, value in listing.manifest.items() if name != "kernels"}
@@ -66,7 +69,7 @@ def show(
                   for k in listing.manifest["kernels"]])
 
 
-def _only(prefix: str) -> Listing:
+def only(prefix: str) -> Listing:
     """The one entry whose digest begins with `prefix`; raises InvalidArgument."""
     store = Store()
     found = store.resolve(prefix.lower())
@@ -84,7 +87,7 @@ def _corrupt(listing: Listing) -> Exception:
                         remedy="none needed: it is built again when it is next asked for")
 
 
-def _summary(listing: Listing) -> dict[str, Any]:
+def summary(listing: Listing) -> dict[str, Any]:
     """What a script wants of an entry."""
     known: dict[str, Any] = {"key": listing.digest, "path": str(listing.path),
                              "source": str(listing.path / "kernel.py"), "fault": listing.fault or None}
@@ -96,7 +99,7 @@ def _summary(listing: Listing) -> dict[str, Any]:
 
 
 def _row(listing: Listing) -> tuple[str, ...]:
-    known = _summary(listing)
+    known = summary(listing)
     if listing.manifest is None:
         return (listing.digest[:output.SHORT], "corrupt", listing.fault, "", "")
     spec = known["spec"]

@@ -154,10 +154,13 @@ def _linker() -> Check:
 def _cache() -> Iterator[Check]:
     store = Store()
     try:
-        count = sum(1 for _ in store.entries())
+        count = sum(1 for _ in store.user.entries())
+        below = [(layer.root, sum(1 for _ in layer.entries())) for layer in store.layers() if layer is not store.user]
     except CacheUntrusted as error:
         yield Check("cache", f"{store.root}: {error.differs}", [COMPILE, LAUNCH], error.remedy)
         return
+    for root, held in below:
+        yield Check("cache layer", f"{root}: {_entries(held)}")
     nearest = next(p for p in (store.root, *store.root.parents) if p.exists())
     try:
         with tempfile.TemporaryFile(dir=nearest) as file:

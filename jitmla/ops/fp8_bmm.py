@@ -16,7 +16,6 @@ from . import checks, o_proj_reference
 from .o_proj_arguments import check_bmm, check_bmm_layout
 
 OP = "fp8_bmm"
-PREPARED_MAX = 8192  # call shapes remembered; an engine has a few hundred
 
 
 def fp8_bmm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *, out: Tensor | None = None,
@@ -95,7 +94,7 @@ def _usual_strides(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, (x.stride(0) if x.shape[0] > 1 else rows * row, row, 1))
 
 
-_prepared: dict[Any, Bmm] = {}
+_prepared = dispatch.Remembered()
 
 
 def prepare(a: Any, a_scale: Any, b: Any, b_scale: Any, out: Any, backend: Any) -> Bmm:
@@ -107,8 +106,6 @@ def prepare(a: Any, a_scale: Any, b: Any, b_scale: Any, out: Any, backend: Any) 
         return Bmm((*a.shape[:2], b.shape[1]), a.get_device(), None, 0)
     check_bmm_layout(a, a_scale, b, out)
     prepared = on_gpu(*a.shape, b.shape[1], a.device, backend)
-    if len(_prepared) >= PREPARED_MAX:
-        _prepared.clear()
     _prepared[a.shape, b.shape, a_scale.shape, a.get_device(), backend] = prepared
     return prepared
 
@@ -117,7 +114,6 @@ def on_gpu(groups: int, tokens: int, k: int, columns: int, device: torch.device,
     """What a call of these sizes launches."""
     sms = dispatch.sm_count(device)
     spec = fp8_bmm_spec(arch=dispatch.arch_of(device))
-    variant, _ = pick.fp8_bmm(groups=groups, tokens=max(tokens, 1), columns=columns, k=k, sms=sms)
-    plan = dispatch.plan_for(spec, backend, device, variant)
-    ctas = pick.fp8_bmm_ctas(variant, groups, tokens, columns, sms)
+    plan = dispatch.plan_for(spec, backend, device, groups=groups, tokens=max(tokens, 1), columns=columns, k=k, sms=sms)
+    ctas = pick.fp8_bmm_ctas(plan.key.choice, groups, tokens, columns, sms)
     return Bmm((groups, tokens, columns), device.index or 0, plan, ctas)

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch, events, layouts, pick
+from .. import dispatch, events, layouts
 from .. import torch_ops_o_proj as torch_ops
 from ..spec import inv_rope_fp8_quant_spec
 from . import checks, o_proj_reference
 from .o_proj_arguments import FP8, check_quant, check_quant_layout
 
 OP = "inv_rope_fp8_quant"
-PREPARED_MAX = 8192  # call shapes remembered; an engine has a few hundred
 POSITION_NAMES = {torch.int32: "i32", torch.int64: "i64"}
 
 
@@ -105,7 +104,7 @@ class Quant:
             self.function(o, positions.long() if self.cast else positions, cos_sin_cache, o_fp8, o_scale)
 
 
-_prepared: dict[Any, Quant] = {}
+_prepared = dispatch.Remembered()
 
 
 def prepare(o: Any, positions: Any, cos_sin_cache: Any, n_groups: Any, nope_dim: Any, rope_dim: Any, group_size: Any,
@@ -127,13 +126,11 @@ def prepare(o: Any, positions: Any, cos_sin_cache: Any, n_groups: Any, nope_dim:
         spec = inv_rope_fp8_quant_spec(arch=dispatch.arch_of(rows.device), dtype=checks.DTYPE_NAMES[rows.dtype],
                                        positions=POSITION_NAMES.get(positions.dtype, "i64"), nope_dim=nope_dim,
                                        rope_dim=rope_dim, group_size=group_size, scale_mode=scale_mode, neox=bool(neox))
-        variant, _ = pick.inv_rope_fp8_quant(tokens=tokens, heads=heads, heads_per_group=heads // n_groups)
-        function = dispatch.plan_for(spec, backend, rows.device, variant)
+        function = dispatch.plan_for(spec, backend, rows.device, tokens=tokens, heads=heads,
+                                     heads_per_group=heads // n_groups)
     prepared = Quant((tokens, heads, dim), *shapes, scale_dtype, rows.get_device(), cast, function, scale_mode,
                      bool(neox))
     if function is not None:
-        if len(_prepared) >= PREPARED_MAX:
-            _prepared.clear()
         _prepared[o.shape, o.dtype, o.get_device(), positions.dtype, n_groups, nope_dim, rope_dim, group_size,
                   scale_mode, neox, backend] = prepared
     return prepared

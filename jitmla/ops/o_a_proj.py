@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from .. import torch_ops_o_proj as torch_ops
 from . import checks, fp8_bmm, inv_rope_fp8_quant
 from .o_proj_arguments import FP8, check_o_a_proj, check_quant_layout
 
 OP = "o_a_proj"
-PREPARED_MAX = 8192  # call shapes remembered; an engine has a few hundred
 
 
 def o_a_proj(o: Tensor, positions: Tensor, cos_sin_cache: Tensor, w_fp8: Tensor, w_scale: Tensor, *,
@@ -82,7 +82,7 @@ def _check_layout(o: Tensor, cos_sin_cache: Tensor, w_fp8: Tensor, out: Tensor |
         checks.aligned("out", out)
 
 
-_prepared: dict[Any, Chain] = {}
+_prepared = dispatch.Remembered()
 
 
 def _prepare(o: Any, positions: Any, cos_sin_cache: Any, w_fp8: Any, w_scale: Any, nope_dim: Any, rope_dim: Any,
@@ -97,8 +97,6 @@ def _prepare(o: Any, positions: Any, cos_sin_cache: Any, w_fp8: Any, w_scale: An
         return Chain(quant, fp8_bmm.Bmm((groups, rows.shape[0], columns), rows.get_device(), None, 0))
     _check_layout(rows, cos_sin_cache, w_fp8, out)
     prepared = Chain(quant, fp8_bmm.on_gpu(groups, rows.shape[0], k, columns, rows.device, backend))
-    if len(_prepared) >= PREPARED_MAX:
-        _prepared.clear()
     _prepared[o.shape, o.dtype, o.get_device(), positions.dtype, w_fp8.shape, nope_dim, rope_dim, scale_mode, neox,
               backend] = prepared
     return prepared

@@ -1,6 +1,6 @@
 """Work split of paged MLA decode. Every CTA computes its own share from the lengths on the device: no metadata kernel,
-no host read, so one captured CUDA graph is right for all later lengths. Decode and combine call it with the same
-arguments and get the same answer. jitmla/schedule.py has the host side, tests/test_schedule.py a brute-force model.
+no host read, so one captured CUDA graph is right for all later lengths. jitmla/schedule.py has the host side,
+tests/test_schedule.py a brute-force model.
 
 The unit of work is a block of 64 tokens, whatever the page size; request b has n_blocks(L_b) >= 1 of them. `parts`
 CTAs (times the row tiles of a kernel that has several) share the blocks. Two splits, chosen from the lengths:
@@ -16,7 +16,9 @@ cost, in blocks; a large negative bias switches aligned off, a large one forces 
 
 Slots of partial results: 2p if part p continues a request, 2p + 1 if it starts one that a later part continues.
 A request that one part does as a whole has no slot. A partial output is normalised (the softmax over its own blocks),
-its log-sum-exp is in base 2 and -inf where a row sees no token.
+its log-sum-exp is in base 2 and -inf where a row sees no token. The parts of a split request are p0 .. p0 + n - 1, and
+p0 names the request: at most one split request starts in a part. They combine its rows (mla_combine.py); in the aligned
+split those of the s parts of a request that have no piece help.
 
 s = parts // B and k = ceil(B / parts) are passed in (no divisions by B here). B >= 1. `lane` is the lane of a whole,
 converged warp; every lane gets the answer. Sums of blocks are 32-bit: up to 2^31 blocks in a batch.
@@ -80,7 +82,7 @@ def choose(
 
 @cute.jit
 def locate(seqlens: cute.Tensor, B: Int32, x0: Int32, x1: Int32, fixed: Int32, lane: Int32):
-    """(request, first block, C_r) at the cost positions x0 and x1 of the even split, in one scan."""
+    """(request, first block) at the cost positions x0 and x1 of the even split, in one scan."""
     base = Int32(0)
     r0 = Int32(0)
     c0 = Int32(0)
@@ -106,7 +108,7 @@ def locate(seqlens: cute.Tensor, B: Int32, x0: Int32, x1: Int32, fixed: Int32, l
         base = cute.arch.shuffle_sync(incl, offset=31)
     j0 = cutlass.max(x0 - c0 - fixed, 0) if r0 < B else Int32(0)
     j1 = cutlass.max(x1 - c1 - fixed, 0) if r1 < B else Int32(0)
-    return r0, j0, c0, r1, j1, c1
+    return r0, j0, r1, j1
 
 
 @cute.jit
@@ -122,21 +124,24 @@ def interval(
     k: Int32,
     lane: Int32,
 ):
-    """(r0, r1, j0, j1, blocks of the batch): requests r0 .. r1 inclusive (none when r1 < r0), first block j0 of r0, end
-    block j1 of r1, where 0 stands for the end of r1."""
+    """(r0, r1, j0, j1, blocks of the batch, unit): requests r0 .. r1 inclusive (none when r1 < r0), first block j0 of
+    r0, end block j1 of r1, where 0 stands for the end of r1. unit is for `sharing`."""
     aligned, share, piece, tot = choose(seqlens, B, parts, fixed, least, bias, s, k, lane)
     r0 = Int32(0)
     r1 = Int32(-1)
     j0 = Int32(0)
     j1 = Int32(0)
+    unit = Int32(0)
     if aligned:
         if s > 0:
             r = part // s
             j = (part - r * s) * piece
             if r < B:
+                unit = -piece
+                r0 = r
+                r1 = r - 1
                 nb = n_blocks(seqlens[r])
                 if j < nb:
-                    r0 = r
                     r1 = r
                     j0 = j
                     j1 = cutlass.min(j + piece, nb)
@@ -144,12 +149,42 @@ def interval(
             r0 = part * k
             r1 = cutlass.min(r0 + k, B) - 1
     else:
-        a0, b0, c0, a1, b1, c1 = locate(seqlens, B, part * share, (part + 1) * share, fixed, lane)
+        unit = share
+        a0, b0, a1, b1 = locate(seqlens, B, part * share, (part + 1) * share, fixed, lane)
         r0 = a0
         j0 = b0
         r1 = a1 - 1 if b1 == 0 else a1  # 0: the interval ends exactly between two requests
         j1 = b1
-    return r0, r1, j0, j1, tot
+    return r0, r1, j0, j1, tot, unit
+
+
+@cute.jit
+def sharing(seqlens: cute.Tensor, part: Int32, s: Int32, unit: Int32, r0: Int32, r1: Int32, j0: Int32, j1: Int32):
+    """(p0, n, sharers, started): what `part` has to combine, from what `interval` returned (one thread will do).
+
+    p0, n       first part and number of parts of request r0, if this part continues it or (aligned) belongs to it;
+                nothing to combine when n < 2
+    sharers     so many parts combine it: p0 .. p0 + sharers - 1, of which the first n have a piece
+    started     number of parts of request r1, if this part starts it and later ones continue it, else 0. They are the
+                sharers too, and the first is this part
+    """
+    p0 = Int32(0)
+    n = Int32(0)
+    sharers = Int32(0)
+    started = Int32(0)
+    if unit < 0:  # aligned, pieces of -unit blocks
+        p0 = part // s * s
+        n = (n_blocks(seqlens[r0]) - unit - 1) // (-unit)
+        sharers = s
+    if unit > 0:  # even, a share of `unit`
+        if j0 > 0:
+            before = (j0 + unit - 1) // unit
+            p0 = part - before
+            n = before + 1 + (n_blocks(seqlens[r0]) - 1 - j0) // unit
+            sharers = n
+        if j1 > 0 and (r0 < r1 or j0 == 0):
+            started = 2 + (n_blocks(seqlens[r1]) - 1 - j1) // unit
+    return p0, n, sharers, started
 
 
 @cute.jit
@@ -180,48 +215,3 @@ def touch_table(
             e = (i * 32 + lane) * 32
             if e < entries:
                 cute.arch.prefetch((row + e).to_llvm_ptr(), cache_level="L2")
-
-
-@cute.jit
-def parts_of(
-    seqlens: cute.Tensor,
-    B: Int32,
-    item: Int32,
-    parts: Int32,
-    fixed: Int32,
-    least: Int32,
-    bias: Int32,
-    s: Int32,
-    k: Int32,
-    lane: Int32,
-):
-    """(request, its first part, number of parts) of combine item 0 .. min(B, parts) - 1; nothing to combine when the
-    number is below 2. item = request when B <= parts, else the part in which a split request starts (at most one per
-    part)."""
-    aligned, share, piece, tot = choose(seqlens, B, parts, fixed, least, bias, s, k, lane)
-    b = item
-    p0 = Int32(0)
-    n = Int32(0)
-    if aligned:
-        if s > 0:
-            p0 = item * s
-            n = (n_blocks(seqlens[item]) + piece - 1) // piece
-    else:
-        if B <= parts:
-            pre = Int32(0)
-            for i in cutlass.range(lane, item, 32, unroll=1):
-                pre = pre + n_blocks(seqlens[i]) + fixed
-            for x in cutlass.range_constexpr(5):
-                pre = pre + cute.arch.shuffle_sync_bfly(pre, offset=1 << x)
-            pos = pre + fixed
-            p0 = pos // share
-            n = (pos + n_blocks(seqlens[item]) - 1) // share - p0 + 1
-        else:
-            end = (item + 1) * share
-            r, j, c, r_, j_, c_ = locate(seqlens, B, end, end, fixed, lane)
-            p0 = item
-            if r < B and j > 0:
-                if c + fixed >= item * share:
-                    b = r
-                    n = (c + fixed + n_blocks(seqlens[r]) - 1) // share - item + 1
-    return b, p0, n

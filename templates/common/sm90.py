@@ -2,7 +2,7 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float16, Float32
+from cutlass import BFloat16, Float16, Float32, Int64
 from cutlass.cute.nvgpu import warpgroup
 
 LOG2E = 1.4426950408889634
@@ -24,6 +24,16 @@ def smem_atom(dtype):
 def swz(rows, cols, dtype):
     """Swizzled (rows, cols) layout: tiles of 128 bytes x rows, one behind the other."""
     return cute.tile_to_shape(smem_atom(dtype), (rows, cols), order=(0, 1))
+
+
+@cute.jit
+def row_strides(x):
+    """Strides of the packed rows and of the requests of a (B, s_q, H, columns) tensor."""
+    # the stride of a mode of size 1 may be anything, also none that TMA accepts
+    row = x.stride[2] if x.shape[2] > 1 else x.stride[1]
+    row = row if x.shape[1] * x.shape[2] > 1 else Int64(64)
+    request = x.stride[0] if x.shape[0] > 1 else Int64(64)
+    return cute.assume(row, divby=8), cute.assume(request, divby=8)
 
 
 @cute.jit

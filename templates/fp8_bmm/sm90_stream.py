@@ -204,7 +204,7 @@ class Fp8Bmm:
 
     @cute.jit
     def load(self, tma_x, mX, tma_w, mW, tma_s, mS, sX, sW, sS, full, empty, early, n, m, g, rank, first, count):
-        """The load warp. It starts as soon as its own barriers are ready; what concerns others waits for the cluster."""
+        """The load warp. It starts when its own barriers are ready; what concerns others waits for the cluster."""
         for tma in (tma_w, tma_x, tma_s):
             cpasync.prefetch_descriptor(tma)
         with cute.arch.elect_one():

@@ -4,7 +4,7 @@ Algorithm. Rows = (query token, head) pairs of one request, packed; a CTA takes 
 64-token blocks of one or several requests (grid z, common/mla_split.py). Every block is read into shared memory once
 and serves as K (K-major, LATENT + 64 columns) and as V (the same bytes read MN-major, LATENT columns). Online softmax
 in the log2 domain with sm_scale * log2(e) folded into the exponent. Whole requests go straight to `out` and `lse`;
-pieces go to fp32 partial results in `workspace`, which the combine kernel (common/mla_combine.py) merges.
+pieces go to fp32 partial results in `workspace`, which the CTAs merge when they are done (common/mla_combine.py).
 
 Tiling. Two warpgroups, no producer warp, two block buffers K0 (even block of a pair) and K1 (odd block), each in two
 halves: L = the first LATENT/2 columns, R = the rest with the rope tile. WG0 owns O.L and the softmax of even blocks,
@@ -32,10 +32,10 @@ Barriers. mbarriers (TMA): K0.L K0.R K1.L K1.R, one for Q. Named barriers, one w
 M0, M1 (the maxima are in sM), P0, P1 (the probabilities are in shared memory); one per warpgroup for its own writes.
 There are no "empty" barriers: the warpgroup whose product read half a block last also refills it.
 
-Pages. The unit is the 64-token block whatever the page size. SLOT_ORDER "rows" keeps the 8-token groups of all tiles of
-a half together, so that a page of 16 or 32 tokens is one TMA box per half (64 / PAGE_SIZE boxes per half and block);
-"tiles" keeps the 64-column tiles one behind the other (PAGE_SIZE >= 64 only). Lane l of the issuing warp holds the page
-of box l: one register per block for every page size. Block-table entries from ceil(L / PAGE_SIZE) on are never read.
+Pages. The unit is the 64-token block whatever the page size. A half of a block keeps the 8-token groups of all its
+tiles together (mla_ring.py), so that a page of 16 or 32 tokens is one TMA box per half: 64 / PAGE_SIZE boxes per half
+and block. Lane l of the issuing warp holds the page of box l: one register per block for every page size. Block-table
+entries from ceil(L / PAGE_SIZE) on are never read.
 
 Cannot do: FP8 caches, page sizes below 16, ROPE other than 64, more than 512 rows (block_table is re-read for each 64).
 Fewer than 64 rows cost as much as 64.
@@ -47,22 +47,22 @@ LATENT = 512
 ROPE = 64
 PAGE_SIZE = 64
 CAUSAL = False
-SLOT_ORDER = "tiles"
 # --- end of constants ---
 
 from types import SimpleNamespace
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.cute.runtime as rt
 import cutlass.utils.hopper_helpers as hh
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
-from common.mla_combine import MlaCombine
-from common.mla_split import interval, n_blocks, partials, touch_table
-from common.sm90 import EVICT_FIRST, EVICT_NORMAL, INF, LOG2E, cutlass_dtype, smem_atom, swz
+from common.mla_arguments import mla_decode_arguments
+from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
+from common.mla_ring import grouped_pages, packed_rows, ring_box, ring_boxes
+from common.mla_split import interval, n_blocks, partials, sharing, touch_table
+from common.sm90 import EVICT_FIRST, EVICT_NORMAL, INF, LOG2E, cutlass_dtype, row_strides, smem_atom, swz
 from common.sm90 import ex2, issue, quad_max, quad_sum
 
 ELEMENT = cutlass_dtype(DTYPE)
@@ -79,12 +79,11 @@ PER_PAGE = max(PAGE_SIZE // BLOCK, 1)  # blocks of a page
 LOG2_PAGE, LOG2_PER_PAGE = PAGE_SIZE.bit_length() - 1, PER_PAGE.bit_length() - 1
 Q_BOX = 4  # tiles of a Q box
 Q_FULL = 4  # mbarrier of Q; 0-3: 2 * buffer + half
-BAR_M0, BAR_M1, BAR_P0, BAR_P1, BAR_WG0, BAR_WG1 = 1, 2, 3, 4, 5, 6
+BAR_M0, BAR_M1, BAR_P0, BAR_P1, BAR_WG0, BAR_WG1, BAR_END = 1, 2, 3, 4, 5, 6, 7
 FIRST_BLOCKS = 4096  # evict-first pays for batches up to about 300 MB; beyond, only when several CTAs read a block
 M_INIT = -1.0e30  # finite, so that a row without keys has no NaN
 
 assert ROPE == TILE and LATENT in (256, 512) and PAGE_SIZE in (16, 32, 64, 128)
-assert SLOT_ORDER == "rows" or (SLOT_ORDER == "tiles" and PAGE_SIZE >= BLOCK)
 
 
 # ------------------------------------------------------------------------------------------------ layouts
@@ -96,66 +95,20 @@ def tile_stack(n):
 
 
 def kv_half(n):
-    """Shared-memory layout (64 tokens, 64 n columns) of one half of a block, as the MMA sees it."""
-    return cute.tile_to_shape(smem_atom(ELEMENT), (BLOCK, TILE * n), order=(1, 0) if SLOT_ORDER == "rows" else (0, 1))
+    """Shared-memory layout (64 tokens, 64 n columns) of one half of a block, as the MMA sees it: a slot of mla_ring."""
+    return cute.tile_to_shape(smem_atom(ELEMENT), (BLOCK, TILE * n), order=(1, 0))
 
 
 def kv_boxes(n):
-    """The same half as TMA boxes: (8, groups, 64 columns, n tiles, box) or (64, 64, n, box)."""
-    if SLOT_ORDER == "rows":
-        groups, step = BOX_TOKENS // 8, 8 * TILE * n
-        return cute.make_layout((8, groups, TILE, n, BOXES), stride=(TILE, step, 1, 8 * TILE, groups * step))
-    return cute.make_layout((BLOCK, TILE, n, 1), stride=(TILE, 1, BLOCK * TILE, BLOCK * TILE * n))
-
-
-def kv_box(n):
-    """(Shared-memory layout, shape) of one TMA box."""
-    if SLOT_ORDER == "rows":
-        outer = cute.select(kv_boxes(n), mode=[0, 1, 2, 3])
-        return cute.make_composed_layout(smem_atom(ELEMENT).inner, 0, outer), (8, BOX_TOKENS // 8, TILE, n)
-    return tile_stack(n), (BLOCK, TILE, n)
-
-
-@cute.jit
-def kv_modes(kv):
-    """(pages, PAGE_SIZE, columns) with the modes of a box: (8, groups, 64, tile, page) or (token, 64, tile, page)."""
-    page = kv.stride[0] if kv.shape[0] > 1 else Int64(TILE)  # the stride of a mode of size 1 may be anything
-    row = kv.stride[1]
-    if const_expr(SLOT_ORDER == "rows"):
-        shape, stride = (8, PAGE_SIZE // 8, TILE, TILES, kv.shape[0]), (row, 8 * row, 1, TILE, page)
-    else:
-        shape, stride = (PAGE_SIZE, TILE, TILES, kv.shape[0]), (row, 1, TILE, page)
-    return cute.make_tensor(kv.iterator, cute.make_layout(shape, stride=stride))
+    """The same half as TMA boxes: (8, groups, 64 columns, n tiles, box)."""
+    return cute.select(ring_boxes(n, BOXES, 1), mode=[0, 1, 2, 3, 4])
 
 
 def kv_tile(g, half):
     """Boxes of one half in the global tensor: (box ..., block of the page, page)."""
-    lo, n = half * HALF_TILES, HALF_TILES + half
-    if SLOT_ORDER == "rows":
-        g = cute.domain_offset((0, 0, 0, lo, 0), g)
-        return cute.group_modes(cute.local_tile(g, (8, BOX_TOKENS // 8, TILE, n), (0, None, 0, 0, None)), 0, 4)
-    g = cute.domain_offset((0, 0, lo, 0), g)
-    return cute.group_modes(cute.local_tile(g, (BLOCK, TILE, n), (None, 0, 0, None)), 0, 3)
-
-
-@cute.jit
-def row_strides(x):
-    """Strides of the packed rows and of the requests of a (B, s_q, H, columns) tensor."""
-    # the stride of a mode of size 1 may be anything, also none that TMA accepts
-    row = x.stride[2] if x.shape[2] > 1 else x.stride[1]
-    row = row if x.shape[1] * x.shape[2] > 1 else Int64(TILE)
-    request = x.stride[0] if x.shape[0] > 1 else Int64(TILE)
-    return cute.assume(row, divby=8), cute.assume(request, divby=8)
-
-
-@cute.jit
-def packed(x, offset: Int32, n: cutlass.Constexpr):
-    """(B, s_q, H, columns) from column `offset` on as (s_q * H rows, 64 columns, n tiles, B)."""
-    row, request = row_strides(x)
-    return cute.make_tensor(
-        x.iterator + cute.assume(offset, divby=8),
-        cute.make_layout((x.shape[1] * x.shape[2], TILE, n, x.shape[0]), stride=(row, 1, TILE, request)),
-    )
+    n = HALF_TILES + half
+    g = cute.domain_offset((0, 0, 0, half * HALF_TILES, 0), g)
+    return cute.group_modes(cute.local_tile(g, (8, BOX_TOKENS // 8, TILE, n), (0, None, 0, 0, None)), 0, 4)
 
 
 def opaque(x):
@@ -167,6 +120,16 @@ def opaque(x):
     swizzle = smem_atom(ELEMENT).inner
     ptr = cute.make_ptr(ELEMENT, address, cutlass.AddressSpace.smem, assumed_align=1024, swizzle_=swizzle)
     return cute.make_tensor(ptr, x.layout)
+
+
+def partial_column(lane, e):
+    """Column of element e of the lane-th float4 of 128 columns in a partial result: as the accumulators have them."""
+    return (lane >> 2) * 16 + (lane & 3) * 2 + e % 2 + e // 2 * 8
+
+
+# teams gain nothing here (a row tile has at most 66 parts), and cost compile time
+COMBINE = MlaCombine(LATENT, DTYPE, partial_column, True, BAR_END, teams=False)
+assert COMBINE.area_floats() * 4 <= 2 * TILES * TILE_BYTES  # K0 and K1
 
 
 class MlaDecode:
@@ -183,38 +146,42 @@ class MlaDecode:
         out: cute.Tensor,
         lse: cute.Tensor,
         workspace: cute.Tensor,
+        semaphores: cute.Tensor,
         sm_scale: Float32,
         pe_offset: Int32,
-        has_sinks: Int32,
+        flags: Int32,
         parts: Int32,
         fixed: Int32,
         least: Int32,
         bias: Int32,
-        warps_per_row: Int32,
-        slices: Int32,
-        rows_per_warp: Int32,
         stream,
     ):
         """q (B, s_q, H, >= LATENT) and q_pe, whose rope part starts at column pe_offset (q itself and LATENT when they
         are joined); kv_cache (pages >= 1, PAGE_SIZE, LATENT + ROPE); block_table (B, max_pages); seq_lens (B);
-        sinks (>= H), not read unless has_sinks; out (B, s_q, H, LATENT); lse (B, s_q, H); workspace: see
-        mla_split.partials. Strides may be anything within these: q, q_pe, kv_cache, out multiples of 8; the (query
-        token, head) rows of q, q_pe and out evenly spaced. sm_scale > 0. From parts on: the split and the combine."""
+        sinks (>= H); out (B, s_q, H, LATENT); lse (B, s_q, H); workspace: see mla_split.partials; semaphores: zeros,
+        parts * row tiles of them, left as zeros. flags: HAS_SINKS + WANTS_LSE + COOPERATIVE; without the first, sinks
+        are not read, without the second, lse is not written and may have any shape. Strides may be anything within
+        these: q, q_pe, kv_cache, out multiples of 8; the (query token, head) rows of q, q_pe and out evenly spaced.
+        sm_scale > 0. From parts on: the split; parts * row tiles is at most the number of SMs."""
         batch, s_q, heads = q.shape[0], q.shape[1], q.shape[2]
         rows = s_q * heads
         o_acc, lse_acc = partials(workspace, parts, rows, LATENT)
 
         g2s, s2g = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         tma_q, mQ = cpasync.make_tiled_tma_atom(
-            g2s, packed(q, Int32(0), TILES - 1), tile_stack(Q_BOX), (ROWS, TILE, Q_BOX)
+            g2s, packed_rows(q, Int32(0), TILES - 1), tile_stack(Q_BOX), (ROWS, TILE, Q_BOX)
         )
-        tma_pe, mQpe = cpasync.make_tiled_tma_atom(g2s, packed(q_pe, pe_offset, 1), tile_stack(1), (ROWS, TILE, 1))
-        mKV = kv_modes(kv_cache)
-        tma_kl, mKl = cpasync.make_tiled_tma_atom(g2s, mKV, *kv_box(HALF_TILES))
-        tma_kr, mKr = cpasync.make_tiled_tma_atom(g2s, mKV, *kv_box(HALF_TILES + 1))
+        tma_pe, mQpe = cpasync.make_tiled_tma_atom(g2s, packed_rows(q_pe, pe_offset, 1), tile_stack(1), (ROWS, TILE, 1))
+        mKV = grouped_pages(kv_cache, PAGE_SIZE, TILES)
+        (tma_kl, mKl), (tma_kr, mKr) = [
+            cpasync.make_tiled_tma_atom(g2s, mKV, ring_box(ELEMENT, n, BOXES), (8, BOX_TOKENS // 8, TILE, n))
+            for n in (HALF_TILES, HALF_TILES + 1)
+        ]
         tma_o, mO = cpasync.make_tiled_tma_atom(
-            s2g, packed(out, Int32(0), TILES - 1), tile_stack(HALF_TILES), (ROWS, TILE, HALF_TILES)
+            s2g, packed_rows(out, Int32(0), TILES - 1), tile_stack(HALF_TILES), (ROWS, TILE, HALF_TILES)
         )
+        row, request = row_strides(out)
+        out_rows = cute.make_tensor(out.iterator, cute.make_layout((batch, rows, LATENT), stride=(request, row, 1)))
 
         def mma(n, b_major, a_source):
             return hh.make_trivial_tiled_mma(
@@ -237,11 +204,13 @@ class MlaDecode:
             block_table,
             seq_lens,
             sinks,
+            out_rows,
             lse,
             o_acc,
             lse_acc,
+            semaphores,
             sm_scale * LOG2E,
-            has_sinks,
+            flags,
             batch,
             s_q,
             heads,
@@ -261,13 +230,8 @@ class MlaDecode:
             stream=stream,
             min_blocks_per_mp=1,
             use_pdl=True,
+            cooperative=(flags & COOPERATIVE) // COOPERATIVE,
         )
-        row, request = row_strides(out)
-        out_rows = cute.make_tensor(out.iterator, cute.make_layout((batch, rows, LATENT), stride=(request, row, 1)))
-        MlaCombine(LATENT, DTYPE)(
-            seq_lens, out_rows, lse, sinks, o_acc, lse_acc, has_sinks, parts, fixed, least, bias, warps_per_row, slices,
-            rows_per_warp, stream,
-        )  # fmt: skip
 
     # -------------------------------------------------------------------------------------------- loads
     @cute.jit
@@ -555,11 +519,13 @@ class MlaDecode:
         table: cute.Tensor,
         seqlens: cute.Tensor,
         sinks: cute.Tensor,
+        out_rows: cute.Tensor,
         lse: cute.Tensor,
         o_acc: cute.Tensor,
         lse_acc: cute.Tensor,
+        semaphores: cute.Tensor,
         scale: Float32,
-        has_sinks: Int32,
+        flags: Int32,
         batch: Int32,
         s_q: Int32,
         heads: Int32,
@@ -602,7 +568,8 @@ class MlaDecode:
         sL = smem.allocate_tensor(Float32, cute.make_layout(2 * ROWS), 16)
         sSink = smem.allocate_tensor(Float32, cute.make_layout(ROWS), 16)  # log2 units
         sBack = smem.allocate_tensor(Int32, cute.make_layout(ROWS), 16)  # causal: tokens at the end a row does not see
-        sI = smem.allocate_tensor(Int32, cute.make_layout(5), 16)  # the CTA's share of the work, and the L2 hint
+        sI = smem.allocate_tensor(Int32, cute.make_layout(6), 16)  # the CTA's share of the work, and the L2 hint
+        sShare = smem.allocate_tensor(Int32, cute.make_layout(6), 16)  # its share of the combine
         bars = smem.allocate_array(Int64, Q_FULL + 1)
         sP1 = cute.local_tile(sQ, (ROWS, TILE), (0, TILES - 1))
 
@@ -706,11 +673,11 @@ class MlaDecode:
             touch_table(table, seqlens, batch, part, parts_per_request, requests_per_part, PAGE_SIZE, lane)
         # everything above overlaps the previous kernel's tail
         cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()  # the combine waits for the end of this grid anyway
+        cute.arch.griddepcontrol_launch_dependents()  # all CTAs run: nobody can take the SM of one that others wait for
 
         # what does not change from request to request lies in shared memory: the main loop has no register to spare
         if warp_idx == 0:
-            r0, r1, j0, j1, total = interval(
+            r0, r1, j0, j1, total, unit = interval(
                 seqlens, batch, part, parts, fixed, least, bias, parts_per_request, requests_per_part, lane
             )
             if lane == 0:
@@ -719,10 +686,11 @@ class MlaDecode:
                 sI[2] = j0
                 sI[3] = j1
                 sI[4] = EVICT_FIRST >> 32 if m_blocks > 1 or total <= FIRST_BLOCKS else EVICT_NORMAL >> 32
+                sI[5] = unit
         if wg == 1 and t < ROWS:
             g_row = m_block * ROWS + t
             sink = -Float32(INF)
-            if has_sinks != 0 and g_row < rows:
+            if (flags & HAS_SINKS) != 0 and g_row < rows:
                 sink = sinks[g_row % heads] * LOG2E
             sSink[t] = sink
             if const_expr(CAUSAL):
@@ -731,6 +699,17 @@ class MlaDecode:
         ph = Int32(0)  # phase of the K barriers; both buffers flip once per pair
         ph_q = Int32(0)
         next_len = seqlens[cutlass.min(sI[0], batch - 1)]
+        # A branch on warp_idx, here while the first loads are under way: after one on tid, the compiler does not take
+        # the warps for converged, and moves descriptors to uniform registers for every MMA of the main loop.
+        if warp_idx == 1:
+            p0, n, sharers, started = sharing(seqlens, part, parts_per_request, sI[5], sI[0], sI[1], sI[2], sI[3])
+            if lane == 0:
+                sShare[0] = p0
+                sShare[1] = n
+                sShare[2] = sharers
+                sShare[3] = started
+                sShare[4] = sI[0]
+                sShare[5] = sI[1]
 
         for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
             seqlen = next_len
@@ -802,10 +781,10 @@ class MlaDecode:
             if tid < ROWS and g_row < rows:
                 total = sL[tid] + sL[ROWS + tid]
                 v = cute.math.log2(total, fastmath=True) + sM1[tid] if total != 0.0 else -Float32(INF)
-                if whole:
-                    lse[req, g_row // heads, g_row % heads] = v * (1.0 / LOG2E)
-                else:
+                if not whole:
                     lse_acc[split, g_row] = v
+                elif (flags & WANTS_LSE) != 0:
+                    lse[req, g_row // heads, g_row % heads] = v * (1.0 / LOG2E)
             if whole:
                 if wg == 0:
                     self.store_half(c, stsm_o, sO[0], O, tma_o, tOsO[0], tOgO, req, 0)
@@ -815,12 +794,12 @@ class MlaDecode:
                 for r in cutlass.range_constexpr(2):
                     g_row = m_block * ROWS + row + 8 * r
                     if g_row < rows:
-                        for j in cutlass.range_constexpr(HALF // 8):
-                            v2 = cute.make_rmem_tensor((2,), Float32)
-                            v2[0] = O[4 * j + 2 * r]
-                            v2[1] = O[4 * j + 2 * r + 1]
-                            at = wg * (HALF // 2) + j * 4 + lane % 4
-                            cute.autovec_copy(v2, cute.local_tile(o_acc[split, g_row, None], (2,), (at,)))
+                        for j in cutlass.range_constexpr(HALF // 16):
+                            v4 = cute.make_rmem_tensor((4,), Float32)
+                            for e in cutlass.range_constexpr(4):
+                                v4[e] = O[8 * j + e // 2 * 4 + 2 * r + e % 2]
+                            at = wg * (HALF // 4) + j * 4 + lane % 4
+                            cute.autovec_copy(v4, cute.local_tile(o_acc[split, g_row, None], (4,), (at,)))
             if warp_in_wg == 0 and req != sI[1]:
                 end = sI[3] if (req + 1 == sI[1] and sI[3] > 0) else n_blocks(next_len)
                 page1 = self.page_of_any(c, req + 1, cutlass.min(end - 1, 1), next_len)
@@ -828,6 +807,14 @@ class MlaDecode:
                     self.load_half(c, 1, 0, page1)
                 else:
                     self.load_half(c, 1, 1, page1)
+
+        # every load into K0 and K1 has been waited for
+        area = cute.recast_ptr(sK[0][0].iterator, dtype=Float32)
+        first_row = m_block * ROWS
+        COMBINE.run(
+            area, sShare, out_rows, lse, sinks, o_acc, lse_acc, semaphores, flags, heads, part, m_block, m_blocks,
+            first_row, cutlass.min(rows - first_row, ROWS), tid,
+        )  # fmt: skip
 
     @cute.jit
     def store_half(self, c, stsm_o, sO, O, tma_o, tOsO, tOgO, req, half: cutlass.Constexpr):
@@ -844,32 +831,6 @@ class MlaDecode:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
 
 
-def fake_args():
-    """Stand-ins for the arguments: every size and every stride is dynamic (strides 64-bit); lse may have any strides,
-    in the others the last mode is contiguous."""
-    batch, s_q, heads = cute.sym_int(), cute.sym_int(), cute.sym_int()
-
-    def tensor(dtype, *shape, last=1, align=16):
-        stride = tuple(cute.sym_int64() for _ in shape[1:]) + (last,)
-        return rt.make_fake_tensor(dtype, shape, stride, assumed_align=align)
-
-    n = cute.sym_int
-    return (
-        tensor(ELEMENT, batch, s_q, heads, n()),
-        tensor(ELEMENT, batch, s_q, heads, n()),
-        tensor(ELEMENT, n(), PAGE_SIZE, LATENT + ROPE),
-        tensor(Int32, batch, n(), align=4),
-        tensor(Int32, batch, align=4),
-        tensor(Float32, n(), align=4),
-        tensor(ELEMENT, batch, s_q, heads, LATENT),
-        tensor(Float32, batch, s_q, heads, last=cute.sym_int64(), align=4),
-        tensor(Float32, n(), align=128),
-        Float32(1.0),
-        *[Int32(1)] * 9,
-        rt.make_fake_stream(use_tvm_ffi_env_stream=True),
-    )
-
-
 def entry():
     """What to compile: the host function and its fake arguments."""
-    return MlaDecode(), fake_args()
+    return MlaDecode(), mla_decode_arguments(ELEMENT, LATENT, ROPE, PAGE_SIZE)

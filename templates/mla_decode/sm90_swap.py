@@ -7,12 +7,8 @@ The query rows are the N of the MMA (8 or 16) instead of a mostly empty M of 64.
 memory, and the rest is a ring of KV tiles: about 200 KB in flight, which is what a memory-bound kernel needs.
 
 Tiling. One CTA per part (mla_split.py); a part walks over 64-token blocks, whatever the page size. A tile is 64 tokens
-x 64 columns; SLOT_TILES tiles are one slot of the ring of RING slots; a block is (LATENT + ROPE) / 64 / SLOT_TILES
-slots. In a slot the 8-token groups of all tiles lie together, so a page of 16 or 32 tokens is a contiguous piece of it
-and one TMA box:
-
-    slot = [tokens 0-7: tile 0 | tile 1 | tile 2] [tokens 8-15: tile 0 | tile 1 | tile 2] ... [tokens 56-63: ...]
-            `------------ page of 16 tokens: one box (64 columns, 8 rows, 3 tiles, 2 groups) ------------'
+x 64 columns; SLOT_TILES tiles are one slot of the ring (RING slots), a block is (LATENT + ROPE) / 64 / SLOT_TILES
+slots. How a slot is laid out for pages smaller than a block: mla_ring.py.
 
 Pipeline. 288 threads: two math warpgroups take alternate blocks, each with a running maximum and a complete O^T of its
 own; nothing crosses between them until the end of the request. One TMA warp runs ahead, also into the next request.
@@ -23,10 +19,11 @@ own; nothing crosses between them until the end of the request. One TMA warp run
     end of request: the two (maximum, sum, O^T) are merged through Q's shared memory; whole requests are stored to
     out and lse (sinks applied here), pieces of split requests to the workspace; then Q's memory is free (q_free).
 
-The combine (mla_combine.py) is launched behind it with PDL. Page ids are read only for pages that hold tokens
-(j < ceil(L / PAGE_SIZE)): the boxes behind the end of a request repeat its last page, and for a request of length 0
-they lie outside the tensor map and are filled with zeros. Rows behind the end are masked in S and cleared in V
-(0 * NaN).
+    end of the CTA: the math warps merge the pieces of split requests together with the other CTAs (mla_combine.py)
+
+Page ids are read only for pages that hold tokens (j < ceil(L / PAGE_SIZE)): the boxes behind the end of a request
+repeat its last page, and for a request of length 0 they lie outside the tensor map and are filled with zeros. Rows
+behind the end are masked in S and cleared in V (0 * NaN).
 
 Cannot: more than ROWS query rows; page sizes other than 16, 32, 64, 128; sm_scale <= 0 (the maximum is taken before
 scaling); FP8; a ROPE width other than 64.
@@ -45,15 +42,16 @@ RING = 8
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.cute.runtime as rt
 import cutlass.utils.hopper_helpers as hh
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
-from common.mla_combine import MlaCombine
-from common.mla_split import interval, n_blocks, partials, touch_table
-from common.sm90 import EVICT_FIRST, EVICT_NORMAL, INF, LOG2E, cutlass_dtype, ex2, smem_atom, swz
+from common.mla_arguments import mla_decode_arguments
+from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
+from common.mla_ring import grouped_pages, page_of_box, ring_box, ring_boxes, ring_layout
+from common.mla_split import interval, n_blocks, partials, sharing, touch_table
+from common.sm90 import EVICT_FIRST, EVICT_NORMAL, INF, LOG2E, cutlass_dtype, ex2, row_strides, smem_atom, swz
 
 ELEMENT = cutlass_dtype(DTYPE)
 BLOCK = 64  # tokens of a block, columns of a tile
@@ -70,20 +68,8 @@ FIRST_BLOCKS = 4096 * 576 // WIDTH  # measured: evict-first is better for batche
 BAR_GROUP, BAR_MATH = 1, 3  # named barriers: 1 and 2 one per warpgroup, 3 both
 M_INIT = -1.0e30  # finite: -inf - maximum is never NaN
 
-assert ROWS in (8, 16) and PAGE_SIZE in (16, 32, 64, 128) and ROPE == 64 and LATENT % 128 == 0
+assert ROWS in (8, 16) and PAGE_SIZE in (16, 32, 64, 128) and ROPE == 64 and LATENT % 256 == 0
 assert TILES % SLOT_TILES == 0 and RING >= 2 * SLOTS  # both warpgroups hold a block
-
-
-def ring_layout(dtype):
-    """(64 tokens, 64 * SLOT_TILES columns, RING), swizzled; 8-token groups outermost within a slot."""
-    return cute.tile_to_shape(smem_atom(dtype), (64, 64 * SLOT_TILES, RING), order=(1, 0, 2))
-
-
-def box_layout(slots):
-    """The ring as the TMA sees it: (row in group, group in box, column, tile, box, slot)."""
-    group = 512 * SLOT_TILES
-    stride = (64, group, 1, 512, group * BOX_GROUPS, group * 8)
-    return cute.make_layout((8, BOX_GROUPS, 64, SLOT_TILES, BOXES, slots), stride=stride)
 
 
 @cute.jit
@@ -101,10 +87,16 @@ def row_of(h: cutlass.Constexpr, lane):
     return (h // 2) * 8 + (lane % 4) * 2 + h % 2
 
 
-class MlaDecode:
-    def __init__(self):
-        self.combine = MlaCombine(LATENT, DTYPE)
+def partial_column(lane, e):
+    """Column of element e of the lane-th float4 of 128 columns in a partial result: as the accumulators have them."""
+    return e // 2 * 64 + (lane >> 3) * 16 + (lane & 7) + e % 2 * 8
 
+
+COMBINE = MlaCombine(LATENT, DTYPE, partial_column, False, BAR_MATH)
+assert COMBINE.area_floats() * 4 <= RING * SLOT_BYTES
+
+
+class MlaDecode:
     # ---------------------------------------------------------------- host
     @cute.jit
     def __call__(
@@ -118,39 +110,40 @@ class MlaDecode:
         out: cute.Tensor,
         lse: cute.Tensor,
         workspace: cute.Tensor,
+        semaphores: cute.Tensor,
         sm_scale: Float32,
         pe_offset: Int32,
-        has_sinks: Int32,
+        flags: Int32,
         parts: Int32,
         fixed: Int32,
         least: Int32,
         bias: Int32,
-        warps_per_row: Int32,
-        slices: Int32,
-        rows_per_warp: Int32,
         stream,
     ):
-        B, R = q.shape[0], q.shape[1] * q.shape[2]
-        mQ = cute.make_tensor(
-            q.iterator, cute.make_layout((R, 64, V_TILES, B), stride=(q.stride[2], 1, 64, q.stride[0]))
-        )
+        """q (B, s_q, H, >= LATENT) and q_pe, whose rope part starts at column pe_offset (q itself and LATENT when they
+        are joined); kv_cache (pages, PAGE_SIZE, LATENT + ROPE); block_table (B, max_pages); seq_lens (B);
+        sinks (>= H); out (B, s_q, H, LATENT); lse (B, s_q, H); workspace: see mla_split.partials; semaphores: zeros,
+        `parts` of them, left as zeros. flags: HAS_SINKS + WANTS_LSE + COOPERATIVE; without the first, sinks are not
+        read, without the second, lse is not written and may have any shape. Strides may be anything within these: q,
+        q_pe, kv_cache, out multiples of 8; the (query token, head) rows of q, q_pe and out evenly spaced. sm_scale > 0.
+        From parts on: the split; parts is at most the number of SMs."""
+        B, s_q, heads = q.shape[0], q.shape[1], q.shape[2]
+        R = s_q * heads
+        row, request = row_strides(q)
+        mQ = cute.make_tensor(q.iterator, cute.make_layout((R, 64, V_TILES, B), stride=(row, 1, 64, request)))
+        row, request = row_strides(q_pe)
         mQpe = cute.make_tensor(
-            q_pe.iterator + cute.assume(pe_offset, divby=8),
-            cute.make_layout((R, 64, B), stride=(q_pe.stride[2], 1, q_pe.stride[0])),
+            q_pe.iterator + cute.assume(pe_offset, divby=8), cute.make_layout((R, 64, B), stride=(row, 1, request))
         )
-        page, row = kv_cache.stride[0], kv_cache.stride[1]
-        pages = cutlass.max(kv_cache.shape[0], 1)
-        mK = cute.make_tensor(
-            kv_cache.iterator,
-            cute.make_layout((8, PAGE_SIZE // 8, 64, TILES, pages), stride=(row, 8 * row, 1, 64, page)),
-        )
-        mO = cute.make_tensor(out.iterator, cute.make_layout((B, R, LATENT), stride=(out.stride[0], out.stride[2], 1)))
+        mK = grouped_pages(kv_cache, PAGE_SIZE, TILES)
+        row, request = row_strides(out)
+        mO = cute.make_tensor(out.iterator, cute.make_layout((B, R, LATENT), stride=(request, row, 1)))
         mOacc, mLacc = partials(workspace, parts, R, LATENT)
 
         g2s = cpasync.CopyBulkTensorTileG2SOp()
         atom = smem_atom(ELEMENT)
         q_box = cute.tile_to_shape(atom, (ROWS, 64, V_TILES), order=(0, 1, 2))
-        k_box = cute.make_composed_layout(atom.inner, 0, cute.select(box_layout(1), mode=[0, 1, 2, 3]))
+        k_box = ring_box(ELEMENT, SLOT_TILES, BOXES)
         tma_q, gQ = cpasync.make_tiled_tma_atom(g2s, mQ, q_box, (ROWS, 64, V_TILES))
         tma_pe, gQpe = cpasync.make_tiled_tma_atom(g2s, mQpe, swz(ROWS, 64, ELEMENT), (ROWS, 64))
         tma_k, gK = cpasync.make_tiled_tma_atom(g2s, mK, k_box, (8, BOX_GROUPS, 64, SLOT_TILES))
@@ -168,10 +161,13 @@ class MlaDecode:
             lse,
             mOacc,
             mLacc,
+            semaphores,
             sm_scale * LOG2E,
-            has_sinks,
+            flags,
             B,
-            pages,
+            s_q,
+            heads,
+            cutlass.max(kv_cache.shape[0], 1),
             parts,
             fixed,
             least,
@@ -180,27 +176,17 @@ class MlaDecode:
             (B + parts - 1) // parts,
             self.mma(OperandMajorMode.K),
             self.mma(OperandMajorMode.MN),
-            ring_layout(ELEMENT),
+            ring_layout(ELEMENT, SLOT_TILES, RING),
             swz(ROWS, WIDTH, ELEMENT),
             swz(ROWS, LATENT, ELEMENT).outer,
             swz(ROWS, 2 * BLOCK, ELEMENT),
-        ).launch(grid=[parts, 1, 1], block=[288, 1, 1], stream=stream, min_blocks_per_mp=1, use_pdl=True)
-        self.combine(
-            seq_lens,
-            mO,
-            lse,
-            sinks,
-            mOacc,
-            mLacc,
-            has_sinks,
-            parts,
-            fixed,
-            least,
-            bias,
-            warps_per_row,
-            slices,
-            rows_per_warp,
-            stream,
+        ).launch(
+            grid=[parts, 1, 1],
+            block=[288, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+            use_pdl=True,
+            cooperative=(flags & COOPERATIVE) // COOPERATIVE,
         )
 
     def mma(self, a_major):
@@ -232,9 +218,12 @@ class MlaDecode:
         mLse: cute.Tensor,
         mOacc: cute.Tensor,
         mLacc: cute.Tensor,
+        semaphores: cute.Tensor,
         c_log2: Float32,
-        has_sinks: Int32,
+        flags: Int32,
         B: Int32,
+        s_q: Int32,
+        heads: Int32,
         pages: Int32,
         parts: Int32,
         fixed: Int32,
@@ -264,7 +253,8 @@ class MlaDecode:
         sMx = smem.allocate_tensor(Float32, cute.make_layout((16, 4, 2)), 16)  # maxima: row, warp, warpgroup
         sL = smem.allocate_tensor(Float32, cute.make_layout((16, 4, 2)), 16)  # sums
         sM = smem.allocate_tensor(Float32, cute.make_layout((16, 2)), 16)  # running maxima at the end of a request
-        sI = smem.allocate_tensor(Int32, cute.make_layout(5), 16)  # what mla_split.interval returned
+        sI = smem.allocate_tensor(Int32, cute.make_layout(6), 16)  # what mla_split.interval returned
+        sShare = smem.allocate_tensor(Int32, cute.make_layout(6), 16)  # what mla_split.sharing returned, r0, r1
         full = smem.allocate_array(Int64, RING)
         empty = smem.allocate_array(Int64, RING)
         q_full = smem.allocate_array(Int64, 1)
@@ -308,7 +298,7 @@ class MlaDecode:
             tma_k,
             0,
             one,
-            cute.group_modes(cute.make_tensor(sK.iterator, box_layout(RING)), 0, 4),
+            cute.group_modes(cute.make_tensor(sK.iterator, ring_boxes(SLOT_TILES, BOXES, RING)), 0, 4),
             cute.group_modes(cute.local_tile(gK, (8, BOX_GROUPS, 64, SLOT_TILES), (0, None, 0, None, None)), 0, 4),
         )
         qk = mma_qk.get_slice(t)
@@ -347,20 +337,39 @@ class MlaDecode:
             touch_table(mTable, mSeqlens, B, part, s, k, PAGE_SIZE, lane)
         # everything above overlaps the previous kernel's tail
         cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()  # the combine waits for the end of this grid anyway
+        cute.arch.griddepcontrol_launch_dependents()  # all CTAs run: nobody can take the SM of one that others wait for
         if warp_idx == 8:
-            r0, r1, j0, j1, total = interval(mSeqlens, B, part, parts, fixed, least, bias, s, k, lane)
+            r0, r1, j0, j1, total, unit = interval(mSeqlens, B, part, parts, fixed, least, bias, s, k, lane)
             if lane == 0:
                 sI[0] = r0
                 sI[1] = r1
                 sI[2] = j0
                 sI[3] = j1
                 sI[4] = total
+                sI[5] = unit
         cute.arch.sync_threads()
         if warp_idx == 8:
             self.produce(c, mTable, mSeqlens, sI, pages)
         else:
-            self.consume(c, mma_qk, sQ, sI, mSeqlens, mSinks, mO, mLse, mOacc, mLacc, c_log2, has_sinks, part, t, tid)
+            # while the first loads are under way; a branch on tid would make the compiler take the warps for diverged
+            if warp_idx == 0:
+                p0, n, sharers, started = sharing(mSeqlens, part, s, sI[5], sI[0], sI[1], sI[2], sI[3])
+                if lane == 0:
+                    sShare[0] = p0
+                    sShare[1] = n
+                    sShare[2] = sharers
+                    sShare[3] = started
+                    sShare[4] = sI[0]
+                    sShare[5] = sI[1]
+            self.consume(
+                c, mma_qk, sQ, sI, mSeqlens, mSinks, mO, mLse, mOacc, mLacc, c_log2, flags, s_q, heads, part, t, tid
+            )
+            # every load into the ring has been waited for
+            area = cute.recast_ptr(sK.iterator, dtype=Float32)
+            COMBINE.run(
+                area, sShare, mO, mLse, mSinks, mOacc, mLacc, semaphores, flags, heads, part, Int32(0), Int32(1),
+                Int32(0), s_q * heads, tid,
+            )  # fmt: skip
 
     # ------------------------------------------------------------ TMA warp
     @cute.jit
@@ -369,17 +378,6 @@ class MlaDecode:
             cute.arch.mbarrier_arrive_and_expect_tx(c["q_full"], ROWS * WIDTH * 2)
         cute.copy(c["tma_q"], c["tQg"][None, req], c["tQs"], tma_bar_ptr=c["q_full"])
         cute.copy(c["tma_pe"], c["tPg"][None, req], c["tPs"], tma_bar_ptr=c["q_full"])
-
-    @cute.jit
-    def page_id(self, mTable, req, j, last, lane, pages):
-        """Page of block j (lane % BOXES: which of its pages); behind the last page that one, without pages none."""
-        page = pages  # outside the tensor map
-        if last >= 0:
-            if const_expr(PAGE_SIZE > BLOCK):
-                page = mTable[req, cutlass.min(j // (PAGE_SIZE // BLOCK), last)]
-            else:
-                page = mTable[req, cutlass.min(j * BOXES + lane % BOXES, last)]
-        return page
 
     @cute.jit
     def produce(self, c, mTable, mSeqlens, sI, pages):
@@ -393,11 +391,11 @@ class MlaDecode:
             last = (seqlen + (PAGE_SIZE - 1)) // PAGE_SIZE - 1
             b0 = sI[2] if req == sI[0] else Int32(0)
             b1 = sI[3] if (req == sI[1] and sI[3] > 0) else n_blocks(seqlen)
-            page = self.page_id(mTable, req, b0, last, lane, pages)
+            page = page_of_box(mTable, req, b0, last, lane, pages, PAGE_SIZE)
             if req == sI[0]:
                 self.load_q(c, req)
             for j in cutlass.range(b0, b1, unroll=1):
-                following = self.page_id(mTable, req, cutlass.min(j + 1, b1 - 1), last, lane, pages)
+                following = page_of_box(mTable, req, cutlass.min(j + 1, b1 - 1), last, lane, pages, PAGE_SIZE)
                 at = [page]
                 if const_expr(BOXES > 1):
                     at = [cute.arch.shuffle_sync(page, offset=u) for u in range(BOXES)]
@@ -501,9 +499,10 @@ class MlaDecode:
             cute.arch.mbarrier_arrive(c["empty"] + (number * SLOTS + lane) % RING)
 
     @cute.jit
-    def consume(self, c, mma_qk, sQ, sI, mSeqlens, mSinks, mO, mLse, mOacc, mLacc, c_log2, has_sinks, part, t, tid):
+    def consume(
+        self, c, mma_qk, sQ, sI, mSeqlens, mSinks, mO, mLse, mOacc, mLacc, c_log2, flags, s_q, heads, part, t, tid
+    ):
         lane, w, wg, sL, sM = c["lane"], c["w"], c["wg"], c["sL"], c["sM"]
-        s_q, heads = mLse.shape[1], mLse.shape[2]
         sX = cute.make_tensor(cute.recast_ptr(sQ.iterator, dtype=Float32), cute.make_layout((128, HALF)))  # merge area
         rS = cute.make_rmem_tensor(mma_qk.get_slice(t).partition_shape_C((BLOCK, ROWS)), Float32)
         rO = cute.make_rmem_tensor((2 * HALF,), Float32)
@@ -552,7 +551,7 @@ class MlaDecode:
             for h in cutlass.range_constexpr(COLS):
                 total, top = self.total(sL, sM, row_of(h, lane))
                 weights = total
-                if has_sinks != 0 and whole:
+                if (flags & HAS_SINKS) != 0 and whole:
                     weights = total + ex2(mSinks[row_of(h, lane) % heads] * LOG2E - top)
                 mine = ex2(rM[h] - top)
                 rL[h] = mine * cute.arch.rcp_approx(weights) if total > 0.0 else Float32(0.0)
@@ -561,10 +560,10 @@ class MlaDecode:
             if tid < mO.shape[1]:
                 total, top = self.total(sL, sM, tid)
                 value = cute.math.log2(total, fastmath=True) + top if total > 0.0 else -Float32(INF)
-                if whole:
-                    mLse[req, tid // heads, tid % heads] = value * (1.0 / LOG2E)
-                else:
+                if not whole:
                     mLacc[slot, tid] = value
+                elif (flags & WANTS_LSE) != 0:
+                    mLse[req, tid // heads, tid % heads] = value * (1.0 / LOG2E)
             if wg == 1:
                 self.give(sX, rO, t, 0)
             cute.arch.barrier(barrier_id=BAR_MATH, number_of_threads=256)
@@ -579,29 +578,42 @@ class MlaDecode:
             cute.arch.fence_view_async_shared()  # the next Q will overwrite sX
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive(c["q_free"])
+            # each warpgroup its half of the columns
             if whole:
-                self.store_half(c, rO, mO, req)
+                if wg == 0:
+                    self.store(c, rO, 0, mO, req)
+                else:
+                    self.store(c, rO, HALF, mO, req)
             else:
-                self.store_half(c, rO, mOacc, slot)
+                if wg == 0:
+                    self.store_partial(c, rO, 0, mOacc, slot)
+                else:
+                    self.store_partial(c, rO, HALF, mOacc, slot)
 
     @cute.jit
-    def store_half(self, c, rO, mDst, at):
-        """This warpgroup's half of the columns."""
-        if c["wg"] == 0:
-            self.store(c, rO, 0, mDst, at)
-        else:
-            self.store(c, rO, HALF, mDst, at)
-
-    @cute.jit
-    def store(self, c, rO, lo: cutlass.Constexpr, mDst, at):
+    def store(self, c, rO, lo: cutlass.Constexpr, mO, req):
         """Straight from the accumulators: 8 neighbouring columns per row and store."""
         lane, w = c["lane"], c["w"]
         for i in cutlass.range_constexpr(HALF):
             e = i % (2 * COLS)
             row = row_of((e // 4) * 2 + e % 2, lane)
             col = (lo + i) // (2 * COLS) * 64 + w * 16 + lane // 4 + 8 * ((e // 2) % 2)
-            if row < mDst.shape[1]:
-                mDst[at, row, col] = rO[lo + i].to(mDst.element_type)
+            if row < mO.shape[1]:
+                mO[req, row, col] = rO[lo + i].to(ELEMENT)
+
+    @cute.jit
+    def store_partial(self, c, rO, lo: cutlass.Constexpr, mOacc, slot):
+        """The same with permuted columns: 8 lanes store 128 bytes of a row, 4 accumulators each of two tiles."""
+        lane, w = c["lane"], c["w"]
+        v4 = cute.make_rmem_tensor((4,), Float32)
+        for i in cutlass.range_constexpr(HALF // 4):
+            h, pair = i % COLS, i // COLS
+            row = row_of(h, lane)
+            if row < mOacc.shape[1]:
+                for e in cutlass.range_constexpr(4):
+                    v4[e] = rO[lo + (2 * pair + e // 2) * 2 * COLS + h // 2 * 4 + h % 2 + e % 2 * 2]
+                at = (lo // (4 * COLS) + pair) * 32 + w * 8 + lane // 4
+                cute.autovec_copy(v4, cute.local_tile(mOacc[slot, row, None], (4,), (at,)))
 
     @cute.jit
     def total(self, sL, sM, row):
@@ -624,36 +636,6 @@ class MlaDecode:
             rO[lo + i] = rO[lo + i] + sX[t, i]
 
 
-def fake_args():
-    """Stand-ins with the promises of the op: last stride 1, other strides multiples of 8 elements, all dynamic."""
-
-    def any_int():
-        return cute.sym_int()
-
-    def stride(divisor):
-        return cute.sym_int64(divisibility=divisor)
-
-    def tensor(dtype, shape, strides, align):
-        return rt.make_fake_tensor(dtype, shape, strides, assumed_align=align)
-
-    dtype = cutlass_dtype(DTYPE)
-    B, s_q, H = any_int(), any_int(), any_int()
-    return (
-        tensor(dtype, (B, s_q, H, any_int()), (stride(8), stride(8), stride(8), 1), 16),
-        tensor(dtype, (B, s_q, H, any_int()), (stride(8), stride(8), stride(8), 1), 16),
-        tensor(dtype, (any_int(), PAGE_SIZE, WIDTH), (stride(8), stride(8), 1), 16),
-        tensor(Int32, (B, any_int()), (stride(1), 1), 4),
-        tensor(Int32, (B,), (1,), 4),
-        tensor(Float32, (any_int(),), (1,), 4),
-        tensor(dtype, (B, s_q, H, LATENT), (stride(8), stride(8), stride(8), 1), 16),
-        tensor(Float32, (B, s_q, H), (stride(1), stride(1), stride(1)), 4),
-        tensor(Float32, (any_int(),), (1,), 128),
-        Float32(1.0),
-        *[Int32(1)] * 9,
-        rt.make_fake_stream(use_tvm_ffi_env_stream=True),
-    )
-
-
 def entry():
     """What to compile: the host function and its fake arguments."""
-    return MlaDecode(), fake_args()
+    return MlaDecode(), mla_decode_arguments(ELEMENT, LATENT, ROPE, PAGE_SIZE)

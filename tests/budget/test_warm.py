@@ -1,13 +1,13 @@
 """The second process: torch imported, artifact on disk. From a Spec to a verified loaded function in at most 3 ms.
 
-Not counted, because they happen once in a process whatever it loads: `import tvm_ffi`, and the dlopen of the DSL's
+Processor time, so that a busy machine does not count: everything is in the page cache, and nothing waits. Not counted,
+because they happen once in a process whatever it loads: `import tvm_ffi`, and the dlopen of the DSL's
 runtime library. There is no device here; on a GPU the driver's own loading of the module comes on top.
 """
 
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +17,6 @@ from jitmla.store import Store
 from ..keysets import spec
 
 BUDGET_MS = 3
-SUPPORT = Path(__file__).parents[1] / "support"
 # every import of jitmla that the op itself needs is counted; torch, tvm_ffi and the runtime library are not
 CODE = """\
 import time, torch, tvm_ffi
@@ -27,15 +26,16 @@ load.runtime()
 from jitmla import registry
 from jitmla.spec import mla_decode_spec
 from jitmla.store import Store
-start = time.perf_counter()
-spec = mla_decode_spec(arch='sm_90a', dtype='bf16', kv_lora_rank=512, qk_rope_head_dim=64, page_size=64, s_q=1, heads=16,
-                       causal=True)
+start = time.process_time()
+spec = mla_decode_spec(arch='sm_90a', dtype='bf16', kv_lora_rank=512, qk_rope_head_dim=64, page_size=64, s_q=1,
+                       heads=16, causal=True)
 choice = registry.choose(spec)
-found = time.perf_counter()
+choice.key.digest
+found = time.process_time()
 entry = Store().find(choice.key)
-verified = time.perf_counter()
+verified = time.process_time()
 function = load.load(entry, spec.op, None)
-end = time.perf_counter()
+end = time.process_time()
 assert callable(function)
 print((end - start) * 1e3, (found - start) * 1e3, (verified - found) * 1e3, (end - verified) * 1e3)
 """
@@ -43,7 +43,7 @@ print((end - start) * 1e3, (found - start) * 1e3, (verified - found) * 1e3, (end
 
 @pytest.mark.skipif(toolchain.current() is None or toolchain.linker() is None,
                     reason="needs the compiler (CuTe DSL) and a C linker")
-@pytest.mark.slow
+@pytest.mark.budget
 def test_warm_start(tmp_path, capsys):
     root = os.environ.get("JITMLA_TEST_CACHE") or str(tmp_path / "cache")
     choice = registry.choose(spec("bf16", 512, 64, 16, False))
@@ -54,7 +54,7 @@ def test_warm_start(tmp_path, capsys):
         done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True,
                               env={**os.environ, "PYTHONPATH": path, "JITMLA_CACHE_DIR": root})
         runs.append([float(x) for x in done.stdout.split()])
-    total, chosen, verified, loaded = min(runs)
+    total, chosen, found, loaded = min(runs)
     with capsys.disabled():
-        print(f"\nwarm start: {total:.2f} ms = choose {chosen:.2f} + find and verify {verified:.2f} + load {loaded:.2f}")
+        print(f"\nwarm start: {total:.2f} ms = choose {chosen:.2f} + find and verify {found:.2f} + load {loaded:.2f}")
     assert total <= BUDGET_MS

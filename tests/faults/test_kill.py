@@ -1,13 +1,12 @@
-"""A process that dies while it publishes, at every step and at random moments, leaves a whole entry or none."""
+"""A process that dies while it changes the cache, at every step or at any moment, leaves a whole entry or none."""
 
 import os
 import random
+import shutil
 import signal
 import time
 
-import pytest
-
-from jitmla import store as store_module
+from jitmla import bounds, bundle, trusted
 from jitmla.compile import Built, get_or_compile
 from jitmla.store import Store
 
@@ -19,12 +18,12 @@ KEYS = [make_key(page_size=p) for p in (16, 32, 64, 128)]
 def steps_of(action):
     """The names of the fault points that `action` passes, in order."""
     passed = []
-    real = store_module.fault_point
-    store_module.fault_point = passed.append
+    real = trusted.fault_point
+    trusted.fault_point = passed.append
     try:
         action()
     finally:
-        store_module.fault_point = real
+        trusted.fault_point = real
     return passed
 
 
@@ -49,7 +48,7 @@ def die_at(step, action):
             if next(passed) == step:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        store_module.fault_point = fault_point
+        trusted.fault_point = fault_point
         action()
 
     _, status = os.waitpid(in_child(child), 0)
@@ -106,24 +105,81 @@ def test_killed_at_every_step_of_replacing_a_corrupt_entry(store, seen):
         assert recovers(store, key), steps[step]
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_killed_at_random_moments(store, seen, seed):
-    choose = random.Random(seed)
+def test_killed_at_300_random_moments(in_memory, store, seen):
+    """While it publishes, reads, pins, and evicts to a size that holds two entries."""
+    choose = random.Random(5)
 
-    def publish_for_ever():
+    def work_for_ever():
+        mine = random.Random(os.getpid())
         while True:
-            for key in KEYS:
-                publish(store, key)
-                os.rename(store.path(key), store.root / "v1" / f"gone-{time.monotonic_ns()}")
+            key = mine.choice(KEYS)
+            publish(store, key)
+            store.find(key)
+            if mine.random() < 0.1:
+                store.pin(key.digest, mine.random() < 0.3)
+            bounds.trim(store.root, mine.choice((0, 15_000)))
+            bounds.sweep(store.root)
 
-    for _ in range(12):
-        child = in_child(publish_for_ever)
-        time.sleep(choose.uniform(0.0, 0.04))
+    found = 0
+    for _ in range(300):
+        child = in_child(work_for_ever)
+        time.sleep(choose.uniform(0.0, 0.02))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        for key in KEYS:
-            whole_or_none(store, key, seen)
+        found += sum(whole_or_none(store, key, seen) is not None for key in KEYS)
+    assert found > 50
     assert all(recovers(store, key) for key in KEYS)
+    staging = store.root / "v1" / ".staging"
+    for path in staging.iterdir():
+        os.utime(path, (time.time() - 2 * bounds.STALE_SECONDS,) * 2)
+    bounds.sweep(store.root)
+    assert list(staging.iterdir()) == []
+
+
+def test_killed_at_every_step_of_an_eviction(store, seen):
+    def fill():
+        for key in KEYS:
+            publish(store, key)
+
+    def evict():
+        bounds.trim(store.root, 0)
+        bounds.sweep(store.root)
+
+    bounds_grace, bounds.GRACE = bounds.GRACE, -1.0
+    try:
+        fill()
+        steps = steps_of(evict)
+        assert steps.count("before evicting") == steps.count("evicted") == steps.count("before sweeping") == len(KEYS)
+        for step in range(len(steps)):
+            fill()
+            die_at(step, evict)
+            there = [whole_or_none(store, key, seen) is not None for key in KEYS]
+            assert there.count(False) == min(steps[:step + 1].count("evicted"), len(KEYS)), steps[step]
+            assert all(recovers(store, key) for key in KEYS)
+            evict()
+            assert list((store.root / "v1" / ".staging").iterdir()) == []
+    finally:
+        bounds.GRACE = bounds_grace
+
+
+def test_killed_at_every_step_of_an_import(store, seen, tmp_path):
+    """Some of the entries are there, each of them whole; importing again brings the rest."""
+    source = Store(tmp_path / "source")
+    bundle.write(tmp_path / "bundle", [publish(source, key) for key in KEYS[:2]])
+
+    def load():
+        for _ in bundle.load(tmp_path / "bundle", Store(store.root)):
+            pass
+
+    steps = steps_of(lambda: list(bundle.load(tmp_path / "bundle", Store(tmp_path / "rehearsal"))))
+    assert steps.count("renamed") == 2
+    for step in range(len(steps)):
+        die_at(step, load)
+        there = [whole_or_none(store, key, seen) is not None for key in KEYS[:2]]
+        assert there.count(True) == steps[:step + 1].count("renamed")
+        load()
+        assert all(store.find(key) for key in KEYS[:2])
+        shutil.rmtree(store.root)
 
 
 def test_readers_and_writers_that_race_see_whole_entries_only(store, seen):

@@ -21,6 +21,7 @@ CASES = [
     dict(lengths=[700, 64], heads=16, sinks="mixed"),
     dict(lengths=[3, 200], heads=8, s_q=2),
     dict(lengths=[0, 130, 1000], heads=63, sinks="finite"),
+    dict(lengths=[700, 2], heads=32),
     dict(lengths=[2, 700], heads=128, s_q=2),
     dict(lengths=[40] * 140, heads=16),
     dict(lengths=[70] * 70 + [900], heads=128),

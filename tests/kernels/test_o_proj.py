@@ -17,12 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jitmla
-from jitmla import dispatch, events, layouts, pick
+from jitmla import dispatch, events, layouts, pick, tune
 from jitmla.compat import deep_gemm, vllm
 from jitmla.errors import InvalidArgument, MissNotAllowed, NoTemplate
 from jitmla.ops import fp8_bmm as bmm_op
-from jitmla.ops import inv_rope_fp8_quant as quant_op
-from jitmla.ops import o_a_proj as chain_op
 from jitmla.testing import guarded
 from jitmla.testing_o_proj import (
     CHAIN_DIFF,
@@ -38,7 +36,7 @@ from jitmla.testing_o_proj import (
     product_problem,
     quant_problem,
 )
-from tests.keysets import o_proj_covering
+from tests.keysets import ARCH, covering_choices
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,21 +48,16 @@ pytestmark = [
 # Deterministic: the same examples everywhere.
 DRAWN = settings(max_examples=60, derandomize=True, database=None, deadline=None,
                  suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
-QUANT = [c for c in o_proj_covering() if c.spec.op == "inv_rope_fp8_quant"]
-BMM = [c for c in o_proj_covering() if c.spec.op == "fp8_bmm"]
+QUANT = [c for c in covering_choices("inv_rope_fp8_quant") if c.spec.arch == ARCH]
+BMM = covering_choices("fp8_bmm")
 TYPES = {"i32": torch.int32, "i64": torch.int64}
 
 
 @pytest.fixture
-def picked(monkeypatch):
-    """picked(op, variant): from now on the host picks this variant, whatever the sizes."""
-
-    def force(op, variant):
-        monkeypatch.setattr(pick, op, lambda **sizes: (variant, "forced"))
-        for module in (quant_op, bmm_op, chain_op):
-            monkeypatch.setattr(module, "_prepared", {})
-
-    return force
+def picked():
+    """picked(choice): from now on this variant is picked, whatever the sizes."""
+    yield lambda choice: jitmla.use_tunings(tune.naming(choice.spec, choice.name))
+    jitmla.use_tunings(None)
 
 
 def bits(x):
@@ -105,7 +98,7 @@ def options_of(choice):
 
 @pytest.mark.parametrize("choice", QUANT, ids=name)
 def test_every_key_of_the_quantisation(choice, picked):
-    picked("inv_rope_fp8_quant", choice.variant.name)
+    picked(choice)
     options, positions = options_of(choice), TYPES[choice.spec["positions"]]
     for i, (tokens, heads, groups) in enumerate([(1, 128, 8), (3, 128, 16), (37, 64, 8), (257, 128, 8), (1500, 16, 2)]):
         problem = quant_problem(tokens, heads=heads, groups=groups, positions=positions, seed=i, device="cuda",
@@ -119,7 +112,7 @@ def test_every_key_of_the_quantisation(choice, picked):
 
 @pytest.mark.parametrize("choice", [c for c in QUANT if not c.spec["neox"]], ids=name)
 def test_golden_vector(choice, picked):
-    picked("inv_rope_fp8_quant", choice.variant.name)
+    picked(choice)
     mode = choice.spec["scale_mode"]
     o = torch.zeros(2, 16, 512, dtype=torch.bfloat16, device="cuda")
     o[1, 5] = golden_row().cuda()
@@ -196,12 +189,12 @@ def multiply(problem, kind="tokens first"):
 def test_every_key_of_the_product(choice, picked):
     """Every variant at sizes that it would not be picked for: full and ragged tiles, one block of K, odd numbers of
     blocks, fewer tiles than SMs and many more."""
-    picked("fp8_bmm", choice.variant.name)
-    cost = pick.BMM[choice.variant.name]
+    picked(choice)
     for i, (tokens, groups, columns, k) in enumerate([
             (1, 8, 1024, 8192), (5, 3, 1024, 4224), (64, 16, 1024, 4096), (129, 2, 768, 640), (200, 1, 256, 128),
             (127, 2, 128, 8192), (1500, 8, 1024, 4096), (17, 70, 256, 256)]):
-        if columns % (cost.columns * cost.share):
+        sizes = {"groups": groups, "tokens": tokens, "columns": columns, "k": k, "sms": 132}
+        if not pick.RULES["fp8_bmm"].fits(choice.name, **sizes):
             continue
         problem = product_problem(tokens, groups=groups, columns=columns, k=k, device="cuda", seed=i,
                                   tokens_first=i % 2 == 1, scale_pad=(0, 4, 12)[i % 3])
@@ -367,7 +360,7 @@ def test_miss_during_capture_names_the_prewarm_command(monkeypatch):
     problem = product_problem(5, groups=2, columns=128, k=256, device="cuda")
     other = torch.zeros(1, device="cuda")
     jitmla.fp8_bmm(*problem.args)
-    monkeypatch.setattr(dispatch, "_plans", {})
+    monkeypatch.setattr(dispatch, "_loaded", {})
     monkeypatch.setattr(bmm_op, "_prepared", {})
     with pytest.raises(MissNotAllowed) as caught, torch.cuda.graph(torch.cuda.CUDAGraph()):
         other.add_(1)  # so that the graph is not empty

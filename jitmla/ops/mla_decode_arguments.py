@@ -1,0 +1,140 @@
+"""What mla_decode takes: every argument check, with errors that name the argument, what it got and what it takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgument, InvalidArgumentType
+from . import checks
+
+MAX_ROWS = 512
+MAX_HEADS = 128
+MAX_PAGE = 128
+REQUIRED = object()  # sm_scale has no default, and leaving it out deserves a better error than Python's
+
+
+def check(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_rank: Any, sm_scale: Any, sinks: Any,
+          out: Any, lse: Any) -> tuple[Tensor, Tensor]:
+    """Raise InvalidArgument or InvalidArgumentType unless the op is defined on these.
+
+    Returns (q_nope, q_pe), or q twice where it is one tensor."""
+    if sm_scale is REQUIRED:
+        raise InvalidArgumentType("mla_decode without sm_scale", supported="sm_scale: float, required",
+                                  differs="it cannot be inferred: it is (qk_nope_head_dim + qk_rope_head_dim)**-0.5 "
+                                  "times any YaRN mscale**2, and qk_nope_head_dim is not in the tensors",
+                                  remedy="pass it, for example sm_scale=0.1352 for DeepSeek-V3")
+    if checks.finite_number("sm_scale", sm_scale) <= 0:
+        raise InvalidArgument(f"sm_scale={sm_scale}", supported="a positive number", differs="it is not positive",
+                              remedy="look where sm_scale is computed")
+    q_nope, q_pe = _check_query(q, kv_lora_rank)
+    _check_cache(kv_cache, block_table, seq_lens, kv_lora_rank + rope_dim(q_nope, q_pe, kv_lora_rank), q_nope)
+    out_shape = (*q_nope.shape[:3], kv_lora_rank)
+    if sinks is not None:
+        checks.tensor("sinks", sinks, "[heads]", 1)
+        checks.dtype("sinks", sinks, [torch.float32])
+        checks.shape("sinks", sinks, "[heads]", [out_shape[2]])
+        checks.contiguous_last("sinks", sinks)
+        checks.device("sinks", sinks, q_nope.device)
+    _check_outputs(out, lse, out_shape, q_nope)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q_nope, q_pe, kv_cache)):
+        names = [n for n, t in (("q", q_nope), ("q_pe", q_pe), ("kv_cache", kv_cache)) if t.requires_grad]
+        raise InvalidArgument(f"mla_decode on tensors that require a gradient: {names[0]}", supported="inference only",
+                              differs="there is no backward", remedy="call it under torch.inference_mode()")
+    return q_nope, q_pe
+
+
+def check_layout(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, out: Tensor | None) -> None:
+    """Raise InvalidArgument unless the kernels can read and write these in place: alignment and row strides."""
+    for name, value in (("q", q_nope), ("q_pe", q_pe), ("kv_cache", kv_cache), ("out", out)):
+        if value is not None:
+            checks.aligned(name, value)
+    for name, value in (("q", q_nope), ("q_pe", q_pe), ("out", out)):
+        if value is not None:
+            checks.uniform_rows(name, value)
+
+
+def rope_dim(q_nope: Tensor, q_pe: Tensor, kv_lora_rank: int) -> int:
+    return q_nope.shape[3] - kv_lora_rank if q_pe is q_nope else q_pe.shape[3]
+
+
+def _check_query(q: Any, kv_lora_rank: Any) -> tuple[Tensor, Tensor]:
+    layout = "[batch, s_q, heads, kv_lora_rank + qk_rope_head_dim]"
+    if not isinstance(kv_lora_rank, int) or kv_lora_rank not in (64, 128, 256, 512):
+        raise InvalidArgument(f"kv_lora_rank={kv_lora_rank!r}", supported="64, 128, 256 or 512",
+                              differs="it is none of them",
+                              remedy="pass the width of the cached latent, without the rope part")
+    if isinstance(q, (tuple, list)):
+        if len(q) != 2:
+            raise InvalidArgumentType(f"q: a {type(q).__name__} of {len(q)}", supported="a tensor, or (q_nope, q_pe)",
+                                      differs="it is not a pair", remedy="pass the two parts, or one tensor of both")
+        q_nope, q_pe = q
+        checks.tensor("q_nope", q_nope, "[batch, s_q, heads, kv_lora_rank]", 4)
+        checks.tensor("q_pe", q_pe, "[batch, s_q, heads, qk_rope_head_dim]", 4)
+        checks.shape("q_nope", q_nope, "[batch, s_q, heads, kv_lora_rank]", [*q_nope.shape[:3], kv_lora_rank])
+        checks.shape("q_pe", q_pe, "[batch, s_q, heads, qk_rope_head_dim]", [*q_nope.shape[:3], q_pe.shape[3]])
+        checks.device("q_pe", q_pe, q_nope.device)
+        checks.dtype("q_pe", q_pe, [q_nope.dtype])
+    else:
+        q_nope = q_pe = q
+        checks.tensor("q", q, layout, 4)
+        if q.shape[3] < kv_lora_rank:
+            raise InvalidArgument(f"q: {checks.describe(q)}", supported=layout,
+                                  differs=f"its last dimension is smaller than kv_lora_rank = {kv_lora_rank}",
+                                  remedy="pass q after absorption (q_nope @ W_UK), or the pair (q_nope, q_pe)")
+    checks.dtype("q", q_nope, list(checks.DTYPE_NAMES))
+    for name, value in (("q", q_nope), ("q_pe", q_pe)):
+        checks.contiguous_last(name, value)
+    _, s_q, heads, _ = q_nope.shape
+    if s_q < 1 or not 1 <= heads <= MAX_HEADS or s_q * heads > MAX_ROWS:
+        raise InvalidArgument(f"q with s_q = {s_q} and {heads} heads",
+                              supported=f"s_q >= 1, 1 to {MAX_HEADS} heads, s_q * heads <= {MAX_ROWS}",
+                              differs=f"s_q * heads = {s_q * heads}",
+                              remedy="split the query tokens over several calls (longer suffixes are prefill)")
+    rope = rope_dim(q_nope, q_pe, kv_lora_rank)
+    if rope not in (0, 16, 32, 64):
+        name, value = ("q", q_nope) if q_nope is q_pe else ("q_pe", q_pe)
+        raise InvalidArgument(f"{name}: {checks.describe(value)}", supported="qk_rope_head_dim 0, 16, 32 or 64",
+                              differs=f"with kv_lora_rank = {kv_lora_rank} it is {rope}",
+                              remedy=f"compare the last dimension of {name} with the model's config")
+    return q_nope, q_pe
+
+
+def _check_cache(kv_cache: Any, block_table: Any, seq_lens: Any, width: int, q: Tensor) -> None:
+    batch = q.shape[0]
+    layout = "[pages, page_size, kv_lora_rank + qk_rope_head_dim]"
+    checks.tensor("kv_cache", kv_cache, layout, 3)
+    checks.device("kv_cache", kv_cache, q.device)
+    checks.dtype("kv_cache", kv_cache, [q.dtype])
+    checks.shape("kv_cache", kv_cache, layout, [*kv_cache.shape[:2], width])
+    checks.contiguous_last("kv_cache", kv_cache)
+    if not 1 <= kv_cache.shape[1] <= MAX_PAGE:
+        raise InvalidArgument(f"kv_cache: {checks.describe(kv_cache)}", supported=f"page_size 1 to {MAX_PAGE}",
+                              differs=f"page_size is {kv_cache.shape[1]}",
+                              remedy="view the cache with smaller pages, and its block table accordingly")
+    checks.tensor("block_table", block_table, "[batch, max_pages]", 2)
+    checks.dtype("block_table", block_table, [torch.int32])
+    checks.shape("block_table", block_table, "[batch, max_pages]", [batch, block_table.shape[1]])
+    checks.contiguous_last("block_table", block_table)
+    checks.device("block_table", block_table, q.device)
+    checks.tensor("seq_lens", seq_lens, "[batch]", 1)
+    checks.dtype("seq_lens", seq_lens, [torch.int32])
+    checks.shape("seq_lens", seq_lens, "[batch]", [batch])
+    checks.contiguous_last("seq_lens", seq_lens)
+    checks.device("seq_lens", seq_lens, q.device)
+
+
+def _check_outputs(out: Any, lse: Any, out_shape: tuple[int, ...], q: Tensor) -> None:
+    if out is not None:
+        checks.tensor("out", out, "[batch, s_q, heads, kv_lora_rank]", 4)
+        checks.dtype("out", out, [q.dtype])
+        checks.shape("out", out, "[batch, s_q, heads, kv_lora_rank]", out_shape)
+        checks.contiguous_last("out", out)
+        checks.device("out", out, q.device)
+    if lse is not None:
+        checks.tensor("lse", lse, "[batch, s_q, heads]", 3)
+        checks.dtype("lse", lse, [torch.float32])
+        checks.shape("lse", lse, "[batch, s_q, heads]", out_shape[:3])
+        checks.device("lse", lse, q.device)

@@ -1,0 +1,761 @@
+"""Dense paged MLA decode for sm_90a, 17 to 64 query rows (rows = s_q * heads): swapped operands, handed on from one
+warpgroup to two others.
+
+    S^T (64 tokens x ROWS)     = K . Q^T      A = K tiles (K-major),              B = Q
+    O^T (LATENT   x ROWS)      = V^T . P^T    A = the same tiles read MN-major,   B = P
+
+The query rows are the N of the MMA (32 or 64). Q takes 20 to 72 KB of shared memory, P 4 or 8, a ring of KV tiles the
+rest. With so many rows the operands that the MMAs read from shared memory matter: every tile is read by exactly one
+warpgroup as K and by exactly one as V, each with all the rows as N. Two warpgroups with half of 64 rows each would read
+every tile twice, 3264 clocks of 128 bytes a block; this way it is 2176, and the TMA writes 576 more. HBM needs about
+4000 clocks for a block.
+
+Tiling. One CTA per part (mla_split.py); a part walks over 64-token blocks, whatever the page size. SLOT_TILES tiles of
+64 x 64 are one slot of the ring (mla_ring.py), a block is (LATENT + ROPE) / 64 / SLOT_TILES slots.
+
+Pipeline. 512 threads. Warpgroup 0 has the scores and the statistics, warpgroups 1 and 2 every other pair of 64-column
+tiles of O^T, complete for all blocks: nothing is merged at the end. One warp of the last warpgroup issues the TMA and
+runs ahead, also into the next request.
+
+    TMA warp         load b0 | load b1 | load b2 | ...           waits empty[slot], arms full[slot]
+    warpgroup 0      S(b0) P(b0) | S(b1) P(b1) | S(b2) ...       waits full[slot], P_FREE; arrives at P_FULL
+    warpgroups 1, 2              | PV(b0)      | PV(b1) ...      wait P_FULL; arrive at empty[slot] slot by slot
+                                                                 (4 warps each), then at P_FREE
+    end of request   warpgroup 0: behind the last S it frees Q (q_free); sums up the weights, writes lse and 1 / sum,
+                     arrives at SUMS and goes on with the next request
+                     warpgroups 1, 2: wait SUMS, scale O^T; whole requests go to out through the slots of the last
+                     block, which they free only then; pieces of split requests to the workspace
+    end of the CTA   warpgroups 1, 2 merge the pieces of split requests together with the other CTAs (mla_combine.py)
+
+The exponents are relative to a reference: the maximum of the scores when it was last set. It is set again only when a
+score exceeds it by more than SLACK (in log2 units). P is then at most 2^SLACK, the result is the same, and nearly all
+blocks do without a reduction over the tokens and without scaling O^T.
+
+Page ids are read only for pages that hold tokens (j < ceil(L / PAGE_SIZE)): the boxes behind the end of a request
+repeat its last page, and for a request of length 0 they lie outside the tensor map and are filled with zeros. Rows
+behind the end are masked in S and cleared in V (0 * NaN).
+
+Cannot: more than ROWS query rows; page sizes other than 16, 32, 64, 128; sm_scale <= 0 (the maximum is taken before
+scaling); FP8; a ROPE width other than 64.
+"""
+
+# --- constants: replaced when rendered ---
+DTYPE = "bf16"
+LATENT = 512
+ROPE = 64
+PAGE_SIZE = 64
+CAUSAL = False
+ROWS = 64
+SLOT_TILES = 3
+RING = 6
+# --- end of constants ---
+
+from types import SimpleNamespace
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as hh
+from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.memory import SmemAllocator
+
+from common.mla_arguments import mla_decode_arguments
+from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
+from common.mla_ring import grouped_pages, packed_rows, page_of_box, ring_box, ring_boxes, ring_layout
+from common.mla_split import interval, n_blocks, partials, sharing, touch_table
+from common.sm90 import EVICT_FIRST, EVICT_NORMAL, INF, LOG2E, cutlass_dtype, ex2, row_strides, smem_atom, swz
+
+ELEMENT = cutlass_dtype(DTYPE)
+BLOCK = 64  # tokens of a block, columns of a tile
+WIDTH = LATENT + ROPE
+TILES = WIDTH // 64
+V_TILES = LATENT // 64
+SLOTS = TILES // SLOT_TILES  # per block
+SLOT_BYTES = 64 * 64 * 2 * SLOT_TILES
+BOXES = BLOCK // min(PAGE_SIZE, BLOCK)  # TMA boxes per slot: pages per block
+BOX_GROUPS = 8 // BOXES  # 8-token groups per box
+Q_BOX = 4  # tiles of a Q box
+COLS = ROWS // 4  # query rows per thread of S^T and O^T
+ACC = 2 * COLS  # accumulators of a thread per tile
+FIRST_BLOCKS = 4096 * 576 // WIDTH  # measured: evict-first is better for batches up to about 300 MB, normal beyond
+# named barriers; 5 and 6 one per warpgroup of values, 7 both
+P_FULL, P_FREE, SUMS, BAR_SCORES, BAR_VALUES, BAR_END = 1, 2, 3, 4, 5, 7
+VALUE_REGS, TMA_REGS = 176, 32  # and 128 for the scores: 65536 in all
+M_INIT = -1.0e30  # finite: -inf - maximum is never NaN
+SLACK = 14.0  # P up to 2^14: fp16 holds 2^15, and with 8 large logits moved the maximum in one block of ten
+
+assert ROWS in (32, 64) and PAGE_SIZE in (16, 32, 64, 128) and ROPE == 64 and LATENT in (256, 512)
+assert TILES % SLOT_TILES == 0 and RING >= 2 * SLOTS
+# tiles of warpgroup 1 + v in the g-th slot of a block: OWN[v][g]
+OWN = [[[i for i in range(V_TILES) if i // 2 % 2 == v and i // SLOT_TILES == g] for g in range(SLOTS)] for v in (0, 1)]
+
+
+def rows_stack(n):
+    """Shared-memory layout (ROWS rows, 64 columns, n tiles), one tile behind the other."""
+    return cute.tile_to_shape(smem_atom(ELEMENT), (ROWS, 64, n), order=(0, 1, 2))
+
+
+@cute.jit
+def over_tokens(x: Float32, is_max: cutlass.Constexpr):
+    """Reduce over the 8 lanes that hold the same query rows (lane % 4)."""
+    for k in cutlass.range_constexpr(3):
+        y = cute.arch.shuffle_sync_bfly(x, offset=4 << k)
+        x = cute.arch.fmax(x, y) if const_expr(is_max) else x + y
+    return x
+
+
+@cute.jit
+def row_of(h: cutlass.Constexpr, lane):
+    """The query row that a thread holds as its h-th."""
+    return (h // 2) * 8 + (lane % 4) * 2 + h % 2
+
+
+def at(h):
+    """Index in an accumulator of the first of a thread's two values (+ 2: the other) of its h-th query row."""
+    return (h // 2) * 4 + h % 2
+
+
+def first_of(tile):
+    """Index of a tile's first value in the O^T of the warpgroup that owns it."""
+    return (tile // 4 * 2 + tile % 2) * ACC
+
+
+@cute.jit
+def slot_of(i: cutlass.Constexpr, slot, phase):
+    """(slot, phase) of the i-th slot of a block that starts at `slot`; SLOTS: the start of the next block."""
+    s = slot + i
+    if const_expr(i == SLOTS or RING % SLOTS != 0):
+        phase = phase ^ 1 if s >= RING else phase
+        s = s - RING if s >= RING else s
+    return s, phase
+
+
+def partial_column(lane, e):
+    """Column of element e of the lane-th float4 of 128 columns in a partial result: as the accumulators have them."""
+    return e // 2 * 64 + (lane >> 3) * 16 + (lane & 7) + e % 2 * 8
+
+
+# measured: with the code for teams in the kernel the main loop is 2 to 5 % slower, even where no team is formed
+COMBINE = MlaCombine(LATENT, DTYPE, partial_column, False, BAR_END, teams=False)
+assert COMBINE.area_floats() * 4 <= RING * SLOT_BYTES
+
+
+class MlaDecode:
+    # ---------------------------------------------------------------- host
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,
+        q_pe: cute.Tensor,
+        kv_cache: cute.Tensor,
+        block_table: cute.Tensor,
+        seq_lens: cute.Tensor,
+        sinks: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        workspace: cute.Tensor,
+        semaphores: cute.Tensor,
+        sm_scale: Float32,
+        pe_offset: Int32,
+        flags: Int32,
+        parts: Int32,
+        fixed: Int32,
+        least: Int32,
+        bias: Int32,
+        stream,
+    ):
+        """q (B, s_q, H, >= LATENT) and q_pe, whose rope part starts at column pe_offset (q itself and LATENT when they
+        are joined); kv_cache (pages, PAGE_SIZE, LATENT + ROPE); block_table (B, max_pages); seq_lens (B);
+        sinks (>= H); out (B, s_q, H, LATENT); lse (B, s_q, H); workspace: see mla_split.partials; semaphores: zeros,
+        `parts` of them, left as zeros. flags: HAS_SINKS + WANTS_LSE + COOPERATIVE; without the first, sinks are not
+        read, without the second, lse is not written and may have any shape. Strides may be anything within these: q,
+        q_pe, kv_cache, out multiples of 8; the (query token, head) rows of q, q_pe and out evenly spaced. sm_scale > 0.
+        From parts on: the split; parts is at most the number of SMs."""
+        batch, s_q, heads = q.shape[0], q.shape[1], q.shape[2]
+        rows = s_q * heads
+        o_acc, lse_acc = partials(workspace, parts, rows, LATENT)
+        row, request = row_strides(out)
+        mO = cute.make_tensor(out.iterator, cute.make_layout((batch, rows, LATENT), stride=(request, row, 1)))
+
+        g2s = cpasync.CopyBulkTensorTileG2SOp()
+        tma_q, mQ = cpasync.make_tiled_tma_atom(
+            g2s, packed_rows(q, Int32(0), V_TILES), rows_stack(Q_BOX), (ROWS, 64, Q_BOX)
+        )
+        tma_pe, mQpe = cpasync.make_tiled_tma_atom(g2s, packed_rows(q_pe, pe_offset, 1), rows_stack(1), (ROWS, 64, 1))
+        tma_k, mK = cpasync.make_tiled_tma_atom(
+            g2s,
+            grouped_pages(kv_cache, PAGE_SIZE, TILES),
+            ring_box(ELEMENT, SLOT_TILES, BOXES),
+            (8, BOX_GROUPS, 64, SLOT_TILES),
+        )
+
+        def mma(a_major):
+            return hh.make_trivial_tiled_mma(
+                ELEMENT,
+                ELEMENT,
+                a_major,
+                OperandMajorMode.K,
+                Float32,
+                (1, 1, 1),
+                (64, ROWS),
+                warpgroup.OperandSource.SMEM,
+            )
+
+        self.kernel(
+            tma_q,
+            mQ,
+            tma_pe,
+            mQpe,
+            tma_k,
+            mK,
+            block_table,
+            seq_lens,
+            sinks,
+            mO,
+            lse,
+            o_acc,
+            lse_acc,
+            semaphores,
+            sm_scale * LOG2E,
+            flags,
+            batch,
+            s_q,
+            heads,
+            cutlass.max(kv_cache.shape[0], 1),
+            parts,
+            fixed,
+            least,
+            bias,
+            parts // batch,
+            (batch + parts - 1) // parts,
+            mma(OperandMajorMode.K),
+            mma(OperandMajorMode.MN),
+        ).launch(
+            grid=[parts, 1, 1],
+            block=[512, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+            use_pdl=True,
+            cooperative=(flags & COOPERATIVE) // COOPERATIVE,
+        )
+
+    # -------------------------------------------------------------- device
+    @cute.kernel
+    def kernel(
+        self,
+        tma_q: cute.CopyAtom,
+        mQ: cute.Tensor,
+        tma_pe: cute.CopyAtom,
+        mQpe: cute.Tensor,
+        tma_k: cute.CopyAtom,
+        mK: cute.Tensor,
+        table: cute.Tensor,
+        seqlens: cute.Tensor,
+        sinks: cute.Tensor,
+        mO: cute.Tensor,
+        lse: cute.Tensor,
+        o_acc: cute.Tensor,
+        lse_acc: cute.Tensor,
+        semaphores: cute.Tensor,
+        scale: Float32,
+        flags: Int32,
+        batch: Int32,
+        s_q: Int32,
+        heads: Int32,
+        pages: Int32,
+        parts: Int32,
+        fixed: Int32,
+        least: Int32,
+        bias: Int32,
+        parts_per_request: Int32,
+        requests_per_part: Int32,
+        mma_qk: cute.TiledMma,
+        mma_pv: cute.TiledMma,
+    ):
+        tid, _, _ = cute.arch.thread_idx()
+        part, _, _ = cute.arch.block_idx()
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        wg = warp_idx // 4
+        t = tid % 128
+        lane = tid % 32
+
+        smem = SmemAllocator()
+
+        def swizzled(layout):
+            return smem.allocate_tensor(ELEMENT, layout.outer, 1024, swizzle=layout.inner)
+
+        sK = swizzled(ring_layout(ELEMENT, SLOT_TILES, RING))
+        sQ = swizzled(swz(ROWS, WIDTH, ELEMENT))
+        sP = swizzled(swz(ROWS, BLOCK, ELEMENT))
+        sX = smem.allocate_tensor(Float32, cute.make_layout((4, ROWS)), 16)  # maxima or sums: warp, row
+        sM = smem.allocate_tensor(Float32, cute.make_layout(ROWS), 16)  # references at the end of a request
+        sFactor = smem.allocate_tensor(Float32, cute.make_layout(ROWS), 16)  # of O when the reference was set again
+        sInv = smem.allocate_tensor(Float32, cute.make_layout(ROWS), 16)  # 1 / sum of the weights
+        sBack = smem.allocate_tensor(Int32, cute.make_layout(ROWS), 16)  # causal: tokens at the end a row does not see
+        sAbove = smem.allocate_tensor(Int32, cute.make_layout(4), 16)  # per warp: a score is above the reference
+        sAgain = smem.allocate_tensor(Int32, cute.make_layout(1), 16)  # the reference was set again
+        sI = smem.allocate_tensor(Int32, cute.make_layout(6), 16)  # what mla_split.interval returned
+        sShare = smem.allocate_tensor(Int32, cute.make_layout(6), 16)  # what mla_split.sharing returned, r0, r1
+        full = smem.allocate_array(Int64, RING)
+        empty = smem.allocate_array(Int64, RING)
+        q_full = smem.allocate_array(Int64, 1)
+        q_free = smem.allocate_array(Int64, 1)
+
+        if warp_idx == 12:
+            for tma in (tma_q, tma_pe, tma_k):
+                cpasync.prefetch_descriptor(tma)
+        if warp_idx == 0:
+            with cute.arch.elect_one():
+                for i in cutlass.range_constexpr(RING):
+                    cute.arch.mbarrier_init(full + i, 1)
+                    cute.arch.mbarrier_init(empty + i, 8)
+                cute.arch.mbarrier_init(q_full, 1)
+                cute.arch.mbarrier_init(q_free, 4)
+            cute.arch.mbarrier_init_fence()
+
+        one = cute.make_layout(1)
+        q_tiles = cute.local_tile(sQ, (ROWS, 64), (0, None))  # (row, column, tile)
+        k_tiles = cute.local_tile(sK, (64, 64), (0, None, None))  # (token, column, tile, slot)
+        v_view = cute.make_tensor(sK.iterator, cute.select(sK.layout, mode=[1, 0, 2]))
+        v_tiles = cute.local_tile(v_view, (64, 64), (None, 0, None))  # (column, token, tile, slot)
+        tQs, tQg = cpasync.tma_partition(
+            tma_q,
+            0,
+            one,
+            cute.group_modes(cute.local_tile(q_tiles, (ROWS, 64, Q_BOX), (0, 0, None)), 0, 3),
+            cute.group_modes(cute.local_tile(mQ, (ROWS, 64, Q_BOX), (0, 0, None, None)), 0, 3),
+        )
+        tPs, tPg = cpasync.tma_partition(
+            tma_pe,
+            0,
+            one,
+            cute.group_modes(
+                cute.local_tile(cute.domain_offset((0, 0, V_TILES), q_tiles), (ROWS, 64, 1), (0, 0, 0)), 0, 3
+            ),
+            cute.group_modes(cute.local_tile(mQpe, (ROWS, 64, 1), (0, 0, 0, None)), 0, 3),
+        )
+        tKs, tKg = cpasync.tma_partition(
+            tma_k,
+            0,
+            one,
+            cute.group_modes(cute.make_tensor(sK.iterator, ring_boxes(SLOT_TILES, BOXES, RING)), 0, 4),
+            cute.group_modes(cute.local_tile(mK, (8, BOX_GROUPS, 64, SLOT_TILES), (0, None, 0, None, None)), 0, 4),
+        )
+        qk = mma_qk.get_slice(t)
+        pv = mma_pv.get_slice(t)
+        # P^T and O^T leave the registers transposed: the rows in memory are query rows
+        stsm = cute.make_tiled_copy_C(cute.make_copy_atom(warp.StMatrix8x8x16bOp(True, 4), ELEMENT), mma_qk)
+        stsm_thr = stsm.get_slice(t)
+        p_view = cute.make_tensor(sP.iterator, cute.select(sP.layout, mode=[1, 0]))  # (token, query row)
+
+        # read-only in loops and branches: what is assigned there would have to be a value of the program
+        c = SimpleNamespace(
+            full=full,
+            empty=empty,
+            q_full=q_full,
+            q_free=q_free,
+            tma_q=tma_q,
+            tQs=tQs,
+            tQg=tQg,
+            tma_pe=tma_pe,
+            tPs=tPs,
+            tPg=tPg,
+            tma_k=tma_k,
+            tKs=tKs,
+            tKg=tKg,
+            sK=sK,
+            k_tiles=k_tiles,
+            o_tiles=cute.local_tile(v_tiles, (64, ROWS), (0, 0, None, None)),  # (column, query row, tile, slot)
+            sX=sX,
+            sM=sM,
+            sFactor=sFactor,
+            sInv=sInv,
+            sBack=sBack,
+            sAbove=sAbove,
+            sAgain=sAgain,
+            sI=sI,
+            s_shape=qk.partition_shape_C((BLOCK, ROWS)),
+            op_qk=mma_qk.op,
+            op_pv=mma_pv.op,
+            tK=qk.make_fragment_A(qk.partition_A(sK)),
+            tQ=qk.make_fragment_B(qk.partition_B(q_tiles)),
+            tV=pv.make_fragment_A(pv.partition_A(v_tiles)),
+            tP=pv.make_fragment_B(pv.partition_B(sP)),
+            stsm=stsm,
+            stsm_thr=stsm_thr,
+            tPst=stsm_thr.partition_D(p_view),
+            seqlens=seqlens,
+            scale=scale,
+            part=part,
+            lane=lane,
+            t=t,
+            w=warp_idx % 4,
+        )
+
+        if warp_idx == 13:
+            touch_table(table, seqlens, batch, part, parts_per_request, requests_per_part, PAGE_SIZE, lane)
+        # everything above overlaps the previous kernel's tail
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()  # all CTAs run: nobody can take the SM of one that others wait for
+        if warp_idx == 12:
+            r0, r1, j0, j1, total, unit = interval(
+                seqlens, batch, part, parts, fixed, least, bias, parts_per_request, requests_per_part, lane
+            )
+            if lane == 0:
+                sI[0] = r0
+                sI[1] = r1
+                sI[2] = j0
+                sI[3] = j1
+                sI[4] = total
+                sI[5] = unit
+        if const_expr(CAUSAL):
+            # not on tid: the compiler would not take the warps for converged, and move descriptors for every MMA
+            if warp_idx < ROWS // 32:
+                sBack[tid] = cutlass.max(s_q - 1 - tid // heads, 0)
+        cute.arch.sync_threads()
+        if wg == 3:
+            cute.arch.setmaxregister_decrease(TMA_REGS)
+            if warp_idx == 12:
+                self.produce(c, table, pages)
+        elif wg == 0:
+            self.scores(c, lse, lse_acc, sinks, flags, s_q, heads)
+        else:
+            cute.arch.setmaxregister_increase(VALUE_REGS)
+            # while the first loads are under way; a branch on tid would make the compiler take the warps for diverged
+            if warp_idx == 4:
+                p0, n, sharers, started = sharing(seqlens, part, parts_per_request, sI[5], sI[0], sI[1], sI[2], sI[3])
+                if lane == 0:
+                    sShare[0] = p0
+                    sShare[1] = n
+                    sShare[2] = sharers
+                    sShare[3] = started
+                    sShare[4] = sI[0]
+                    sShare[5] = sI[1]
+            if wg == 1:
+                self.values(c, 0, mO, o_acc)
+            else:
+                self.values(c, 1, mO, o_acc)
+            # every load into the ring has been waited for; SUMS ordered what warpgroup 0 wrote to lse_acc
+            area = cute.recast_ptr(sK.iterator, dtype=Float32)
+            COMBINE.run(
+                area, sShare, mO, lse, sinks, o_acc, lse_acc, semaphores, flags, heads, part, Int32(0), Int32(1),
+                Int32(0), s_q * heads, tid - 128,
+            )  # fmt: skip
+
+    @cute.jit
+    def piece(self, c, req):
+        """(length, first block, end block, has it the whole request) of a request of this CTA."""
+        seqlen = c.seqlens[req]
+        blocks = n_blocks(seqlen)
+        b0 = c.sI[2] if req == c.sI[0] else Int32(0)
+        b1 = c.sI[3] if (req == c.sI[1] and c.sI[3] > 0) else blocks
+        return seqlen, b0, b1, b0 == 0 and b1 == blocks
+
+    # ------------------------------------------------------------ TMA warp
+    @cute.jit
+    def load_q(self, c, req):
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(c.q_full, ROWS * WIDTH * 2)
+        for i in cutlass.range_constexpr(V_TILES // Q_BOX):
+            cute.copy(c.tma_q, c.tQg[None, i, req], c.tQs[None, i], tma_bar_ptr=c.q_full)
+        cute.copy(c.tma_pe, c.tPg[None, req], c.tPs, tma_bar_ptr=c.q_full)
+
+    @cute.jit
+    def produce(self, c, table, pages):
+        lane, sI = c.lane, c.sI
+        slot = Int32(0)
+        phase = Int32(1)
+        phase_q = Int32(0)
+        policy = Int64(EVICT_FIRST) if sI[4] <= FIRST_BLOCKS else Int64(EVICT_NORMAL)
+        for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
+            seqlen, b0, b1, _ = self.piece(c, req)
+            last = (seqlen + (PAGE_SIZE - 1)) // PAGE_SIZE - 1
+            page = page_of_box(table, req, b0, last, lane, pages, PAGE_SIZE)
+            if req == sI[0]:
+                self.load_q(c, req)
+            for j in cutlass.range(b0, b1, unroll=1):
+                following = page_of_box(table, req, cutlass.min(j + 1, b1 - 1), last, lane, pages, PAGE_SIZE)
+                box_pages = [page]
+                if const_expr(BOXES > 1):
+                    box_pages = [cute.arch.shuffle_sync(page, offset=u) for u in range(BOXES)]
+                part_of_page = j % (PAGE_SIZE // BLOCK) if const_expr(PAGE_SIZE > BLOCK) else 0
+                for i in cutlass.range_constexpr(SLOTS):
+                    full = c.full + slot
+                    cute.arch.mbarrier_wait(c.empty + slot, phase)
+                    with cute.arch.elect_one():
+                        cute.arch.mbarrier_arrive_and_expect_tx(full, SLOT_BYTES)
+                    for u in cutlass.range_constexpr(BOXES):
+                        cute.copy(
+                            c.tma_k,
+                            c.tKg[None, part_of_page, i, box_pages[u]],
+                            c.tKs[None, u, slot],
+                            tma_bar_ptr=full,
+                            cache_policy=policy,
+                        )
+                    slot = slot + 1
+                    phase = phase ^ 1 if slot == RING else phase
+                    slot = Int32(0) if slot == RING else slot
+                page = following
+                if j == b0 and req != sI[0]:
+                    cute.arch.mbarrier_wait(c.q_free, phase_q)  # the last scores of the previous request are there
+                    phase_q = phase_q ^ 1
+                    self.load_q(c, req)
+
+    # -------------------------------------------------------------- scores
+    @cute.jit
+    def raise_reference(self, c, rS, rM, rL):
+        """Set the reference to the maximum so far: over two registers, 8 lanes, 4 warps."""
+        lane, sX, sFactor = c.lane, c.sX, c.sFactor
+        for h in cutlass.range_constexpr(COLS):
+            top = over_tokens(cute.arch.fmax(rS[at(h)], rS[at(h) + 2]), True)
+            if lane < 4:
+                sX[c.w, row_of(h, lane)] = top
+        cute.arch.barrier(barrier_id=BAR_SCORES, number_of_threads=128)
+        for h in cutlass.range_constexpr(COLS):
+            row = row_of(h, lane)
+            top = cute.arch.fmax(cute.arch.fmax(sX[0, row], sX[1, row]), cute.arch.fmax(sX[2, row], sX[3, row]))
+            m = cute.arch.fmax(rM[h], top * c.scale)
+            factor = ex2(rM[h] - m)
+            rM[h] = m
+            rL[h] = rL[h] * factor
+            if c.w == 0 and lane < 4:
+                sFactor[row] = factor
+
+    @cute.jit
+    def score_block(self, c, rM, rL, slot, phase, tok0, seqlen, cut, min_lim, number, is_last):
+        """Scores and weights of one block. cut: tokens of the piece; min_lim: tokens that every row may see;
+        number: of the block in this CTA; is_last: of this request."""
+        lane, w, scale = c.lane, c.w, c.scale
+        sAbove, sAgain = c.sAbove, c.sAgain  # storing through c would make all of it loop-carried
+        rS = cute.make_rmem_tensor(c.s_shape, Float32)
+        rP = cute.make_rmem_tensor(c.s_shape, ELEMENT)
+        # S^T = K Q^T
+        qk = cute.make_mma_atom(c.op_qk)
+        qk.set(warpgroup.Field.ACCUMULATE, False)
+        for g in cutlass.range_constexpr(SLOTS):
+            s, ph = slot_of(g, slot, phase)
+            cute.arch.mbarrier_wait(c.full + s, ph)
+            # a shuffle: the descriptors of this slot are then computed here and not moved to and fro before the wait
+            s = cute.arch.make_warp_uniform(s)
+            warpgroup.fence()
+            for i in cutlass.range_constexpr(SLOT_TILES):
+                for x in cutlass.range_constexpr(4):
+                    tile = g * SLOT_TILES + i
+                    cute.gemm(qk, rS, c.tK[None, None, (x, i), s], c.tQ[None, None, x, tile], rS)
+                    qk.set(warpgroup.Field.ACCUMULATE, True)
+            warpgroup.commit_group()
+        warpgroup.wait_group(0)
+        if is_last:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(c.q_free)
+        if tok0 + BLOCK > min_lim:
+            for h in cutlass.range_constexpr(COLS):
+                lim = cut
+                if const_expr(CAUSAL):
+                    lim = cutlass.min(cut, seqlen - c.sBack[row_of(h, lane)])
+                for u in cutlass.range_constexpr(2):
+                    tok = tok0 + w * 16 + lane // 4 + 8 * u
+                    rS[at(h) + 2 * u] = rS[at(h) + 2 * u] if tok < lim else -Float32(INF)
+        # what is written from here on was read for the block before
+        if number > 0:
+            cute.arch.barrier(barrier_id=P_FREE, number_of_threads=384)
+        above = -Float32(INF)
+        for h in cutlass.range_constexpr(COLS):
+            above = cute.arch.fmax(above, cute.arch.fmax(rS[at(h)], rS[at(h) + 2]) * scale - rM[h])
+        above_any = Int32(1) if cute.arch.vote_any_sync(above > SLACK) else Int32(0)
+        if lane == 0:
+            sAbove[w] = above_any
+        cute.arch.barrier(barrier_id=BAR_SCORES, number_of_threads=128)
+        again = sAbove[0] | sAbove[1] | sAbove[2] | sAbove[3]
+        if again != 0:
+            self.raise_reference(c, rS, rM, rL)
+        if c.t == 0:
+            sAgain[0] = again
+        for h in cutlass.range_constexpr(COLS):
+            a = ex2(rS[at(h)] * scale - rM[h])
+            b = ex2(rS[at(h) + 2] * scale - rM[h])
+            rS[at(h)] = a
+            rS[at(h) + 2] = b
+            rL[h] = rL[h] + (a + b)
+        rP.store(rS.load().to(ELEMENT))
+        cute.copy(c.stsm, c.stsm_thr.retile(rP), c.tPst)
+        if tok0 + BLOCK > seqlen:
+            self.clear_tail(c, slot, phase, cutlass.max(seqlen - tok0, 0))
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier_arrive(barrier_id=P_FULL, number_of_threads=384)
+
+    @cute.jit
+    def clear_tail(self, c, slot, phase, valid):
+        """Clear the V rows from `valid` on: 0 * NaN."""
+        sK = c.k_tiles
+        for row in cutlass.range(valid + c.w, BLOCK, 4, unroll=1):
+            for i in cutlass.range_constexpr(V_TILES):
+                s, _ = slot_of(i // SLOT_TILES, slot, phase)
+                for e in cutlass.range_constexpr(2):
+                    sK[row, c.lane * 2 + e, i % SLOT_TILES, s] = ELEMENT(0.0)
+
+    @cute.jit
+    def scores(self, c, lse, lse_acc, sinks, flags, s_q, heads):
+        """Warpgroup 0."""
+        lane, t, sX, sM, sInv, sI = c.lane, c.t, c.sX, c.sM, c.sInv, c.sI
+        rM = cute.make_rmem_tensor((COLS,), Float32)
+        rL = cute.make_rmem_tensor((COLS,), Float32)
+        slot = Int32(0)
+        phase = Int32(0)
+        phase_q = Int32(0)
+        number = Int32(0)
+        for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
+            seqlen, b0, b1, whole = self.piece(c, req)
+            cut = cutlass.min(seqlen, b1 * BLOCK)
+            min_lim = cut
+            if const_expr(CAUSAL):
+                min_lim = cutlass.min(cut, seqlen - (s_q - 1))
+            rM.fill(M_INIT)
+            rL.fill(0.0)
+            cute.arch.mbarrier_wait(c.q_full, phase_q)
+            phase_q = phase_q ^ 1
+            for j in cutlass.range(b0, b1, unroll=1):
+                self.score_block(c, rM, rL, slot, phase, j * BLOCK, seqlen, cut, min_lim, number, j == b1 - 1)
+                number = number + 1
+                slot, phase = slot_of(SLOTS, slot, phase)
+            # sums of the weights
+            cute.arch.barrier(barrier_id=BAR_SCORES, number_of_threads=128)  # sX may still be read
+            for h in cutlass.range_constexpr(COLS):
+                total = over_tokens(rL[h], False)
+                if lane < 4:
+                    sX[c.w, row_of(h, lane)] = total
+                    if c.w == 0:
+                        sM[row_of(h, lane)] = rM[h]
+            cute.arch.barrier(barrier_id=BAR_SCORES, number_of_threads=128)
+            if t < ROWS:
+                total = (sX[0, t] + sX[1, t]) + (sX[2, t] + sX[3, t])
+                weights = total
+                if (flags & HAS_SINKS) != 0 and whole and t < s_q * heads:
+                    weights = total + ex2(sinks[t % heads] * LOG2E - sM[t])
+                sInv[t] = cute.arch.rcp_approx(weights) if total > 0.0 else Float32(0.0)
+                if t < s_q * heads:
+                    value = cute.math.log2(total, fastmath=True) + sM[t] if total > 0.0 else -Float32(INF)
+                    if not whole:
+                        lse_acc[self.piece_slot(c, b0), t] = value
+                    elif (flags & WANTS_LSE) != 0:
+                        lse[req, t // heads, t % heads] = value * (1.0 / LOG2E)
+            cute.arch.barrier_arrive(barrier_id=SUMS, number_of_threads=384)
+
+    @cute.jit
+    def piece_slot(self, c, b0):
+        """Slot of the partial results of a piece that starts at block b0."""
+        return 2 * c.part if b0 > 0 else 2 * c.part + 1
+
+    # -------------------------------------------------------------- values
+    @cute.jit
+    def scale_o(self, c, rO, sScale):
+        for k in cutlass.range_constexpr(COLS // 2):
+            pair = cute.make_rmem_tensor((2,), Float32)
+            cute.autovec_copy(cute.local_tile(sScale, (2,), (k * 4 + c.lane % 4,)), pair)
+            for i in cutlass.range_constexpr(cute.size(rO) // ACC):
+                for e in cutlass.range_constexpr(4):
+                    rO[i * ACC + k * 4 + e] = rO[i * ACC + k * 4 + e] * pair[e % 2]
+
+    @cute.jit
+    def free_slot(self, c, s):
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(c.empty + s)
+
+    @cute.jit
+    def value_block(self, c, v: cutlass.Constexpr, rO, slot, phase, keep):
+        """O^T += V^T P^T of one block; frees its slots unless `keep`."""
+        for g in cutlass.range_constexpr(SLOTS):
+            s, ph = slot_of(g, slot, phase)
+            cute.arch.mbarrier_wait(c.full + s, ph)  # landed long ago; makes what the TMA wrote visible here too
+        cute.arch.barrier(barrier_id=P_FULL, number_of_threads=384)
+        if c.sAgain[0] != 0:
+            self.scale_o(c, rO, c.sFactor)
+        pv = cute.make_mma_atom(c.op_pv)
+        pv.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.fence()
+        for g in cutlass.range_constexpr(SLOTS):
+            s, _ = slot_of(g, slot, phase)
+            for tile in OWN[v][g]:
+                rOi = cute.make_tensor(rO.iterator + first_of(tile), cute.make_layout(c.s_shape))
+                for x in cutlass.range_constexpr(4):
+                    tV = c.tV[None, None, x, tile % SLOT_TILES, s]
+                    cute.gemm(pv, rOi, tV, c.tP[None, None, x], rOi)
+            if const_expr(len(OWN[v][g]) > 0):
+                warpgroup.commit_group()
+        for g in cutlass.range_constexpr(SLOTS):
+            warpgroup.wait_group(sum(1 for later in OWN[v][g + 1 :] if later))
+            if not keep:
+                self.free_slot(c, slot_of(g, slot, 0)[0])
+
+    @cute.jit
+    def values(self, c, v: cutlass.Constexpr, mO, o_acc):
+        """Warpgroup 1 + v: its tiles of O^T."""
+        sI = c.sI
+        rO = cute.make_rmem_tensor((V_TILES // 2 * ACC,), Float32)
+        slot = Int32(0)
+        phase = Int32(0)
+        for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
+            _, b0, b1, whole = self.piece(c, req)
+            rO.fill(0.0)
+            out_slot = slot
+            for j in cutlass.range(b0, b1, unroll=1):
+                self.value_block(c, v, rO, slot, phase, whole and j == b1 - 1)
+                if j < b1 - 1:
+                    cute.arch.barrier_arrive(barrier_id=P_FREE, number_of_threads=384)
+                out_slot = slot
+                slot, phase = slot_of(SLOTS, slot, phase)
+            cute.arch.barrier(barrier_id=SUMS, number_of_threads=384)
+            self.scale_o(c, rO, c.sInv)
+            if req < sI[1]:
+                cute.arch.barrier_arrive(barrier_id=P_FREE, number_of_threads=384)
+            if whole:
+                self.store_whole(c, v, rO, mO, req, out_slot)
+            else:
+                self.store_piece(c, v, rO, o_acc, self.piece_slot(c, b0))
+
+    @cute.jit
+    def store_whole(self, c, v: cutlass.Constexpr, rO, mO, req, slot):
+        """To `out`, through the tiles that this warpgroup has just read as V; then frees their slots."""
+        for g in cutlass.range_constexpr(SLOTS):
+            s, _ = slot_of(g, slot, 0)
+            for tile in OWN[v][g]:
+                rOi = cute.make_tensor(rO.iterator + first_of(tile), cute.make_layout(c.s_shape))
+                rX = cute.make_rmem_tensor(c.s_shape, ELEMENT)
+                rX.store(rOi.load().to(ELEMENT))
+                tOs = c.stsm_thr.partition_D(c.o_tiles[None, None, tile % SLOT_TILES, s])
+                cute.copy(c.stsm, c.stsm_thr.retile(rX), tOs)
+        cute.arch.barrier(barrier_id=BAR_VALUES + v, number_of_threads=128)
+        rY = cute.make_rmem_tensor((8,), ELEMENT)
+        for g in cutlass.range_constexpr(SLOTS):
+            s, _ = slot_of(g, slot, 0)
+            for tile in OWN[v][g]:
+                for i in cutlass.range_constexpr(ROWS // 16):
+                    row = i * 16 + c.t // 8
+                    cute.autovec_copy(
+                        cute.local_tile(c.k_tiles[row, None, tile % SLOT_TILES, s], (8,), (c.t % 8,)), rY
+                    )
+                    if row < mO.shape[1]:
+                        cute.autovec_copy(rY, cute.local_tile(mO[req, row, None], (8,), (tile * 8 + c.t % 8,)))
+        cute.arch.fence_view_async_shared()  # the TMA will overwrite what was read
+        cute.arch.sync_warp()
+        for g in cutlass.range_constexpr(SLOTS):
+            self.free_slot(c, slot_of(g, slot, 0)[0])
+
+    @cute.jit
+    def store_piece(self, c, v: cutlass.Constexpr, rO, o_acc, at_slot):
+        """To the workspace with permuted columns: a row of two tiles has four accumulators of a thread, 128 bytes of 8
+        lanes."""
+        v4 = cute.make_rmem_tensor((4,), Float32)
+        for h in cutlass.range_constexpr(COLS):
+            row = row_of(h, c.lane)
+            if row < o_acc.shape[1]:
+                for pair in cutlass.range_constexpr(v, V_TILES // 2, 2):
+                    for e in cutlass.range_constexpr(4):
+                        v4[e] = rO[first_of(2 * pair + e // 2) + at(h) + e % 2 * 2]
+                    to = pair * 32 + c.w * 8 + c.lane // 4
+                    cute.autovec_copy(v4, cute.local_tile(o_acc[at_slot, row, None], (4,), (to,)))
+
+
+def entry():
+    """What to compile: the host function and its fake arguments."""
+    return MlaDecode(), mla_decode_arguments(ELEMENT, LATENT, ROPE, PAGE_SIZE)

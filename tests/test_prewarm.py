@@ -1,0 +1,302 @@
+"""Many Keys at once: several archs, Keys from a file, exit codes for a script, resuming, and how long it takes."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from jitmla import bounds, compile, lock, models, prewarm, registry
+from jitmla.cli import app
+from jitmla.compile import Built
+from jitmla.errors import CompileFailed
+from jitmla.pool import Pool
+from jitmla.store import LOCKS, Store
+
+from .support.keys import KERNELS, SO_BYTES
+from .support.processes import alive, at_once, running, wait_until
+from .support.tiny import SOURCE as TINY
+from .support.tiny import needs_compiler, tiny_key
+
+MODEL = ["--model", "deepseek-v3", "--tp", "8"]
+
+
+def cli(*args, **options):
+    return CliRunner().invoke(app, [str(a) for a in args], catch_exceptions=False, env={"COLUMNS": "200"}, **options)
+
+
+def objects(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def builder(monkeypatch):
+    """A compiler that takes no time; it fails for the page sizes in `builder.refuses`."""
+    def build(key, source, **_):
+        if key.spec["page_size"] in build.refuses:
+            raise CompileFailed(f"to compile {key.name}", differs="it is refused")
+        return Built(SO_BYTES, source, KERNELS, 0.0)
+
+    build.refuses = ()
+    monkeypatch.setattr(compile, "build", build)
+    return build
+
+
+# ------------------------------------------------------------------------------------------------------ several archs
+
+
+def test_what_has_no_template_is_reported_and_the_rest_is_compiled(builder):
+    done = cli("prewarm", *MODEL, "--arch", "sm_90a,sm_100a", "--page-size", "64", "--json")
+    found = objects(done.stdout)
+    assert done.exit_code == 3
+    by_arch = {arch: [o for o in found if o["spec"]["arch"] == arch] for arch in ("sm_90a", "sm_100a")}
+    assert {o["status"] for o in by_arch["sm_90a"]} == {"compiled"}
+    for o in by_arch["sm_100a"]:
+        assert (o["status"], o["key"], o["error"]) == ("unserved", None, "NoTemplate")
+        assert "arch=sm_100a" in o["differs"]
+    assert {o["key"] for o in by_arch["sm_90a"]} == {
+        k.digest for k in models.keys_for("deepseek-v3", tp=8, page_sizes=[64])}
+    told = cli("prewarm", *MODEL, "--arch", "sm_90a,sm_100a", "--page-size", "64")
+    counts = f"{len(by_arch['sm_90a'])} hit, {len(by_arch['sm_100a'])} unserved"
+    assert told.exit_code == 3 and counts in told.stdout and "arch=sm_100a" in told.stderr
+
+
+def test_failed_outranks_unserved(builder):
+    builder.refuses = (64,)
+    assert cli("prewarm", *MODEL, "--arch", "sm_90a,sm_100a", "--page-size", "64").exit_code == 1
+
+
+def test_a_page_size_that_nobody_serves_among_others(builder):
+    done = cli("prewarm", *MODEL, "--arch", "sm_90a", "--page-size", "64", "--page-size", "48", "--json")
+    assert done.exit_code == 3
+    assert {(o["spec"]["page_size"], o["status"]) for o in objects(done.stdout)} == {(64, "compiled"), (48, "unserved")}
+
+
+def test_an_arch_that_does_not_exist_stops_everything(builder, store):
+    assert cli("prewarm", *MODEL, "--arch", "sm_90a,sm_90").exit_code == 2
+    assert list(store.entries()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------- --keys-from
+
+
+def test_keys_from_what_prewarm_printed(builder, tmp_path, store):
+    builder.refuses = (16,)
+    first = cli("prewarm", *MODEL, "--arch", "sm_90a,sm_100a", "--json")
+    (tmp_path / "keys.jsonl").write_text(first.stdout)
+    before = sorted((o["status"], o["spec"]["arch"]) for o in objects(first.stdout))
+    assert {status for status, _ in before} == {"compiled", "failed", "unserved"}
+    builder.refuses = ()
+    compile.forget_failures()
+    bounds.sweep(store.root, failures=True)
+    again = cli("prewarm", "--keys-from", tmp_path / "keys.jsonl", "--json")
+    assert again.exit_code == 3
+    became = {"compiled": "hit", "failed": "compiled", "unserved": "unserved"}
+    assert sorted((o["status"], o["spec"]["arch"]) for o in objects(again.stdout)) == sorted(
+        (became[status], arch) for status, arch in before)
+
+
+@pytest.mark.parametrize("form", ["list", "lines", "stdin"])
+def test_keys_from_specs(builder, tmp_path, form):
+    specs = [spec.as_dict() for spec in models.specs_for("kimi-k2", tp=8, arch="sm_90a", page_sizes=[64])]
+    text = json.dumps(specs) if form == "list" else "\n\n".join(map(json.dumps, specs))
+    (tmp_path / "specs.json").write_text(text)
+    done = (cli("prewarm", "--keys-from", "-", "--json", input=text) if form == "stdin" else
+            cli("prewarm", "--keys-from", tmp_path / "specs.json", "--json"))
+    assert done.exit_code == 0 and [o["spec"] for o in objects(done.stdout)] != []
+    assert {json.dumps(o["spec"]) for o in objects(done.stdout)} == {json.dumps(s) for s in specs}
+
+
+def test_keys_from_for_another_arch(builder, tmp_path):
+    [spec] = models.specs_for("deepseek-v3", tp=8, arch="sm_100a", page_sizes=[64], max_s_q=1)
+    facts = spec.as_dict()
+    del facts["arch"]
+    (tmp_path / "specs.json").write_text(json.dumps([facts, spec.as_dict()]))
+    [found] = objects(cli("prewarm", "--keys-from", tmp_path / "specs.json", "--arch", "sm_90a", "--json").stdout)
+    assert (found["status"], found["spec"]["arch"]) == ("compiled", "sm_90a")
+
+
+@pytest.mark.parametrize("text, differs", [
+    ("{", "line 1: Expecting"), ("[1]", "item 0: 1 is no Spec"), ("[", "Expecting"), ('"x"', 'line 1: "x" is no Spec'),
+    ('{"op": "mla_decode", "arch": "sm_90a"}', "'dtype' is missing"), ('{"op": "conv"}', "no such op"),
+    ('\n{"spec": {"op": 3}}', "line 2")])
+def test_a_file_of_something_else(builder, tmp_path, text, differs):
+    (tmp_path / "keys").write_text(text)
+    done = cli("prewarm", "--keys-from", tmp_path / "keys", "--json")
+    [problem] = objects(done.stdout)
+    assert done.exit_code == 2 and problem["error"] == "InvalidArgument" and differs in problem["differs"]
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    assert cli("prewarm", "--keys-from", tmp_path / "nothing").exit_code == 2
+
+
+@pytest.mark.parametrize("args", [["--keys-from", "x", *MODEL], ["--keys-from", "x", "--spec", "rows=8"],
+                                  ["--keys-from", "x", "--page-size", "64"], []])
+def test_options_that_exclude_each_other(args):
+    assert cli("prewarm", *args).exit_code == 2
+
+
+# ------------------------------------------------------------------------------------------------------------ resuming
+
+
+@needs_compiler
+def test_interrupted_it_keeps_what_is_done_and_goes_on_from_there(python_env, store, tmp_path):
+    """The real command, pool and compiler. The kernels are tiny; the third one hangs until it is let go."""
+    note = tmp_path / "note"
+    hang = (f"import os, pathlib, time\npathlib.Path({str(note)!r}).write_text(str(os.getpid()))\n"
+            f"while not pathlib.Path({str(tmp_path / 'go')!r}).exists(): time.sleep(0.01)\n")
+    program = ("from jitmla import registry\nfrom jitmla.cli import main\nfrom tests.support.tiny import SOURCE\n"
+               f"registry.Choice.source = lambda self: ({hang!r} if self.spec['page_size'] == 64 else '') + SOURCE\n"
+               "main()\n")
+    command = [sys.executable, "-c", program, "prewarm", *MODEL, "--arch", "sm_90a", "--max-s-q", "1", "--json"]
+    first = subprocess.Popen([*command, "--jobs", "1"], env=python_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True)
+    try:
+        assert wait_until(lambda: note.exists() and note.read_text(), 60)
+        first.send_signal(signal.SIGINT)
+        out, err = first.communicate(timeout=20)
+    finally:
+        first.kill()
+    assert first.returncode == 130 and "Traceback" not in err
+    done = {o["key"] for o in objects(out)}
+    assert len(done) == 2 and {found.digest for found in store.entries()} == done
+    assert wait_until(lambda: not alive(int(note.read_text())))
+    (tmp_path / "go").touch()
+    second = subprocess.run(command, env=python_env, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    assert {o["key"] for o in objects(second.stdout) if o["status"] == "hit"} == done
+    assert [o["status"] for o in objects(second.stdout)].count("compiled") == 2
+
+
+# --------------------------------------------------------------------------------------------------------- the figures
+
+
+@needs_compiler
+def test_16_keys_on_2_cores_take_at_most_0_6_of_16_single_compiles(store, monkeypatch):
+    """Wall time; single compiles before and after, so that a machine that gets busy meanwhile does not decide."""
+    monkeypatch.setattr(registry.Choice, "source", lambda self: TINY)
+    specs = models.specs_for("deepseek-v3", tp=16, arch="sm_90a")
+    wanted, _ = prewarm.choices(specs)
+    assert len(wanted) >= 16
+
+    def single():
+        start = time.perf_counter()
+        for choice in wanted[:2]:
+            compile.build(choice.key, TINY)
+        return (time.perf_counter() - start) / 2
+
+    before = single()
+    start = time.perf_counter()
+    outcomes = list(prewarm.run(wanted[:16], store, 2))
+    together = time.perf_counter() - start
+    assert [o.status for o in outcomes] == ["compiled"] * 16
+    alone = 16 * max(before, single())
+    assert together <= 0.6 * alone, (together, alone)
+
+
+def each_in_every_process(keys, root, build):
+    """What each of 64 processes finds under each Key, having asked for all of them in an order of its own start."""
+    def action(i):
+        found = {}
+        for key in keys:
+            entry = compile.get_or_compile(key, lambda: TINY, Store(root), builder=build)
+            found[key.digest] = entry.manifest["files"]["kernel.so"]["sha256"]
+        return found
+
+    return action
+
+
+def test_64_processes_and_8_keys_compile_8_times(store, tmp_path):
+    keys = [tiny_key(page_size=n) if registry.choose(spec).key.toolchain else registry.choose(spec).key
+            for n, spec in enumerate(models.specs_for("deepseek-v3", tp=8, arch="sm_90a")[:8], 1)]
+
+    def slow(key, source, store=None):
+        with open(tmp_path / "compiles", "a") as file:
+            file.write(f"{key.digest}\n")
+        time.sleep(0.1)
+        return Built(SO_BYTES + key.digest.encode(), source, KERNELS, 0.1)
+
+    results = at_once(64, each_in_every_process(keys, store.root, slow), tmp_path)
+    assert sorted((tmp_path / "compiles").read_text().split()) == sorted(key.digest for key in keys)
+    assert all(result == results[0] and len(result) == 8 for result in results)
+    assert all(store.find(key) for key in keys)
+
+
+def test_who_waits_says_for_whom_and_takes_what_the_other_made(store, monkeypatch, seen):
+    """And when that process is killed, compiles it."""
+    [choice], _ = prewarm.choices(models.specs_for("deepseek-v3", tp=8, arch="sm_90a", page_sizes=[64], max_s_q=1))
+    built = Built(SO_BYTES, "# a kernel\n", KERNELS, 0.0)
+    monkeypatch.setattr(lock, "WAIT_EVENT_SECONDS", 0.1)
+    monkeypatch.setattr(compile, "build", lambda *args, **options: built)
+    holder = store.side_folder(LOCKS) / f"{choice.key.digest}.holder"
+
+    def other(seconds):
+        def slow(key, source, store=None):
+            time.sleep(seconds)
+            return built
+        return lambda: compile.get_or_compile(choice.key, choice.source, Store(store.root), builder=slow)
+
+    with running(other(600)) as pid:
+        assert wait_until(holder.exists)
+        threading.Timer(0.4, lambda: os.kill(pid, signal.SIGKILL)).start()
+        [outcome] = prewarm.run([choice], store, 1)
+    assert outcome.status == "compiled"
+    waits = [e.fields for e in seen if e.kind == "wait"]
+    assert len(waits) >= 2 and all(f"pid {pid} on {socket.gethostname()}" in w["holder"] for w in waits[:1])
+    assert waits[-1]["seconds"] > 0 and waits[-1]["kernel"] == choice.key.name
+    shutil.rmtree(store.path(choice.key))
+    with running(other(0.5)) as pid:
+        assert wait_until(holder.exists)
+        [outcome] = prewarm.run([choice], store, 1)
+    assert outcome.status == "hit" and f"pid {pid} on " in str([e for e in seen if e.kind == "wait"][-1])
+
+
+@needs_compiler
+@pytest.mark.budget
+def test_64_processes_and_8_keys_with_the_real_compiler(store, tmp_path):
+    """At most 1.3 times the time of the 8 compiles one after the other."""
+    keys = [tiny_key(page_size=n) for n in range(1, 9)]
+
+    def serial():
+        start = time.perf_counter()
+        shas = [compile.build(key, TINY).so_bytes for key in keys]
+        return time.perf_counter() - start, shas
+
+    def counted(*args, **kwargs):
+        with open(tmp_path / "compiles", "a") as file:
+            file.write(f"{os.getpid()}\n")
+        return compile.build(*args, **kwargs)
+
+    before, libraries = serial()
+    start = time.perf_counter()
+    results = at_once(64, each_in_every_process(keys, store.root, counted), tmp_path)
+    wall = time.perf_counter() - start
+    after, _ = serial()
+    assert len((tmp_path / "compiles").read_text().split()) == 8
+    assert all(result == results[0] and len(result) == 8 for result in results)
+    assert [store.find(key).so_bytes for key in keys] == libraries
+    print(f"64 x 8: {wall:.2f} s, serial {before:.2f} s and {after:.2f} s")
+    assert wall <= 1.3 * max(before, after), (wall, before, after)
+
+
+@needs_compiler
+def test_a_pool_is_left_by_nobody(store, monkeypatch):
+    """Whoever stops reading the outcomes stops the compilers."""
+    monkeypatch.setattr(registry.Choice, "source", lambda self: "import time\ntime.sleep(600)\n")
+    wanted, _ = prewarm.choices(models.specs_for("deepseek-v3", tp=8, arch="sm_90a", max_s_q=1))
+    servers = []
+    started = Pool._started
+    monkeypatch.setattr(Pool, "_started", lambda self: servers.append(started(self)) or servers[-1])
+    outcomes = prewarm.run(wanted, store, 2)
+    threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        next(outcomes)
+    assert wait_until(lambda: not any(alive(s.process.pid) for s in servers if s))
