@@ -146,10 +146,13 @@ def warm(keys: Iterable[Key], device: torch.device | str | int | None = None, jo
             _load(choice, entry, where)
     if lacking and misses.policy() != "compile":
         raise misses.not_stored(lacking[0].spec, str(store.root))
-    for outcome in prewarm.run(lacking, store, jobs or prewarm.cores(), must_store=False):
+
+    def take(outcome: prewarm.Outcome) -> None:
         if outcome.error:
             raise outcome.error
         _load(outcome.choice, outcome.entry, where)
+
+    prewarm.run(lacking, store, jobs or prewarm.cores(), take, must_store=False)
     for choice in chosen.values():
         for backend in ("auto", choice.template.backend):
             if registry.choose(choice.spec, backend).name == choice.name:
