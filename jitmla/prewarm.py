@@ -57,13 +57,12 @@ def cores() -> int:
 
 
 def choices(specs: Iterable[Spec]) -> tuple[list[Choice], list[Outcome]]:
-    """Who serves each Spec, without repeated Keys, and the Specs that nobody serves."""
+    """All that calls of these Specs can get, without repeated Keys, and the Specs that nobody serves."""
     chosen: dict[Any, Choice] = {}
     unserved = []
     for spec in dict.fromkeys(specs):
         try:
-            choice = registry.choose(spec)
-            chosen[choice.key] = choice
+            chosen.update((choice.key, choice) for choice in registry.choices(spec))
         except NoTemplate as error:
             unserved.append(Outcome(spec, "unserved", error=error))
     return list(chosen.values()), unserved

@@ -30,6 +30,7 @@ SPEC = ["--op", "mla_decode", "--arch", "sm_90a", "--spec", "dtype=bf16", "--spe
         "--spec", "causal=false"]
 MODEL = ["--model", "deepseek-v3", "--tp", "8", "--arch", "sm_90a"]
 H100 = "print('{\"cuda\": \"12.8\", \"devices\": [[\"H100\", 9, 0]]}')"
+V100 = "print('{\"cuda\": \"12.8\", \"devices\": [[\"V100\", 7, 0]]}')"
 A100 = "print('{\"cuda\": \"12.8\", \"devices\": [[\"A100\", 8, 0]]}')"
 CPU_BUILD = "print('{\"cuda\": null, \"devices\": []}')"
 
@@ -415,7 +416,8 @@ def test_doctor_without_gpu_asks_for_a_compile(machine):
 
 
 @pytest.mark.parametrize("gpus, probe, stopped, word", [
-    (1, H100, None, "sm_90a"), (1, A100, "GPU", "sm_80"), (1, CPU_BUILD, "GPU", "CUDA build"),
+    (1, H100, None, "sm_90a"), (1, A100, None, "sm_80: only inv_rope_fp8_quant"),
+    (1, V100, "GPU", "compute capability 7.0"), (1, CPU_BUILD, "GPU", "CUDA build"),
     (1, "import nothing_like_it", "torch", "nothing_like_it"),
 ])
 def test_doctor_with_gpu_asks_for_a_launch(machine, gpus, probe, stopped, word):
