@@ -26,7 +26,7 @@ from .support.keys import KERNELS, SO_BYTES, make_key, publish
 from .support.processes import PATIENCE, alive, program, wait_until
 
 SPEC = ["--op", "mla_decode", "--arch", "sm_90a", "--spec", "dtype=bf16", "--spec", "kv_dtype=bf16",
-        "--spec", "kv_lora_rank=512", "--spec", "qk_rope_head_dim=64", "--spec", "page_size=64", "--spec", "rows=512",
+        "--spec", "kv_lora_rank=512", "--spec", "qk_rope_head_dim=64", "--spec", "page_size=64", "--spec", "rows=8",
         "--spec", "causal=false"]
 MODEL = ["--model", "deepseek-v3", "--tp", "8", "--arch", "sm_90a"]
 H100 = "print('{\"cuda\": \"12.8\", \"devices\": [[\"H100\", 9, 0]]}')"

@@ -177,6 +177,7 @@ def test_interrupted_it_keeps_what_is_done_and_goes_on_from_there(python_env, st
 
 
 @needs_compiler
+@pytest.mark.budget
 def test_16_keys_on_2_cores_take_at_most_0_6_of_16_single_compiles(store, monkeypatch):
     """Wall time; single compiles before and after, so that a machine that gets busy meanwhile does not decide."""
     monkeypatch.setattr(registry.Choice, "source", lambda self: TINY)

@@ -11,7 +11,7 @@ from jitmla.registry import Template, Variant, choose, templates
 from jitmla.spec import Spec, fp8_bmm_spec
 
 from .documents import valid
-from .keysets import ROWS, SETS, every_choice, product, spec
+from .keysets import ROWS, SETS, covering_choices, every_choice, product, spec, usual_choices
 
 DETERMINED = settings(deadline=None, derandomize=True, database=None)
 SHIPPED = [(op, t) for op in registry.ops() for t in templates(op)]
@@ -28,6 +28,18 @@ def test_ops():
 def test_each_op_has_its_sets():
     """What tests render, compile and run: a card whose op is not there would go without."""
     assert set(SETS) == set(registry.ops())
+
+
+def test_the_usual_run_compiles_every_variant_and_hardly_more():
+    """A compile takes seconds, and the whole run may take 5 minutes on 2 cores (15 in continuous integration)."""
+    usual = usual_choices()
+    assert {(c.spec.op, c.template.name, c.variant.name) for c in usual} == {
+        (op, template.name, variant.name) for op, template in SHIPPED for variant in template.variants}
+    assert {(c.template.path, c.spec.arch) for c in usual} == {
+        (c.template.path, c.spec.arch) for c in covering_choices()}
+    for op, template in SHIPPED:
+        mine = [c for c in usual if c.template == template]
+        assert len(mine) <= max(2, len(template.variants) + len({c.spec.arch for c in mine}) - 1), (op, template.name)
 
 
 @pytest.mark.parametrize("op, template", SHIPPED, ids=lambda x: getattr(x, "name", x))
