@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -463,6 +464,42 @@ def test_doctor_finds_what_stops_a_compile(machine, monkeypatch, store, entry, t
     assert not report["ok"] and "chmod" in checks["cache"]["remedy"]
     os.chmod(store.root, 0o700)
     assert diagnosis()[0]["ok"]
+
+
+@pytest.mark.parametrize("init, count, gpus", [(0, 2, 2), (100, 2, 0), (0, None, 0)])
+def test_doctor_asks_the_driver_for_gpus(monkeypatch, init, count, gpus):
+    """100: CUDA_ERROR_NO_DEVICE. None: the driver does not say how many."""
+    def get_count(pointer):
+        pointer._obj.value = count or 7
+        return 0 if count is not None else 1
+
+    driver = types.SimpleNamespace(cuInit=lambda flags: init, cuDeviceGetCount=get_count)
+    monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: driver)
+    assert doctor.gpu_count() == gpus
+
+
+def test_doctor_waits_for_no_probe_for_ever(machine, monkeypatch):
+    machine(1, "import time; time.sleep(600)")
+    monkeypatch.setattr(doctor, "PROBE_SECONDS", 0.2)
+    report, checks = diagnosis()
+    assert not report["launch"] and "no answer after 0.2 s" in checks["torch"]["found"]
+
+
+def test_doctor_names_each_package_that_is_missing(machine, monkeypatch):
+    machine(1, "raise SystemExit(3)")
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(toolchain, "_runtimes", dict)
+    report, checks = diagnosis()
+    assert not report["launch"] and "exit status 3" in checks["torch"]["found"]
+    assert checks["apache-tvm-ffi"]["remedy"] == "pip install apache-tvm-ffi"
+    assert "JITMLA_CUTE_RUNTIME" in checks["runtime library"]["remedy"]
+
+
+def test_doctor_counts_what_the_layers_hold(machine, monkeypatch, tmp_path):
+    machine(0, CPU_BUILD)
+    publish(Store(tmp_path / "layer"), make_key())
+    monkeypatch.setenv("JITMLA_CACHE_PATH", str(tmp_path / "layer"))
+    assert diagnosis()[1]["cache layer"]["found"] == f"{tmp_path / 'layer'}: 1 entry"
 
 
 def test_a_store_made_by_the_command_is_private(builder, cache_dir):
