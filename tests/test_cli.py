@@ -75,19 +75,6 @@ def builder(monkeypatch):
 # ------------------------------------------------------------------------------------------------------- starting
 
 
-def test_import_and_help_are_quick(python_env):
-    """Process time, the best of five: 60 ms to import the package, 300 ms to the command's help."""
-    program = "import time; a = time.process_time()\n{}\nprint(time.process_time() - a)"
-
-    def best(statement):
-        runs = [process(python_env, python=("-c", program.format(statement))) for _ in range(5)]
-        return min(float(run.stdout.splitlines()[-1]) for run in runs)
-
-    assert best("import jitmla") <= 0.060
-    assert best("import jitmla.cli, typer.testing\n"
-                "typer.testing.CliRunner().invoke(jitmla.cli.app, ['prewarm', '--help'])") <= 0.300
-
-
 def test_bench_has_its_own_arguments():
     """Whatever follows `bench` is read by jitmla.bench."""
     done = cli("bench", "--help")
