@@ -18,7 +18,6 @@ from . import checks, reference
 from .mla_decode_arguments import DTYPE_NAMES, PLAIN, REQUIRED, Features, check, check_layout, out_dtype, rope_dim
 
 OP = "mla_decode"
-PREPARED_MAX = 8192  # call shapes remembered; an engine has a few hundred
 HAS_SINKS, WANTS_LSE, COOPERATIVE = 1, 2, 4  # bits of the kernels' flags (templates/common/mla_combine.py)
 HAS_Q_DESCALE, HAS_KV_DESCALE = 8, 16  # and more of those with the `full` arguments
 INF = float("inf")
@@ -255,7 +254,7 @@ class Empty:
         pass
 
 
-_prepared: dict[Any, OnGpu | OnGpuFull] = {}
+_prepared = dispatch.Remembered()
 
 
 def _prepare(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_rank: Any, sm_scale: Any, causal: Any,
@@ -266,7 +265,7 @@ def _prepare(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_ran
     joined, compact = q_pe is q_nope, features.cu_seqlens_q is not None
     batch, s_q, heads = seq_lens.shape[0], features.max_q_len if compact else q_nope.shape[1], q_nope.shape[-2]
     out_shape = (*q_nope.shape[:-1], int(kv_lora_rank))
-    if _takes_reference(backend, q_nope):
+    if checks.takes_reference(OP, backend, q_nope):
         events.emit("choose", op=OP, backend="reference", device=str(q_nope.device),
                     why="asked for" if backend == "reference" else "CPU tensors")
         return OnReference(out_shape, bool(causal) and s_q > 1, joined)
@@ -298,8 +297,6 @@ def _plain_key(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, kv_lora_rank: int
 
 
 def _remember(at: Any, prepared: OnGpu | OnGpuFull) -> OnGpu | OnGpuFull:
-    if len(_prepared) >= PREPARED_MAX:
-        _prepared.clear()
     _prepared[at] = prepared
     return prepared
 
@@ -323,17 +320,3 @@ def _full(plan: dispatch.Plan, features: Features, out_shape: tuple[int, ...], b
 @functools.cache
 def _no_lse(device: torch.device) -> Tensor:
     return torch.empty(1, 1, 1, dtype=torch.float32, device=device)
-
-
-def _takes_reference(backend: Any, q: Tensor) -> bool:
-    if backend not in ("auto", "reference", *dispatch.backends(OP)):
-        raise InvalidArgument(f"backend={backend!r}",
-                              supported=", ".join(["auto", "reference", *dispatch.backends(OP)]),
-                              differs="there is no such backend", remedy="see `jitmla kernels`")
-    if q.device.type == "cuda" or backend == "reference":
-        return backend == "reference"
-    if backend == "auto":
-        return True
-    raise InvalidArgument(f"backend={backend!r} on {q.device} tensors",
-                          supported="CUDA tensors, or backend='reference'", differs=f"q is on {q.device}",
-                          remedy="move the tensors to the GPU, or use backend='auto'")
