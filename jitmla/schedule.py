@@ -58,7 +58,7 @@ def launch_args(rows: int, batch: int, sms: int, latent: int = 512) -> Launch:
 
 
 def gather_launch(rows: int, batch: int, sms: int, tile_rows: int) -> Launch:
-    """Launch arguments of the portable kernel, whose CTAs have `tile_rows` query rows and do not wait for each other."""
+    """Launch arguments of the portable kernel: its CTAs have `tile_rows` query rows and do not wait for each other."""
     parts = max(1, sms // _ceil_div(rows, tile_rows))
     return Launch(parts, 4, 6, 8) if batch >= parts else Launch(parts, 2, 2, 3)
 

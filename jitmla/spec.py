@@ -1,7 +1,7 @@
 """Spec: what a call asks, as static facts. No batch size, no length, no stride: those are launch arguments.
 
-Which facts an op has, and which values each may take, is said in cache_schema.json (`spec_<op>`), and only there. A fact
-that has a default there is left out of a Spec when it has that value: there is one way to say a thing.
+Which facts an op has, and which values each may take, is said in cache_schema.json (`spec_<op>`), and only there. A
+fact that has a default there is left out of a Spec when it has that value: there is one way to say a thing.
 """
 
 from __future__ import annotations

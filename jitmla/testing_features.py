@@ -80,7 +80,8 @@ def featured(problem: Problem, *, kv: str = "plain", q: str = "plain", descale: 
         where = [(b, s_q - n + i) for b, n in enumerate(q_lens) for i in range(n)]
         rows, columns = (torch.tensor([w[k] for w in where], dtype=torch.int64, device=device) for k in (0, 1))
         tokens = rows, columns
-        filler = torch.full((extra_tokens, *joined.shape[2:]), float("nan"), dtype=dtype, device=device).to(joined.dtype)
+        filler = torch.full((extra_tokens, *joined.shape[2:]), float("nan"), dtype=dtype, device=device)
+        filler = filler.to(joined.dtype)
         bits = torch.uint8 if joined.dtype == E4M3 else torch.int16
         joined = torch.cat([joined.view(bits)[tokens], filler.view(bits)]).view(joined.dtype)
         starts = torch.tensor([0, *q_lens], device=device).cumsum(0).int()

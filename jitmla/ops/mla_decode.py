@@ -50,7 +50,7 @@ def mla_decode(q: Any, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, 
     x_j = sm_scale * <q[b,i,h], row_j>, lse = ln sum_j exp(x_j), out = sum_j exp(x_j - lse) * row_j[:kv_lora_rank].
     The formula is that of DeepSeek-V2 (arXiv 2405.04434, section 2.1) with W_UK absorbed into q.
 
-    q: [batch, s_q, heads, kv_lora_rank + qk_rope_head_dim], bf16, fp16 or e4m3, or the pair (q_nope, q_pe) of its parts.
+    q: [batch, s_q, heads, kv_lora_rank + qk_rope_head_dim], bf16, fp16 or e4m3, or the pair (q_nope, q_pe).
         Any strides whose rows are 16-byte aligned; the sm90 kernels want the (token, head) rows one stride apart.
     kv_cache: [pages, page_size, kv_lora_rank + qk_rope_head_dim], dtype of q, or e4m3. The values are its first
         kv_lora_rank columns. Rows at or behind seq_lens[b] and pages that no request uses are never read (they may hold
@@ -61,14 +61,15 @@ def mla_decode(q: Any, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, 
         192**-0.5 * mscale**2 = 0.1352, not 576**-0.5.
     causal: query token i does not see the s_q - 1 - i last keys.
     sinks: [heads] float32: logits (natural units, not scaled) of one more key with a zero value.
-    out: [batch, s_q, heads, kv_lora_rank], dtype of q (bf16 when that is e4m3); written. lse: [batch, s_q, heads] float32,
-        any strides; written when given or asked for: natural logarithm, sinks excluded, -inf (and a zero out row) where
-        no key is seen.
+    out: [batch, s_q, heads, kv_lora_rank], dtype of q (bf16 when that is e4m3); written.
+    lse: [batch, s_q, heads] float32, any strides; written when given or asked for: natural logarithm, sinks excluded,
+        -inf (and a zero out row) where no key is seen.
     cu_seqlens_q: [batch + 1] int32: q, out and lse are [tokens, heads, ...], and the query tokens of request b are
         cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1, at most max_q_len of them. Rows behind the last are not written.
-    q_descale, kv_descale: what an e4m3 q or cache is to be multiplied by: a positive float, or a float32 tensor [1] that
-        is read on the device.
-    batch_invariant: split requests into pieces of 2048 tokens whatever else is in the batch: equal bits for equal requests.
+    q_descale, kv_descale: what an e4m3 q or cache is to be multiplied by: a positive float, or a float32 tensor [1]
+        that is read on the device.
+    batch_invariant: split requests into pieces of 2048 tokens whatever else is in the batch: equal requests get equal
+        bits. The workspace grows with the width of the block table.
     backend: "auto", a backend of `jitmla kernels` such as "sm90", or "reference". A named one is strict; auto takes the
         reference on CPU tensors and says so in an event.
 
@@ -127,8 +128,8 @@ def _with_features(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lo
     if prepared is None:
         prepared = _prepare(q, kv_cache, block_table, seq_lens, kv_lora_rank, sm_scale, causal, sinks, out, lse,
                             backend, features, at)
-    if isinstance(prepared, OnGpuFull):
-        check_layout(q_nope, q_pe, kv_cache, out, False)
+    if isinstance(prepared, (OnGpu, OnGpuFull)):
+        check_layout(q_nope, q_pe, kv_cache, out, isinstance(prepared, OnGpu))
     if out is None:
         out = torch.empty(prepared.out_shape, dtype=out_dtype(q_nope), device=q_nope.device)
     if lse is None and return_lse:
@@ -153,7 +154,7 @@ class OnGpu:
     no_lse: Tensor  # stands in where none is wanted; not written
 
     def run(self, q: Tensor, q_pe: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
-            sinks: Tensor | None, out: Tensor, lse: Tensor | None, sm_scale: float) -> None:
+            sinks: Tensor | None, out: Tensor, lse: Tensor | None, sm_scale: float, _: Features = PLAIN) -> None:
         if self.out_shape[1] > 1:
             for name, value in (("q", q), ("q_pe", q_pe), ("out", out)):
                 checks.uniform_rows(name, value)
@@ -288,7 +289,7 @@ def _prepare(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_ran
                      torch.cuda.device_count() > 1, kv_lora_rank if joined else 0,
                      schedule.workspace_floats(launch.parts, s_q * heads, kv_lora_rank),
                      schedule.semaphore_count(launch.parts, s_q * heads), tuple(launch), _no_lse(device))
-    return _remember(_plain_key(q_nope, q_pe, kv_cache, kv_lora_rank, causal, backend), prepared)
+    return _remember(at or _plain_key(q_nope, q_pe, kv_cache, kv_lora_rank, causal, backend), prepared)
 
 
 def _plain_key(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, kv_lora_rank: int, causal: Any, backend: str) -> Any:

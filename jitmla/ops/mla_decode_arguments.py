@@ -130,8 +130,9 @@ def _check_query(q: Any, kv_lora_rank: Any, features: Features) -> tuple[Tensor,
 def _max_q_len(features: Features) -> int:
     if isinstance(features.max_q_len, bool) or not isinstance(features.max_q_len, int):
         raise InvalidArgumentType(f"max_q_len={features.max_q_len!r}", supported="an int, with cu_seqlens_q",
-                                  differs="how many query tokens a request has at most is not in the shapes, and reading "
-                                  "cu_seqlens_q on the host would synchronise", remedy="pass the bound that you know")
+                                  differs="how many query tokens a request has at most is not in the shapes, and "
+                                  "reading cu_seqlens_q on the host would synchronise",
+                                  remedy="pass the bound that you know")
     return features.max_q_len
 
 

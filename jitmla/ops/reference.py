@@ -20,8 +20,8 @@ def mla_decode(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, block_table: Tens
                sm_scale: float, causal: bool, sinks: Tensor | None, out: Tensor, lse: Tensor,
                cu_seqlens_q: Tensor | None = None, q_descale: Tensor | float = 1.0,
                kv_descale: Tensor | float = 1.0) -> None:
-    """Writes `out` [batch, s_q, heads, kv_lora_rank] and `lse` [batch, s_q, heads], or with cu_seqlens_q [tokens, heads,
-    ...]. See jitmla.mla_decode."""
+    """Writes `out` [batch, s_q, heads, kv_lora_rank] and `lse` [batch, s_q, heads], or with cu_seqlens_q
+    [tokens, heads, ...]. See jitmla.mla_decode."""
     kv_lora_rank = q_nope.shape[-1]
     q = torch.cat([q_nope.float(), q_pe.float()], -1) * q_descale
     starts = None if cu_seqlens_q is None else cu_seqlens_q.tolist()

@@ -1,5 +1,4 @@
-"""The arguments of an mla_decode kernel: two signatures for all its templates, `plain` and `full` (the cards say which).
-"""
+"""The arguments of an mla_decode kernel: two signatures for all its templates, `plain` and `full` (see the cards)."""
 
 import cutlass.cute as cute
 import cutlass.cute.runtime as rt

@@ -18,7 +18,7 @@ def odd_pitch(nbytes):
 def cp_async16(dst: Int32, src: Int64, nbytes: Int32):
     """16 bytes to shared memory: the first `nbytes` (0 or 16) from global memory, zeros for the rest."""
     cute.arch.inline_ptx(
-        "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};", read_only_args=[dst, src, nbytes]
+        "cp.async.cg.shared.global.L2::128B [{$r0}], [{$r1}], 16, {$r2};", read_only_args=[dst, src, nbytes]
     )
 
 

@@ -9,18 +9,23 @@ batch-invariant split.
 
 Tiling. Grid (row tiles, parts); a CTA has TILE_ROWS query rows (rows = token * heads + head) and walks over blocks of
 BLOCK tokens. 256 threads. In each product every warp has another part of the result; the accumulators of O stay in
-registers. The three steps of a block have different owners, hence the barriers:
+registers. The three steps of a block have different owners:
 
-    all threads   wait for the cp.async of block j | barrier | issue block j + STAGES - 1
     QK            warp (m, n, k) of QK_M x QK_N x QK_K: its rows, its tokens, every QK_K-th 16 columns -> shared memory
-                  barrier
     softmax       256 / TILE_ROWS threads a row: sum of the QK_K parts, mask, running maximum, P and rescale factor
-                  barrier
     PV            warp (m, n) of PV_M x PV_N: its rows, its columns
 
+With STAGES >= 3 the two products of neighbouring blocks share a phase, so there are two barriers a block:
+
+    wait for block j + 1 | barrier | issue block j + STAGES - 1, QK (j + 1), PV (j) | barrier | softmax (j + 1) | ...
+
+With 2 there are three, and the next block is loaded meanwhile:
+
+    wait for block j | barrier | issue block j + 1, QK (j) | barrier | softmax (j) | barrier | PV (j) | ...
+
 A request that one part does alone is stored to out and lse. Other pieces go to the workspace as normalised fp32 with a
-base-2 log-sum-exp, and a second kernel combines them: one warp per row, pieces in their order. No CTA waits for
-another, so the grid need not be resident as a whole.
+base-2 log-sum-exp, and a second kernel combines them: a warp for 128 columns of a row, pieces in their order. No CTA
+waits for another, so the grid need not be resident as a whole.
 
 e4m3. A register of ldmatrix holds 4 numbers of a row instead of 2. For Q K^T these are columns 4 t .. 4 t + 3 of 16
 where the MMA expects 2 t, 2 t + 1, 2 t + 8, 2 t + 9: Q is stored with its columns permuted to match. For P V they are
@@ -93,10 +98,11 @@ PV_N = min(WARPS // PV_M, LATENT // 16)
 MT, NT = TILE_ROWS // 16 // QK_M, BLOCK // 8 // QK_N  # tiles of a warp in Q K^T
 KT = -(-STEPS // QK_K)
 OM, ON = TILE_ROWS // 16 // PV_M, LATENT // 8 // PV_N  # and in P V
+OVERLAP = STAGES >= 3
 SPLIT_BLOCK = 64  # tokens of a block of the split
 PIECE_BLOCKS = 32  # of the batch-invariant split: 2048 tokens
-COMBINE_ROWS = 8  # of a CTA of the combine
-SLICES = -(-LATENT // 128)
+SLICES = -(-LATENT // 128)  # of a row in the combine, each for a warp
+COMBINE_LOADS = 16  # float4 of each lane in flight
 LANES = LATENT // 4 if LATENT < 128 else 32  # that have columns
 HAS_SINKS, WANTS_LSE, HAS_Q_DESCALE, HAS_KV_DESCALE = 1, 2, 8, 16  # bits of the flags
 M_INIT = -1.0e30  # finite: -inf - maximum is never NaN
@@ -177,7 +183,7 @@ class MlaDecode:
             heads,
             *split,
         ).launch(grid=[tiles, parts, 1], block=[THREADS, 1, 1], stream=stream, min_blocks_per_mp=1, use_pdl=PDL)
-        groups = (rows + (COMBINE_ROWS - 1)) // COMBINE_ROWS
+        groups = (rows * SLICES + (WARPS - 1)) // WARPS
         self.combine(
             seq_lens, cu_seqlens_q, sinks, out, lse, mOacc, mLacc, flags, rows, groups, B, heads, *split
         ).launch(grid=[B * groups, 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=PDL)
@@ -425,8 +431,14 @@ class MlaDecode:
         top = Float32(M_INIT)
         total = Float32(0.0)
         rO.fill(0.0)
-        for j in cutlass.range(n, unroll=1):
+        if const_expr(OVERLAP):
             cute.arch.cp_async_wait_group(STAGES - 2)
+            cute.arch.sync_threads()
+            self.scores(sQ, sK, sS, w, lane)
+            cute.arch.sync_threads()
+            top, total = self.softmax(sS, sP, sFactor, top, total, limit - start, c_log2, tid)
+        for j in cutlass.range(n, unroll=1):
+            cute.arch.cp_async_wait_group(STAGES - 3 if const_expr(OVERLAP) else STAGES - 2)
             cute.arch.sync_threads()
             ahead = j + (STAGES - 1)
             if ahead < n:
@@ -434,12 +446,23 @@ class MlaDecode:
                 self.look_up(rPage, mK, mTable, req, start + (ahead + 1) * BLOCK, cut, tid)
             cute.arch.cp_async_commit_group()
             aK = sK + j % STAGES * (BLOCK * KV_PITCH)
-            self.scores(sQ, aK, sS, w, lane)
-            cute.arch.sync_threads()
-            top, total = self.softmax(sS, sP, sFactor, top, total, limit - start - j * BLOCK, c_log2, tid)
-            cute.arch.sync_threads()
-            if w < PV_M * PV_N:
-                self.values(rO, aK, aP, sFactor, w, lane)
+            if const_expr(OVERLAP):
+                if j + 1 < n:
+                    self.scores(sQ, sK + (j + 1) % STAGES * (BLOCK * KV_PITCH), sS, w, lane)
+                if w < PV_M * PV_N:
+                    self.values(rO, aK, aP, sFactor, w, lane)
+                cute.arch.sync_threads()
+                if j + 1 < n:
+                    seen = limit - start - (j + 1) * BLOCK
+                    top, total = self.softmax(sS, sP, sFactor, top, total, seen, c_log2, tid)
+            else:
+                self.scores(sQ, aK, sS, w, lane)
+                cute.arch.sync_threads()
+                seen = limit - start - j * BLOCK
+                top, total = self.softmax(sS, sP, sFactor, top, total, seen, c_log2, tid)
+                cute.arch.sync_threads()
+                if w < PV_M * PV_N:
+                    self.values(rO, aK, aP, sFactor, w, lane)
 
         for x in cutlass.range_constexpr((ROW_THREADS - 1).bit_length()):
             total = total + cute.arch.shuffle_sync_bfly(total, offset=1 << x)
@@ -681,12 +704,14 @@ class MlaDecode:
         s: Int32,
         k: Int32,
     ):
-        """One warp per row of a request that has several pieces."""
+        """One warp for a slice of a row of a request that has several pieces."""
         tid, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         lane = tid % 32
         req = block // groups
-        row = (block - req * groups) * COMBINE_ROWS + tid // 32
+        unit = (block - req * groups) * WARPS + tid // 32
+        row = unit // SLICES
+        column = cute.assume(unit % SLICES * 128 + lane * 4, divby=4)
         if const_expr(PDL):
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
@@ -715,26 +740,27 @@ class MlaDecode:
             if (flags & HAS_SINKS) != 0:
                 weights = total + ex2(mSinks[head] * LOG2E - top)
             inverse = 1.0 / weights if total != 0.0 else Float32(0.0)
-            rO = cute.make_rmem_tensor(cute.make_layout((4, SLICES)), Float32)
-            rX = cute.make_rmem_tensor(cute.make_layout((4, SLICES)), Float32)
+            rO = cute.make_rmem_tensor((4,), Float32)
+            rX = cute.make_rmem_tensor((4, COMBINE_LOADS), Float32)
+            rW = cute.make_rmem_tensor((COMBINE_LOADS,), Float32)
             rO.fill(0.0)
             if lane < LANES:
-                for i in cutlass.range(n, unroll=4):
-                    slot = self.slot(p0, i)
-                    for c in cutlass.range_constexpr(SLICES):
-                        cute.autovec_copy(cute.local_tile(mOacc[slot, row, None], (4,), (c * 32 + lane,)), rX[None, c])
-                    weight = ex2(mLacc[slot, row] - top) * inverse
-                    for c in cutlass.range_constexpr(SLICES):
+                for i0 in cutlass.range(0, n, COMBINE_LOADS, unroll=1):
+                    for u in cutlass.range_constexpr(COMBINE_LOADS):
+                        slot = self.slot(p0, cutlass.min(i0 + u, n - 1))
+                        src = mOacc[slot, row, None].iterator + column
+                        cute.autovec_copy(cute.make_tensor(src, cute.make_layout(4)), rX[None, u])
+                        rW[u] = mLacc[slot, row]
+                    for u in cutlass.range_constexpr(COMBINE_LOADS):
+                        weight = ex2(rW[u] - top) * inverse if i0 + u < n else Float32(0.0)
                         for e in cutlass.range_constexpr(4):
-                            rO[e, c] = rO[e, c] + weight * rX[e, c]
-                to = self.row_of(mO, req, first, row, heads)
+                            rO[e] = rO[e] + weight * rX[e, u]
+                to = self.row_of(mO, req, first, row, heads) + column
                 rY = cute.make_rmem_tensor((4,), OUT_TYPE)
-                for c in cutlass.range_constexpr(SLICES):
-                    for e in cutlass.range_constexpr(4):
-                        rY[e] = rO[e, c].to(OUT_TYPE)
-                    at = cute.assume(c * 128 + lane * 4, divby=4)
-                    cute.autovec_copy(rY, cute.make_tensor(to + at, cute.make_layout(4)))
-            if (flags & WANTS_LSE) != 0 and lane == 0:
+                for e in cutlass.range_constexpr(4):
+                    rY[e] = rO[e].to(OUT_TYPE)
+                cute.autovec_copy(rY, cute.make_tensor(to, cute.make_layout(4)))
+            if (flags & WANTS_LSE) != 0 and lane == 0 and unit % SLICES == 0:
                 value = (cute.math.log2(total, fastmath=True) + top) * (1.0 / LOG2E)
                 mLse[self.plane(req), first + token, head] = value if total != 0.0 else -Float32(INF)
 
