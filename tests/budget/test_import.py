@@ -15,7 +15,7 @@ HEAVY = {"torch", "cutlass", "tvm_ffi", "numpy", "jsonschema"}
 @pytest.mark.parametrize("code, limit, absent", [(IMPORT, 60, HEAVY | {"filelock", "typer"}), (HELP, 300, HEAVY)],
                          ids=["import", "help"])
 def test_starting(python_env, capsys, code, limit, absent):
-    """User and system time, the best of five; an interpreter that imports nothing takes 15 ms, which are not counted."""
+    """User and system time, the best of five; the 15 ms of an interpreter that imports nothing are not counted."""
     program = (f"import sys, time\nbefore = time.process_time()\n{code}\nprint((time.process_time() - before) * 1e3)\n"
                f"assert not {absent} & set(sys.modules)")
     runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=python_env)
