@@ -30,16 +30,14 @@ def test_each_op_has_its_sets():
     assert set(SETS) == set(registry.ops())
 
 
-def test_the_usual_run_compiles_every_variant_and_hardly_more():
+def test_the_usual_run_compiles_every_variant_that_gpu_tests_run_and_hardly_more():
     """A compile takes seconds, and the whole run may take 5 minutes on 2 cores (15 in continuous integration)."""
-    usual = usual_choices()
-    assert {(c.spec.op, c.template.name, c.variant.name) for c in usual} == {
-        (op, template.name, variant.name) for op, template in SHIPPED for variant in template.variants}
-    assert {(c.template.path, c.spec.arch) for c in usual} == {
-        (c.template.path, c.spec.arch) for c in covering_choices()}
-    for op, template in SHIPPED:
+    usual, covering = usual_choices(), covering_choices()
+    assert {(c.template.path, c.variant.name) for c in usual} == {(c.template.path, c.variant.name) for c in covering}
+    assert {(c.template.path, c.spec.arch) for c in usual} == {(c.template.path, c.spec.arch) for c in covering}
+    for _, template in SHIPPED:
         mine = [c for c in usual if c.template == template]
-        assert len(mine) <= max(2, len(template.variants) + len({c.spec.arch for c in mine}) - 1), (op, template.name)
+        assert 1 <= len(mine) <= max(2, len(template.variants) + len({c.spec.arch for c in mine}) - 1), template.name
 
 
 @pytest.mark.parametrize("op, template", SHIPPED, ids=lambda x: getattr(x, "name", x))
