@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "mla_decode": "jitmla.ops.mla_decode",
+    "sparse_mla_decode": "jitmla.ops.sparse_mla",
+    "sparse_mla_prefill": "jitmla.ops.sparse_mla",
     "keys_for": "jitmla.models",
     "explain": "jitmla.why",
     "warm": "jitmla.dispatch",
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from .key import Key as Key
     from .models import keys_for as keys_for
     from .ops.mla_decode import mla_decode as mla_decode
+    from .ops.sparse_mla import sparse_mla_decode as sparse_mla_decode
+    from .ops.sparse_mla import sparse_mla_prefill as sparse_mla_prefill
     from .spec import Spec as Spec
     from .tune import tunings as tunings
     from .tune import use_tunings as use_tunings

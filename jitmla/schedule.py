@@ -14,6 +14,7 @@ from .tune import tuned
 BLOCK_TOKENS = 64  # the unit of work, whatever the page size
 MAX_PARTS = 160  # of one request: what a warp of the combine has weights for
 SWAP_ROWS = 16  # most query rows (s_q * heads) of the swap kernel
+WHOLE = 1 << 20  # a bias that makes every split aligned
 TILE_ROWS = 64  # query rows of a CTA of the relay kernel, which has no more, and of the seesaw kernel
 
 
@@ -73,3 +74,25 @@ def semaphore_count(parts: int, rows: int) -> int:
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+@lru_cache(maxsize=4096)
+def sparse_launch_args(tokens: int, heads: int, sms: int, whole: bool = False) -> Launch:
+    """Launch arguments of sparse_mla for `tokens` query tokens, which mla_split takes for requests. whole: no token is
+    split, so that a GPU with more multiprocessors than tokens has some idle. Measured on an H200."""
+    if tokens < 1 or heads < 1 or sms < 1:
+        raise ValueError(f"tokens, heads and sms must be at least 1, got {tokens}, {heads}, {sms}")
+    parts = min(max(1, sms // row_tiles(heads)), MAX_PARTS)
+    if whole:
+        return Launch(min(parts, tokens), 4, 6, WHOLE)
+    if tokens >= parts:  # hardly any token is split
+        return Launch(parts, 4, 6, 8)
+    return Launch(parts, 1, 2, 3)
+
+
+@lru_cache(maxsize=64)
+def page_divisor(page_size: int) -> tuple[int, int]:
+    """(magic, shift) with row // page_size == row * magic >> shift for every row below 2^31: the error of magic,
+    below page_size, times row stays below 2^shift."""
+    shift = 31 + (page_size - 1).bit_length()
+    return _ceil_div(1 << shift, page_size), shift

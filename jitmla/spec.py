@@ -70,3 +70,9 @@ def mla_decode_spec(*, arch: str, dtype: str, kv_lora_rank: int, qk_rope_head_di
     return Spec.of("mla_decode", arch=arch, dtype=dtype, kv_dtype=dtype, kv_lora_rank=kv_lora_rank,
                    qk_rope_head_dim=qk_rope_head_dim, page_size=page_size,
                    rows=bucket("mla_decode", "rows", s_q * heads), causal=causal and s_q > 1)
+
+
+def sparse_mla_spec(*, arch: str, kv_format: str, kv_lora_rank: int, qk_rope_head_dim: int, heads: int) -> Spec:
+    """The Spec of a sparse_mla_decode or sparse_mla_prefill call."""
+    return Spec.of("sparse_mla", arch=arch, dtype="bf16", kv_format=kv_format, kv_lora_rank=kv_lora_rank,
+                   qk_rope_head_dim=qk_rope_head_dim, heads=bucket("sparse_mla", "heads", heads))
