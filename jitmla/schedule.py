@@ -90,9 +90,13 @@ def sparse_launch_args(tokens: int, heads: int, sms: int, whole: bool = False) -
     return Launch(parts, 1, 2, 3)
 
 
-@lru_cache(maxsize=64)
-def page_divisor(page_size: int) -> tuple[int, int]:
-    """(magic, shift) with row // page_size == row * magic >> shift for every row below 2^31: the error of magic,
-    below page_size, times row stays below 2^shift."""
-    shift = 31 + (page_size - 1).bit_length()
-    return _ceil_div(1 << shift, page_size), shift
+@lru_cache(maxsize=4096)
+def divisor(d: int) -> tuple[int, int]:
+    """(magic, shift) with x // d == (x * magic >> 32) >> shift for 0 <= x < 2^31, as two int32; magic 0 for d = 1.
+
+    The error of magic, below d, times x stays below 2^(31 + bits), where 2^bits is the power of two at or above d."""
+    if not 1 <= d < 2**31:
+        raise ValueError(f"d must be from 1 to 2^31 - 1, got {d}")
+    bits = (d - 1).bit_length()
+    magic = _ceil_div(1 << (31 + bits), d)
+    return (magic - (1 << 32) if magic >= 1 << 31 else magic, bits - 1) if d > 1 else (0, 0)

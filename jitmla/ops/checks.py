@@ -38,16 +38,17 @@ def dtype(name: str, value: Tensor, allowed: Sequence[torch.dtype]) -> None:
                                   remedy=f"convert it: {name}.to({allowed[0]})")
 
 
-def shape(name: str, value: Tensor, layout: str, expected: Sequence[int]) -> None:
+def shape(name: str, value: Tensor, layout: str, expected: Sequence[int], follows: str = "q and kv_lora_rank") -> None:
     if tuple(value.shape) != tuple(expected):
         raise InvalidArgument(f"{name}: {describe(value)}", supported=f"{name} {layout} = {list(expected)}",
                               differs=f"its shape is {list(value.shape)}",
-                              remedy=f"pass {name} with that shape; its sizes follow from q and kv_lora_rank")
+                              remedy=f"pass {name} with that shape; its sizes follow from {follows}")
 
 
-def device(name: str, value: Tensor, expected: torch.device) -> None:
+def device(name: str, value: Tensor, expected: torch.device, of: str = "q") -> None:
     if value.device != expected:
-        raise InvalidArgument(f"{name} on {value.device}", supported=f"all tensors on one device; q is on {expected}",
+        raise InvalidArgument(f"{name} on {value.device}",
+                              supported=f"all tensors on one device; {of} is on {expected}",
                               differs=f"{name} is not there", remedy=f"move it: {name}.to('{expected}')")
 
 

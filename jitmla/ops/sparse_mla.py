@@ -15,7 +15,7 @@ from ..errors import InvalidArgument
 from ..spec import sparse_mla_spec
 from ..workspace import scratch
 from . import checks, sparse_reference
-from .sparse_mla_arguments import LATENT, REQUIRED, check, check_layout, format_of
+from .sparse_mla_arguments import LATENT, REQUIRED, check, check_layout, even_tokens, format_of
 
 OP = "sparse_mla"
 PREPARED_MAX = 8192  # call shapes remembered; an engine has a few hundred
@@ -96,7 +96,7 @@ class OnGpu:
     function: Callable[..., None]
     device: int
     several_devices: bool
-    divisor: tuple[int, int]
+    divisors: tuple[int, int, int, int]  # of a row by the page size, of a token by s_q
     workspace: int
     semaphores: int
     launch: tuple[int, ...]
@@ -108,6 +108,12 @@ class OnGpu:
         if self.several_devices and torch.cuda.current_device() != self.device:
             with torch.cuda.device(self.device):
                 return self.run(q, kv, indices, topk_length, attn_sink, out, lse, max_logits, sm_scale)
+        if self.s_q > 1:
+            if not (even_tokens(indices) and even_tokens(out)):
+                raise ValueError("strides")  # `check_layout` says it in full
+            for given in (lse, max_logits):
+                if given is not None and not even_tokens(given.transpose(1, 2)):
+                    return self._run_and_copy(q, kv, indices, topk_length, attn_sink, out, lse, max_logits, sm_scale)
         workspace, semaphores = scratch(self.device, self.workspace, self.semaphores)
         flags = COOPERATIVE
         if attn_sink is None:
@@ -128,16 +134,29 @@ class OnGpu:
             flags |= WANTS_LSE
             lse = lse.transpose(1, 2)
             if lse.shape != q.shape[:3]:
-                raise ValueError("lse")
+                raise ValueError("lse")  # `check` says it
         if max_logits is None:
             max_logits = self.unwanted
         else:
             flags |= WANTS_MAX
             max_logits = max_logits.transpose(1, 2)
+        if kv.shape[1] == 1:
+            kv = kv.transpose(0, 1)  # one page
         if kv.dtype != torch.uint8:
             kv = kv.view(torch.uint8)
         self.function(q, kv, indices, topk_length, attn_sink, out, lse, max_logits, workspace, semaphores, sm_scale,
-                      *self.divisor, flags, *self.launch)
+                      *self.divisors, flags, *self.launch)
+
+
+    def _run_and_copy(self, q: Tensor, kv: Tensor, indices: Tensor, topk_length: Tensor | None, attn_sink: Tensor | None,
+                      out: Tensor, lse: Tensor | None, max_logits: Tensor | None, sm_scale: float) -> None:
+        """For lse whose tokens are not evenly spaced."""
+        like = [None if x is None else torch.empty_like(x.transpose(1, 2).contiguous()).transpose(1, 2)
+                for x in (lse, max_logits)]
+        self.run(q, kv, indices, topk_length, attn_sink, out, like[0], like[1], sm_scale)
+        for given, found in zip((lse, max_logits), like, strict=True):
+            if given is not None and found is not None:
+                given.copy_(found)
 
 
 class OnReference:
@@ -164,7 +183,7 @@ _prepared: dict[Any, OnGpu] = {}
 def _run(q: Any, kv: Any, indices: Any, sm_scale: Any, topk_length: Any, attn_sink: Any, out: Any, lse: Any,
          max_logits: Any, whole: bool, backend: str) -> Tensor:
     try:
-        prepared: Any = _prepared[q.shape, q.get_device(), kv.shape, kv.dtype, whole, backend]
+        prepared: Any = _prepared[q.shape, q.get_device(), kv.shape, kv.stride(0), kv.dtype, whole, backend]
         if type(sm_scale) is not float or not 0.0 < sm_scale < float("inf") or q.requires_grad:
             prepared = None
     except (KeyError, AttributeError, TypeError):
@@ -172,7 +191,7 @@ def _run(q: Any, kv: Any, indices: Any, sm_scale: Any, topk_length: Any, attn_si
     if prepared is None:
         op = "sparse_mla_prefill" if whole else "sparse_mla_decode"
         check(q, kv, indices, sm_scale, topk_length, attn_sink, out, lse, max_logits, op)
-        prepared = _prepare(q, kv, out, whole, backend)
+        prepared = _prepare(q, kv, indices, out, whole, backend)
     if out is None:
         out = torch.empty((*q.shape[:3], LATENT), dtype=torch.bfloat16, device=q.device)
     try:
@@ -180,18 +199,18 @@ def _run(q: Any, kv: Any, indices: Any, sm_scale: Any, topk_length: Any, attn_si
     except Exception:
         # The compiled wrapper refuses a wrong layout before it launches anything; these checks say what is wrong.
         check(q, kv, indices, sm_scale, topk_length, attn_sink, out, lse, max_logits)
-        check_layout(q, kv, out)
+        check_layout(q, kv, indices, out)
         raise
     return out
 
 
-def _prepare(q: Tensor, kv: Tensor, out: Tensor | None, whole: bool, backend: Any) -> OnGpu | OnReference | Empty:
+def _prepare(q: Tensor, kv: Tensor, indices: Tensor, out: Tensor | None, whole: bool, backend: Any) -> OnGpu | OnReference | Empty:
     """Choose who serves the call, and remember it when that is a kernel."""
     if checks.takes_reference(OP, backend, q):
         events.emit("choose", op=OP, backend="reference", device=str(q.device),
                     why="asked for" if backend == "reference" else "CPU tensors")
         return OnReference()
-    check_layout(q, kv, out)
+    check_layout(q, kv, indices, out)
     batch, s_q, heads, width = q.shape
     spec = sparse_mla_spec(arch=dispatch.arch_of(q.device), kv_format=format_of(kv), kv_lora_rank=LATENT,
                            qk_rope_head_dim=width - LATENT, heads=heads)
@@ -200,12 +219,18 @@ def _prepare(q: Tensor, kv: Tensor, out: Tensor | None, whole: bool, backend: An
     plan = dispatch.plan_for(spec, backend, q.device)
     launch = schedule.sparse_launch_args(batch * s_q, heads, dispatch.sm_count(q.device), whole)
     prepared = OnGpu(batch, s_q, heads, plan.function, q.get_device(), torch.cuda.device_count() > 1,
-                     schedule.page_divisor(kv.shape[1]), schedule.workspace_floats(launch.parts, heads, LATENT),
+                     (*_page_divisor(kv), *schedule.divisor(s_q)), schedule.workspace_floats(launch.parts, heads, LATENT),
                      schedule.semaphore_count(launch.parts, heads), tuple(launch), *_stand_ins(q.device))
     if len(_prepared) >= PREPARED_MAX:
         _prepared.clear()
-    _prepared[q.shape, q.get_device(), kv.shape, kv.dtype, whole, backend] = prepared
+    _prepared[q.shape, q.get_device(), kv.shape, kv.stride(0), kv.dtype, whole, backend] = prepared
     return prepared
+
+
+def _page_divisor(kv: Tensor) -> tuple[int, int]:
+    """What divides a row by the page size; (0, 0) where the rows of the pool are evenly spaced."""
+    pages, page_size = kv.shape[:2]
+    return (0, 0) if 1 in (pages, page_size) or kv.stride(0) == page_size * kv.stride(1) else schedule.divisor(page_size)
 
 
 @functools.cache

@@ -94,8 +94,19 @@ def _check_cache(kv: Any, q: Tensor) -> None:
                               remedy="indices are 32-bit: split the pool, or pass the pages of one layer")
 
 
-def check_layout(q: Tensor, kv: Tensor, out: Tensor | None) -> None:
-    """Raise InvalidArgument unless the kernels can read and write these in place."""
+def check_layout(q: Tensor, kv: Tensor, indices: Tensor, out: Tensor | None) -> None:
+    """Raise InvalidArgument unless the kernels can read and write these in place: alignment, and evenly spaced tokens."""
     for name, value in (("q", q), ("k_cache", kv), ("out", out)):
         if value is not None:
             checks.aligned(name, value)
+    for name, value in (("indices", indices), ("out", out)):
+        if value is not None and not even_tokens(value):
+            raise InvalidArgument(f"{name} with strides {tuple(value.stride())}",
+                                  supported="stride(0) == s_q * stride(1)", differs="its query tokens are not evenly spaced",
+                                  remedy=f"pass {name}.contiguous()")
+
+
+def even_tokens(value: Tensor) -> bool:
+    """Whether the query tokens of [batch, s_q, ...] are one stride apart."""
+    batch, s_q = value.shape[:2]
+    return batch < 2 or s_q < 2 or value.stride(0) == s_q * value.stride(1)

@@ -47,31 +47,47 @@ def sparse_mla_arguments(row_bytes, latent):
         tensor(Float32, n(), align=128),  # workspace
         tensor(Int32, n(), align=4),  # semaphores
         Float32(1.0),  # sm_scale
-        Int64(1),  # page_magic
-        *[Int32(1)] * 6,  # page_shift, flags, parts, fixed, least, bias
+        *[Int32(1)] * 9,  # page_magic, page_shift, s_q_magic, s_q_shift, flags, parts, fixed, least, bias
         rt.make_fake_stream(use_tvm_ffi_env_stream=True),
     )
 
 
 @cute.jit
 def per_token(x: cute.Tensor):
-    """(B, s_q, ...) as ((s_q, B), ...): the first coordinate is the query token."""
-    shape = ((x.shape[1], x.shape[0]), *x.shape[2:])
-    stride = ((x.stride[1], x.stride[0]), *x.stride[2:])
-    return cute.make_tensor(x.iterator, cute.make_layout(shape, stride=stride))
+    """(B, s_q, ...) as (B * s_q, ...): the query tokens are evenly spaced."""
+    stride = x.stride[1] if x.shape[1] > 1 else x.stride[0]
+    if const_expr(len(x.shape) > 3):
+        stride = cute.assume(stride, divby=8)
+    shape, strides = (x.shape[0] * x.shape[1], *x.shape[2:]), (stride, *x.stride[2:])
+    return cute.make_tensor(x.iterator, cute.make_layout(shape, stride=strides))
+
+
+@cute.jit
+def by_head(x: cute.Tensor):
+    """(B, s_q, H) as (token, 1, H), the form that the combine writes."""
+    x = per_token(x)
+    return cute.make_tensor(x.iterator, cute.make_layout((x.shape[0], 1, x.shape[1]), stride=(x.stride[0], 0, x.stride[1])))
+
+
+@cute.jit
+def quotient(x, magic, shift):
+    """x divided by what magic and shift stand for (jitmla.schedule.divisor), for 0 <= x < 2^31."""
+    high = ptx("mul.hi.u32 {$w0}, {$r0}, {$r1};", (x, magic), (Int32,))
+    return high >> shift if magic != 0 else x
 
 
 class TokenLengths:
     """The lengths of the lists as mla_split reads them: lengths[token], of the token's request, at most topk."""
 
-    def __init__(self, lengths, s_q, topk, flags):
-        self.lengths, self.s_q, self.topk, self.flags = lengths, s_q, topk, flags
+    def __init__(self, lengths, topk, flags, magic, shift):
+        """magic, shift: they divide a token by s_q."""
+        self.lengths, self.topk, self.flags, self.magic, self.shift = lengths, topk, flags, magic, shift
 
     @cute.jit
     def __getitem__(self, token):
         n = self.topk
         if (self.flags & HAS_LENGTHS) != 0:
-            n = cutlass.min(self.lengths[token // self.s_q], n)
+            n = cutlass.min(self.lengths[quotient(token, self.magic, self.shift)], n)
         return n
 
 
@@ -85,18 +101,23 @@ def end_of_piece(lengths, sI: cute.Tensor, token):
 
 
 class RowAddress:
-    """Where a row of the pool lies. page_magic and page_shift divide by the page size: row * magic >> shift, exact for
-    row < 2^31 (jitmla/schedule.py makes them)."""
+    """Where a row of the pool lies. magic, shift: they divide a row by the page size; magic 0: the rows are evenly spaced,
+    and the pool is one page."""
 
     def __init__(self, kv, magic, shift):
         self.start, self.rows = kv.iterator.toint(), kv.shape[0] * kv.shape[1]
-        self.page_size, self.page_stride, self.row_stride = kv.shape[1], kv.stride[0], kv.stride[1]
-        self.magic, self.shift = magic, shift
+        self.magic, self.shift, self.page_size = magic, shift, kv.shape[1]
+        # in units of 16 bytes: 32 bits
+        self.page, self.row = [(Int64(stride) >> 4).to(Int32) for stride in kv.stride[:2]]
 
-    @cute.jit
     def of(self, row):
-        page = ((Int64(row) * self.magic) >> Int64(self.shift)).to(Int32)
-        return self.start + Int64(page) * self.page_stride + Int64(row - page * self.page_size) * self.row_stride
+        return ptx(
+            "{ .reg .u32 p, o; .reg .u64 a; mul.hi.u32 p, {$r0}, {$r1}; shr.u32 p, p, {$r2}; mul.lo.u32 o, p, {$r3};"
+            " sub.u32 o, {$r0}, o; mul.wide.u32 a, p, {$r4}; mad.wide.u32 a, o, {$r5}, a; shl.b64 a, a, 4;"
+            " add.u64 {$w0}, a, {$r6}; }",
+            (row, self.magic, self.shift, self.page_size, self.page, self.row, self.start),
+            (Int64,),
+        )
 
 
 def ptx(code, ins, outs=()):
@@ -117,6 +138,16 @@ def load_row4(address, offset, ok):
     return ptx(
         "{ .reg .pred p; setp.ne.s32 p, {$r1}, 0; mov.b32 {$w0}, 0;"
         f" @p {ROW_LOAD}.b32 {{$w0}}, [{{$r0}}+{offset}]; }}",
+        (address, ok),
+        (Int32,),
+    )
+
+
+def load_entry(address, offset, ok):
+    """An entry of a list; -1 without touching memory when ok == 0."""
+    return ptx(
+        "{ .reg .pred p; setp.ne.s32 p, {$r1}, 0; mov.b32 {$w0}, -1;"
+        f" @p ld.global.b32 {{$w0}}, [{{$r0}}+{offset}]; }}",
         (address, ok),
         (Int32,),
     )
@@ -201,23 +232,18 @@ class RowGather:
         return row, chunk, rope_chunk
 
     @cute.jit
-    def entries(self, rNext, mList, token, last, at, topk):
-        """The entries of one block, unchecked: nothing waits for them here. at: position of this thread's first."""
+    def entries(self, rNext, list_at, at, length):
+        """The entries of one block, unchecked: nothing waits for them here. list_at: address of the token's list; at:
+        position of this thread's first. What lies behind the length is -1."""
+        address = list_at + Int64(at) * 4
         for p in cutlass.range_constexpr(4):
-            rNext[p] = Int32(-1)
-            if token <= last and at + p * 16 < topk:
-                rNext[p] = mList[token, at + p * 16]
+            rNext[p] = load_entry(address, p * 64, Int32(1) if p * 16 < length - at else Int32(0))
 
     @cute.jit
-    def check(self, rNext, rRow, p: cutlass.Constexpr, limit, rows):
-        """Entry p, or -1 where there is none. limit: entries of the list from this thread's first on."""
-        rRow[p] = rNext[p] if rNext[p] >= 0 and rNext[p] < rows and p * 16 < limit else Int32(-1)
-
-    @cute.jit
-    def load(self, rX, address, rRow, p: cutlass.Constexpr, chunk, rope_chunk):
-        """v32: the thread's part of row p into registers 21 p .. 21 p + 20."""
-        ok = Int32(1) if rRow[p] >= 0 else Int32(0)
-        base = address.of(cutlass.max(rRow[p], 0))
+    def load(self, rX, address, found, p: cutlass.Constexpr, chunk, rope_chunk):
+        """v32: the thread's part of row p, number `found`, into registers 21 p .. 21 p + 20."""
+        ok = Int32(1) if found >= 0 else Int32(0)
+        base = address.of(cutlass.max(found, 0))
         for k in cutlass.range_constexpr(4):
             words = load_row16(base + Int64(chunk * 16), k * 128, ok)
             for i in cutlass.range_constexpr(4):
@@ -228,30 +254,30 @@ class RowGather:
         rX[p * 21 + 20] = load_row4(base + Int64((chunk & 3) * 4), V32_SCALES, ok)
 
     @cute.jit
-    def store(self, rX, p: cutlass.Constexpr, even, odd, rope, lane):
-        """v32: row p from registers to shared memory. even, odd, rope: where this thread's chunks of row 0 go."""
+    def store(self, rX, p: cutlass.Constexpr, to, odd, rope, lane):
+        """v32: row p from registers to shared memory. to and odd, rope: where this thread's chunks of row 0 go."""
         scale = half2_of_float(rX[p * 21 + 20])
         for k in cutlass.range_constexpr(4):
             scale_k = cute.arch.shuffle_sync(scale, offset=(lane & 28) | k)
             words = []
             for i in cutlass.range_constexpr(4):
                 words += list(dequantised(rX[p * 21 + 4 * k + i], scale_k))
-            store_shared16(even, p * 2048 + k * 2 * self.tile_stride, words[:4])
+            store_shared16(to, p * 2048 + k * 2 * self.tile_stride, words[:4])
             store_shared16(odd, p * 2048 + k * 2 * self.tile_stride, words[4:])
         store_shared16(rope, p * 2048, [rX[p * 21 + 16 + i] for i in range(4)])
 
     @cute.jit
-    def copy(self, address, rRow, p: cutlass.Constexpr, chunk, to, rope):
-        """bf16: row p straight to shared memory. to, rope: where this thread's chunks of row 0 go."""
-        size = Int32(16) if rRow[p] >= 0 else Int32(0)
-        base = address.of(cutlass.max(rRow[p], 0)) + Int64(chunk * 16)
+    def copy(self, address, found, p: cutlass.Constexpr, chunk, to, rope):
+        """bf16: row p, number `found`, straight to shared memory. to, rope: where this thread's chunks of row 0 go."""
+        size = Int32(16) if found >= 0 else Int32(0)
+        base = address.of(cutlass.max(found, 0)) + Int64(chunk * 16)
         for j in cutlass.range_constexpr(self.latent // 64):
             copy_async16(to, p * 2048 + j * self.tile_stride, base, j * 128, size)
         if const_expr(self.rope > 0):
             copy_async16(rope, p * 2048, base, self.latent * 2, size)
 
     @cute.jit
-    def run(self, address, mList, lengths, sI, topk, latent_at, latent_bytes, rope_at, rope_bytes, ok_at, full, empty, w,
+    def run(self, address, mList, lengths, sI, latent_at, latent_bytes, rope_at, rope_bytes, ok_at, full, empty, w,
             lane, first, step: cutlass.Constexpr):  # fmt: skip
         """Gather the blocks first, first + step, ... of this CTA, each into buffer number % 2, as 128 threads. first: 0 or 1.
 
@@ -260,16 +286,14 @@ class RowGather:
         """
         last = sI[1]
         row, chunk, rope_chunk = self.lanes(w, lane)
-        r7 = row & 7
-        at_row = (row >> 3) * 1024 + r7 * 128
+        at_row = (row >> 3) * 1024 + (row & 7) * 128
+        rope = rope_at + at_row + ((rope_chunk ^ (row & 7)) * 16)
         if const_expr(self.v32):
             latent_at = latent_at + at_row + (chunk >> 2) * self.tile_stride
-            even = latent_at + ((((chunk & 3) * 2) ^ r7) * 16)
-            odd = latent_at + ((((chunk & 3) * 2 + 1) ^ r7) * 16)
-            rope = rope_at + at_row + ((rope_chunk ^ r7) * 16)
+            to = latent_at + ((((chunk & 3) * 2) ^ (row & 7)) * 16)
+            odd = latent_at + ((((chunk & 3) * 2 + 1) ^ (row & 7)) * 16)
         else:
-            even = latent_at + at_row + ((chunk ^ r7) * 16)
-            rope = rope_at + at_row + ((chunk ^ r7) * 16)
+            to = latent_at + at_row + ((chunk ^ (row & 7)) * 16)
 
         total = Int32(0)
         for token in cutlass.range(sI[0], last + 1, unroll=1):
@@ -282,23 +306,22 @@ class RowGather:
         if token <= last:
             end = end_of_piece(lengths, sI, token)
             length = lengths[token]
+        list_at = mList[token, None].iterator.toint()
         if first > 0:
-            token, block, end, length = self.following(lengths, sI, token, block, end, length, last)
+            token, block, end, length, list_at = self.following(
+                mList, lengths, sI, token, block, end, length, list_at, last
+            )
 
-        rRow = cute.make_rmem_tensor((4,), Int32)
         rNext = cute.make_rmem_tensor((4,), Int32)
-        rX = cute.make_rmem_tensor((84,), Int32)
-        self.entries(rNext, mList, token, last, block * 64 + row, topk)
-        limit = length - block * 64 - row
-        for p in cutlass.range_constexpr(4):
-            self.check(rNext, rRow, p, limit, address.rows)
+        rRow = cute.make_rmem_tensor((4,), Int32)
+        rX = cute.make_rmem_tensor((84,), Int32)  # v32
+        self.entries(rNext, list_at, block * 64 + row, length)
+        self.fetch(rX, rRow, rNext, address, chunk, rope_chunk)
         for _ in cutlass.range_constexpr(step):
-            token, block, end, length = self.following(lengths, sI, token, block, end, length, last)
-        limit = length - block * 64 - row
-        self.entries(rNext, mList, token, last, block * 64 + row, topk)
-        if const_expr(self.v32):
-            for p in cutlass.range_constexpr(4):
-                self.load(rX, address, rRow, p, chunk, rope_chunk)
+            token, block, end, length, list_at = self.following(
+                mList, lengths, sI, token, block, end, length, list_at, last
+            )
+        self.entries(rNext, list_at, block * 64 + row, length)
         for number in cutlass.range(first, total, step, unroll=1):
             buffer = number & 1
             cute.arch.mbarrier_wait(empty + buffer, ((number >> 1) & 1) ^ 1)
@@ -306,11 +329,9 @@ class RowGather:
                 if chunk == 0:
                     store_shared1(ok_at + buffer * 64 + p * 16 + row, Int32(1) if rRow[p] >= 0 else Int32(0))
                 if const_expr(self.v32):
-                    self.store(
-                        rX, p, even + buffer * latent_bytes, odd + buffer * latent_bytes, rope + buffer * rope_bytes, lane
-                    )
+                    self.store(rX, p, to + buffer * latent_bytes, odd + buffer * latent_bytes, rope + buffer * rope_bytes, lane)
                 else:
-                    self.copy(address, rRow, p, chunk, even + buffer * latent_bytes, rope + buffer * rope_bytes)
+                    self.copy(address, rRow[p], p, chunk, to + buffer * latent_bytes, rope + buffer * rope_bytes)
             if const_expr(self.v32):
                 cute.arch.fence_view_async_shared()  # waits for every load of this thread: hence the next ones below
             else:
@@ -318,18 +339,25 @@ class RowGather:
             cute.arch.sync_warp()
             if lane == 0:
                 cute.arch.mbarrier_arrive(full + buffer)
-            for p in cutlass.range_constexpr(4):
-                self.check(rNext, rRow, p, limit, address.rows)
-                if const_expr(self.v32):
-                    self.load(rX, address, rRow, p, chunk, rope_chunk)
+            self.fetch(rX, rRow, rNext, address, chunk, rope_chunk)
             for _ in cutlass.range_constexpr(step):
-                token, block, end, length = self.following(lengths, sI, token, block, end, length, last)
-            limit = length - block * 64 - row
-            self.entries(rNext, mList, token, last, block * 64 + row, topk)
+                token, block, end, length, list_at = self.following(
+                    mList, lengths, sI, token, block, end, length, list_at, last
+                )
+            self.entries(rNext, list_at, block * 64 + row, length)
 
     @cute.jit
-    def following(self, lengths, sI, token, block, end, length, last):
-        """The next block of this CTA: (token, block, end block, length), with token > last behind the last one."""
+    def fetch(self, rX, rRow, rNext, address, chunk, rope_chunk):
+        """Check the entries of a block; v32: and load its rows."""
+        for p in cutlass.range_constexpr(4):
+            rRow[p] = rNext[p] if rNext[p] >= 0 and rNext[p] < address.rows else Int32(-1)
+            if const_expr(self.v32):
+                self.load(rX, address, rRow[p], p, chunk, rope_chunk)
+
+    @cute.jit
+    def following(self, mList, lengths, sI, token, block, end, length, list_at, last):
+        """The next block of this CTA: (token, block, end block, length, address of the list), with token > last behind the
+        last one."""
         block = block + 1
         if block >= end:
             block = Int32(0)
@@ -338,4 +366,5 @@ class RowGather:
             if token <= last:
                 end = end_of_piece(lengths, sI, token)
                 length = lengths[token]
-        return token, block, end, length
+                list_at = mList[token, None].iterator.toint()
+        return token, block, end, length, list_at

@@ -41,8 +41,9 @@ from cutlass.memory import SmemAllocator
 from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
 from common.mla_split import interval, n_blocks, partials, sharing
 from common.sm90 import INF, LOG2E, ex2, issue, quad_max, quad_sum, smem_atom, swz
-from common.sparse_rows import V32_BYTES, WANTS_MAX, RowAddress, RowGather, TokenLengths, end_of_piece, half2_of_bf16x2
-from common.sparse_rows import load_shared2, load_shared16, per_token, sparse_mla_arguments, store_shared16
+from common.sparse_rows import V32_BYTES, WANTS_MAX, RowAddress, RowGather, TokenLengths, by_head, end_of_piece
+from common.sparse_rows import half2_of_bf16x2, load_shared2, load_shared16, per_token
+from common.sparse_rows import quotient, sparse_mla_arguments, store_shared16
 
 V32 = FORMAT == "v32"
 ELEMENT = Float16 if V32 else BFloat16  # of the latent columns
@@ -56,7 +57,7 @@ TILE_BYTES = 64 * 64 * 2
 LATENT_BYTES = V_TILES * TILE_BYTES  # of a buffer
 FULL, EMPTY, Q_FULL = 0, 2, 4  # mbarriers
 READY, FREE, SUMS, Q_READY, BAR_END = 1, 2, 3, 4, 5  # named barriers
-SCORE_REGS, VALUE_REGS, GATHER_REGS = 208, 160, 136
+SCORE_REGS, VALUE_REGS, GATHER_REGS = (208, 160, 136) if V32 else (208, 176, 120)
 M_INIT = -1.0e30  # finite, so that a block without entries has no NaN
 
 assert FORMAT in ("v32", "bf16") and ROPE in (0, 64)
@@ -93,8 +94,10 @@ class SparseMla:
         workspace: cute.Tensor,
         semaphores: cute.Tensor,
         sm_scale: Float32,
-        page_magic: Int64,
+        page_magic: Int32,
         page_shift: Int32,
+        s_q_magic: Int32,
+        s_q_shift: Int32,
         flags: Int32,
         parts: Int32,
         fixed: Int32,
@@ -105,7 +108,8 @@ class SparseMla:
         """q (B, s_q, H, LATENT + ROPE); kv (pages, page_size, 1, bytes of a row); indices (B, s_q, topk >= 1); lengths (B)
         if HAS_LENGTHS; sinks (>= H) if HAS_SINKS; out (B, s_q, H, LATENT); lse, max_logits (B, s_q, H) if WANTS_LSE,
         WANTS_MAX (whole tokens only); workspace: see mla_split.partials, of H rows; semaphores: zeros, parts * ceil(H / 64)
-        of them, left as zeros. sm_scale > 0. page_magic, page_shift: see RowAddress. From parts on: the split;
+        of them, left as zeros. sm_scale > 0. Query tokens of all but q are evenly spaced. page_magic, page_shift: see
+        RowAddress; s_q_magic, s_q_shift divide by s_q (see quotient). From parts on: the split;
         parts * ceil(H / 64) is at most the number of SMs."""
         batch, s_q, heads = q.shape[0], q.shape[1], q.shape[2]
         tokens = batch * s_q
@@ -120,13 +124,6 @@ class SparseMla:
         tma_q, mQ = cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileG2SOp(), cute.make_tensor(q.iterator, q_rows), tile, (ROWS, 64)
         )
-
-        def by_head(x):
-            """(B, s_q, H) as (token, 1, H), the form that the combine writes."""
-            x = per_token(x)
-            return cute.make_tensor(
-                x.iterator, cute.make_layout((x.shape[0], 1, x.shape[1]), stride=(x.stride[0], 0, x.stride[1]))
-            )
 
         def mma(dtype, n, b_major, a_source):
             return hh.make_trivial_tiled_mma(
@@ -151,6 +148,8 @@ class SparseMla:
             sm_scale * LOG2E,
             page_magic,
             page_shift,
+            s_q_magic,
+            s_q_shift,
             flags,
             tokens,
             s_q,
@@ -191,8 +190,10 @@ class SparseMla:
         lse_acc: cute.Tensor,
         semaphores: cute.Tensor,
         scale: Float32,
-        page_magic: Int64,
+        page_magic: Int32,
         page_shift: Int32,
+        s_q_magic: Int32,
+        s_q_shift: Int32,
         flags: Int32,
         tokens: Int32,
         s_q: Int32,
@@ -216,8 +217,7 @@ class SparseMla:
         t = tid % 128
         lane = tid % 32
         row = (warp_idx % 4) * 16 + lane // 4  # this thread has the rows row and row + 8
-        topk = mList.shape[1]
-        lengths = TokenLengths(mLengths, s_q, topk, flags)
+        lengths = TokenLengths(mLengths, mList.shape[1], flags, s_q_magic, s_q_shift)
 
         smem = SmemAllocator()
 
@@ -330,7 +330,7 @@ class SparseMla:
         if wg == 2:
             cute.arch.setmaxregister_decrease(GATHER_REGS)
             GATHER.run(
-                RowAddress(kv, page_magic, page_shift), mList, lengths, sI, topk, sK.iterator.toint(), LATENT_BYTES,
+                RowAddress(kv, page_magic, page_shift), mList, lengths, sI, sK.iterator.toint(), LATENT_BYTES,
                 sKr.iterator.toint(), TILE_BYTES, c.ok, bars + FULL, bars + EMPTY, warp_idx - 8, lane,
                 Int32(0), 1,
             )  # fmt: skip
@@ -371,7 +371,7 @@ class SparseMla:
     @cute.jit
     def load_q(self, c, token):
         bar = c.bars + Q_FULL
-        request = token // c.s_q
+        request = quotient(token, c.lengths.magic, c.lengths.shift)
         i = token - request * c.s_q
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(bar, TILES * TILE_BYTES)

@@ -43,8 +43,9 @@ from cutlass.memory import SmemAllocator
 from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
 from common.mla_split import interval, n_blocks, partials, sharing
 from common.sm90 import INF, LOG2E, ex2, issue, smem_atom, swz
-from common.sparse_rows import V32_BYTES, WANTS_MAX, RowAddress, RowGather, TokenLengths, end_of_piece, half2_of_bf16x2
-from common.sparse_rows import load_shared1, load_shared16, per_token, sparse_mla_arguments, store_shared16
+from common.sparse_rows import V32_BYTES, WANTS_MAX, RowAddress, RowGather, TokenLengths, by_head, end_of_piece
+from common.sparse_rows import half2_of_bf16x2, load_shared1, load_shared16, per_token
+from common.sparse_rows import quotient, sparse_mla_arguments, store_shared16
 
 V32 = FORMAT == "v32"
 ELEMENT = Float16 if V32 else BFloat16  # of the latent columns
@@ -60,7 +61,7 @@ ACC = 2 * COLS  # accumulators of a thread per tile
 HALF = V_TILES // 2 * ACC  # accumulators of half of the output columns
 FULL, EMPTY, Q_FULL = 0, 2, 4  # mbarriers, two of each
 BAR_GROUP, BAR_MATH = 1, 3  # named barriers: 1 and 2 one per math warpgroup, 3 both
-MATH_REGS, GATHER_REGS = 112, 144
+MATH_REGS, GATHER_REGS = 112, 144  # v32; otherwise 128 each
 M_INIT = -1.0e30  # finite: -inf - maximum is never NaN
 
 assert FORMAT in ("v32", "bf16") and ROPE in (0, 64) and ROWS in (8, 16)
@@ -112,8 +113,10 @@ class SparseMla:
         workspace: cute.Tensor,
         semaphores: cute.Tensor,
         sm_scale: Float32,
-        page_magic: Int64,
+        page_magic: Int32,
         page_shift: Int32,
+        s_q_magic: Int32,
+        s_q_shift: Int32,
         flags: Int32,
         parts: Int32,
         fixed: Int32,
@@ -134,13 +137,6 @@ class SparseMla:
         tma_q, mQ = cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileG2SOp(), cute.make_tensor(q.iterator, q_rows), swz(ROWS, 64, BFloat16), (ROWS, 64)
         )
-
-        def by_head(x):
-            """(B, s_q, H) as (token, 1, H), the form that the combine writes."""
-            x = per_token(x)
-            return cute.make_tensor(
-                x.iterator, cute.make_layout((x.shape[0], 1, x.shape[1]), stride=(x.stride[0], 0, x.stride[1]))
-            )
 
         def mma(dtype, a_major):
             return hh.make_trivial_tiled_mma(
@@ -163,6 +159,8 @@ class SparseMla:
             sm_scale * LOG2E,
             page_magic,
             page_shift,
+            s_q_magic,
+            s_q_shift,
             flags,
             tokens,
             s_q,
@@ -202,8 +200,10 @@ class SparseMla:
         lse_acc: cute.Tensor,
         semaphores: cute.Tensor,
         scale: Float32,
-        page_magic: Int64,
+        page_magic: Int32,
         page_shift: Int32,
+        s_q_magic: Int32,
+        s_q_shift: Int32,
         flags: Int32,
         tokens: Int32,
         s_q: Int32,
@@ -224,8 +224,7 @@ class SparseMla:
         wg = warp_idx // 4
         t = tid % 128
         lane = tid % 32
-        topk = mList.shape[1]
-        lengths = TokenLengths(mLengths, s_q, topk, flags)
+        lengths = TokenLengths(mLengths, mList.shape[1], flags, s_q_magic, s_q_shift)
 
         smem = SmemAllocator()
 
@@ -329,14 +328,16 @@ class SparseMla:
             lse_acc=lse_acc,
         )
         if wg >= 2:
-            cute.arch.setmaxregister_increase(GATHER_REGS)
+            if const_expr(V32):
+                cute.arch.setmaxregister_increase(GATHER_REGS)
             GATHER.run(
-                RowAddress(kv, page_magic, page_shift), mList, lengths, sI, topk, sK.iterator.toint(), LATENT_BYTES,
+                RowAddress(kv, page_magic, page_shift), mList, lengths, sI, sK.iterator.toint(), LATENT_BYTES,
                 sKr.iterator.toint(), TILE_BYTES, c.ok, bars + FULL, bars + EMPTY, warp_idx % 4, lane,
                 wg - 2, 2,
             )  # fmt: skip
         else:
-            cute.arch.setmaxregister_decrease(MATH_REGS)
+            if const_expr(V32):
+                cute.arch.setmaxregister_decrease(MATH_REGS)
             # while the first loads are under way; a branch on tid would make the compiler take the warps for diverged
             if warp_idx == 4:
                 p0, n, sharers, started = sharing(lengths, part, parts_per_token, sI[5], sI[0], sI[1], sI[2], sI[3])
@@ -359,7 +360,7 @@ class SparseMla:
     @cute.jit
     def load_q(self, c, token, stage):
         bar = c.bars + (Q_FULL + stage)
-        request = token // c.s_q
+        request = quotient(token, c.lengths.magic, c.lengths.shift)
         i = token - request * c.s_q
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(bar, TILES * ROWS * 128)
@@ -452,7 +453,6 @@ class SparseMla:
         rM = cute.make_rmem_tensor((COLS,), Float32)
         rL = cute.make_rmem_tensor((COLS,), Float32)
         done = Int32(0)  # blocks of this CTA before this token
-        turn = Int32(0)  # tokens of this CTA before this one
         if c.warp_idx == 0 and sI[0] <= sI[1]:
             self.load_q(c, sI[0], Int32(0))
         for token in cutlass.range(sI[0], sI[1] + 1, unroll=1):
@@ -460,17 +460,16 @@ class SparseMla:
             b1 = end_of_piece(c.lengths, sI, token)
             whole = b0 == 0 and b1 == n_blocks(c.lengths[token])
             slot = 2 * c.part if b0 > 0 else 2 * c.part + 1
-            stage = turn & 1
+            stage = (token - sI[0]) & 1
             if c.warp_idx == 0 and token < sI[1]:
                 self.load_q(c, token + 1, stage ^ 1)  # the token before is through with it
             rO.fill(0.0)
             rM.fill(M_INIT)
             rL.fill(0.0)
-            self.q_ready(c, stage, (turn >> 1) & 1)
+            self.q_ready(c, stage, ((token - sI[0]) >> 1) & 1)
             for j in cutlass.range(wg, b1 - b0, 2, unroll=1):
                 self.block(c, rS, rO, rM, rL, done + j, stage)
             done = done + b1 - b0
-            turn = turn + 1
 
             # merge the two warpgroups
             for h in cutlass.range_constexpr(COLS):
