@@ -64,18 +64,19 @@ class SparseProblem:
 
     @property
     def prefill(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The arguments of jitmla.sparse_mla_prefill, for a problem of s_q 1 and pages that lie one behind the other."""
+        """The arguments of jitmla.sparse_mla_prefill, for a problem of s_q 1 and pages that lie one behind the
+        other."""
         return self.q[:, 0], self.kv.flatten(0, 1), self.indices
 
 
 def sparse_mla_problem(*, batch: int, topk: int, rows: int, heads: int, s_q: int = 1, page_size: int = 64,
-                       fmt: str = "v32", columns: int = 576, lengths: Sequence[int] | None = None,
+                       fmt: str = "fp8", columns: int = 576, lengths: Sequence[int] | None = None,
                        invalid: float = 0.0, sinks: str | None = None, large: bool = False, sm_scale: float = 0.1352,
                        page_pad: int = 0, q_pad: int = 0, device: torch.device | str = "cpu", seed: int = 0
                        ) -> SparseProblem:
     """A random problem; the same arguments give the same one. Half of the rows of the pool are used, the others NaN.
 
-    rows: about as many in the pool (whole pages). fmt: "v32" or "bf16". invalid: share of entries that are no row.
+    rows: about as many in the pool (whole pages). fmt: "fp8" or "bf16". invalid: share of entries that are no row.
     lengths: topk_length of each request. sinks: None, "finite" or "mixed" (every third +inf, the next -inf).
     large: N(0, 1) and rows of very different size, instead of N(0, 1) / 10 clamped to +-1, which the criterion is for.
     page_pad: bytes behind each page, q_pad: columns behind each row of q (multiples of 16 and 8).
@@ -96,7 +97,7 @@ def sparse_mla_problem(*, batch: int, topk: int, rows: int, heads: int, s_q: int
     if large:
         values[:, :512] *= torch.exp2(uniform(9, len(used), 1).float() - 6)
     exact = torch.full((rows, columns), float("nan"), dtype=torch.float64, device=device)
-    if fmt == "v32":
+    if fmt == "fp8":
         packed, exact[used] = pack_rows(values[:, :512], values[:, 512:])
     else:
         narrow = values.bfloat16()
@@ -145,8 +146,9 @@ class SparseOracle:
 
     def check(self, out: Tensor, lse: Tensor | None = None, top: Tensor | None = None, *, prefill: bool = False
               ) -> Report:
-        """Raise AssertionError unless every element is within FlashMLA's criterion for decode or prefill: out absolute or
-        relative, a cosine difference, lse relative. large=True: out within three roundings to bf16 of what is summed."""
+        """Raise AssertionError unless every element is within FlashMLA's criterion for decode or prefill: out absolute
+        or relative, a cosine difference, lse relative. large=True: out within three roundings to bf16 of what is
+        summed."""
         absolute, relative, cosine, lse_relative = MAX_PREFILL if prefill else MAX_DECODE
         report = Report()
         chosen = torch.tensor(self.requests, dtype=torch.int64, device=out.device)

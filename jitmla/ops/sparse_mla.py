@@ -1,4 +1,4 @@
-"""sparse_mla_decode and sparse_mla_prefill: MLA over a list of cache rows for every query token."""
+"""What sparse_mla_decode and sparse_mla_prefill share: from checked arguments to a launch."""
 
 from __future__ import annotations
 
@@ -11,84 +11,20 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, events, schedule
-from ..errors import InvalidArgument
 from ..spec import sparse_mla_spec
 from ..workspace import scratch
 from . import checks, sparse_reference
-from .sparse_mla_arguments import LATENT, REQUIRED, check, check_layout, even_tokens, format_of
+from .sparse_mla_arguments import LATENT, check, check_layout, even_tokens, format_of
 
 OP = "sparse_mla"
-PREPARED_MAX = 8192  # call shapes remembered; an engine has a few hundred
 # bits of the kernels' flags (templates/common/mla_combine.py, sparse_rows.py)
 HAS_SINKS, WANTS_LSE, COOPERATIVE, HAS_LENGTHS, WANTS_MAX = 1, 2, 4, 8, 16
 
 
-def sparse_mla_decode(q: Tensor, k_cache: Tensor, indices: Tensor, *, sm_scale: Any = REQUIRED,
-                      topk_length: Tensor | None = None, attn_sink: Tensor | None = None, out: Tensor | None = None,
-                      lse: Tensor | None = None, return_lse: bool = False, backend: str = "auto") -> Any:
-    """Absorbed MLA of every query token over its own list of cache rows (DeepSeek Sparse Attention, arXiv 2512.02556).
-
-    With I the valid entries of a token's list (duplicates count as often as they stand there), x_j = sm_scale * <q, row_j>:
-    lse = ln sum_{j in I} exp(x_j), out = sum_{j in I} exp(x_j - lse) * row_j[:512].
-
-    q: [batch, s_q, heads, 576] bf16, the absorbed part (512) and the rope part; 1 to 128 heads. Any strides whose rows are
-        16-byte aligned.
-    k_cache: [pages, page_size, 1, row], any page size and page stride. Rows of 656 bytes (e4m3, uint8 or int8: 512 e4m3,
-        4 float32 scales that are powers of two, 64 bf16; see jitmla.kv_row_pack), or of 576 (or 512) bf16 columns.
-    indices: [batch, s_q, topk] int32, any topk: page * page_size + row of the page. Entries that are no row of the cache
-        (negative, or too large) are not read and have no weight; NaN behind them does not show.
-    sm_scale: positive factor of the raw dot product; never inferred (0.1352 for DeepSeek-V3, not 576**-0.5).
-    topk_length: [batch] int32: entries at and behind it are ignored. Read on the device only.
-    attn_sink: [heads] float32: logits (natural units, not scaled) of one more key with a zero value.
-    out: [batch, s_q, heads, 512] bf16, written. lse: [batch, heads, s_q] float32, any strides, written when given or asked
-        for: sinks excluded. A token without a valid entry has out 0 and lse +inf.
-    backend: "auto", a backend of `jitmla kernels` such as "sm90", or "reference".
-
-    Returns out, or (out, lse) with return_lse. No host synchronisation and no plan() call: a captured CUDA graph stays
-    right for other lists and lengths.
-
-    Raises InvalidArgument, InvalidArgumentType, NoTemplate, and on first use also CompileFailed, ToolchainMissing,
-    CacheUntrusted, MissNotAllowed.
-    """
-    if torch.compiler.is_compiling():
-        from ..torch_ops_sparse import call_decode
-        return call_decode(q, k_cache, indices, topk_length, attn_sink, sm_scale, out, lse, return_lse, backend)
-    if lse is None and return_lse and isinstance(q, Tensor) and q.dim() == 4:
-        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device).transpose(1, 2)
-    out = _run(q, k_cache, indices, sm_scale, topk_length, attn_sink, out, lse, None, False, backend)
-    return (out, lse) if return_lse else out
-
-
-def sparse_mla_prefill(q: Tensor, kv: Tensor, indices: Tensor, *, sm_scale: Any = REQUIRED,
-                       topk_length: Tensor | None = None, attn_sink: Tensor | None = None, out: Tensor | None = None,
-                       backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
-    """The same for the tokens of a prefill: `jitmla.sparse_mla_decode` without a batch, whole tokens only.
-
-    q: [s_q, heads, 576 or 512] bf16. kv: [rows, 1, columns of q] bf16, any row stride. indices: [s_q, 1, topk] int32.
-    topk_length: [s_q] int32. attn_sink: [heads] float32. out: [s_q, heads, 512] bf16.
-
-    Returns (out, max_logits, lse), the latter two [s_q, heads] float32: the largest x_j (-inf where there is none) and
-    lse, natural logarithm, sinks excluded in both.
-    """
-    if torch.compiler.is_compiling():
-        from ..torch_ops_sparse import call_prefill
-        return call_prefill(q, kv, indices, topk_length, attn_sink, sm_scale, out, backend)
-    ranks = {"q": (q, 3), "kv": (kv, 3), "indices": (indices, 3)} | ({} if out is None else {"out": (out, 3)})
-    for name, (value, rank) in ranks.items():
-        if not isinstance(value, Tensor) or value.dim() != rank:
-            raise InvalidArgument(f"{name} of sparse_mla_prefill", supported="q [s_q, heads, columns], kv [rows, 1, "
-                                  "columns], indices [s_q, 1, topk], out [s_q, heads, 512]",
-                                  differs=f"{name} has {getattr(value, 'dim', lambda: 'no')()} dimensions, not {rank}")
-    lse, top = torch.empty((2, *q.shape[:2]), dtype=torch.float32, device=q.device).unbind(0)
-    done = _run(q.unsqueeze(1), kv.unsqueeze(0), indices, sm_scale, topk_length, attn_sink,
-                None if out is None else out.unsqueeze(1), lse.unsqueeze(2), top.unsqueeze(2), True, backend)
-    return done.squeeze(1) if out is None else out, top, lse
-
-
 @dataclass(frozen=True)
 class OnGpu:
-    """What calls of one shape launch. What may still differ between them is checked by the compiled wrapper, and what it
-    cannot check in `run`."""
+    """What calls of one shape launch. What may still differ between them is checked by the compiled wrapper, and what
+    it cannot check in `run`."""
 
     batch: int
     s_q: int
@@ -148,8 +84,9 @@ class OnGpu:
                       *self.divisors, flags, *self.launch)
 
 
-    def _run_and_copy(self, q: Tensor, kv: Tensor, indices: Tensor, topk_length: Tensor | None, attn_sink: Tensor | None,
-                      out: Tensor, lse: Tensor | None, max_logits: Tensor | None, sm_scale: float) -> None:
+    def _run_and_copy(self, q: Tensor, kv: Tensor, indices: Tensor, topk_length: Tensor | None,
+                      attn_sink: Tensor | None, out: Tensor, lse: Tensor | None, max_logits: Tensor | None,
+                      sm_scale: float) -> None:
         """For lse whose tokens are not evenly spaced."""
         like = [None if x is None else torch.empty_like(x.transpose(1, 2).contiguous()).transpose(1, 2)
                 for x in (lse, max_logits)]
@@ -177,11 +114,14 @@ class Empty:
         pass
 
 
-_prepared: dict[Any, OnGpu] = {}
+_prepared = dispatch.Remembered()
 
 
-def _run(q: Any, kv: Any, indices: Any, sm_scale: Any, topk_length: Any, attn_sink: Any, out: Any, lse: Any,
-         max_logits: Any, whole: bool, backend: str) -> Tensor:
+def launch(q: Any, kv: Any, indices: Any, sm_scale: Any, topk_length: Any, attn_sink: Any, out: Any, lse: Any,
+           max_logits: Any, whole: bool, backend: str) -> Tensor:
+    """Write out, and lse and max_logits [batch, heads, s_q] where they are given; returns out, made here if it is None.
+
+    whole: no query token is split, which max_logits needs."""
     try:
         prepared: Any = _prepared[q.shape, q.get_device(), kv.shape, kv.stride(0), kv.dtype, whole, backend]
         if type(sm_scale) is not float or not 0.0 < sm_scale < float("inf") or q.requires_grad:
@@ -204,7 +144,8 @@ def _run(q: Any, kv: Any, indices: Any, sm_scale: Any, topk_length: Any, attn_si
     return out
 
 
-def _prepare(q: Tensor, kv: Tensor, indices: Tensor, out: Tensor | None, whole: bool, backend: Any) -> OnGpu | OnReference | Empty:
+def _prepare(q: Tensor, kv: Tensor, indices: Tensor, out: Tensor | None, whole: bool, backend: Any
+             ) -> OnGpu | OnReference | Empty:
     """Choose who serves the call, and remember it when that is a kernel."""
     if checks.takes_reference(OP, backend, q):
         events.emit("choose", op=OP, backend="reference", device=str(q.device),
@@ -219,10 +160,9 @@ def _prepare(q: Tensor, kv: Tensor, indices: Tensor, out: Tensor | None, whole: 
     plan = dispatch.plan_for(spec, backend, q.device)
     launch = schedule.sparse_launch_args(batch * s_q, heads, dispatch.sm_count(q.device), whole)
     prepared = OnGpu(batch, s_q, heads, plan.function, q.get_device(), torch.cuda.device_count() > 1,
-                     (*_page_divisor(kv), *schedule.divisor(s_q)), schedule.workspace_floats(launch.parts, heads, LATENT),
+                     (*_page_divisor(kv), *schedule.divisor(s_q)),
+                     schedule.workspace_floats(launch.parts, heads, LATENT),
                      schedule.semaphore_count(launch.parts, heads), tuple(launch), *_stand_ins(q.device))
-    if len(_prepared) >= PREPARED_MAX:
-        _prepared.clear()
     _prepared[q.shape, q.get_device(), kv.shape, kv.stride(0), kv.dtype, whole, backend] = prepared
     return prepared
 
@@ -230,9 +170,10 @@ def _prepare(q: Tensor, kv: Tensor, indices: Tensor, out: Tensor | None, whole: 
 def _page_divisor(kv: Tensor) -> tuple[int, int]:
     """What divides a row by the page size; (0, 0) where the rows of the pool are evenly spaced."""
     pages, page_size = kv.shape[:2]
-    return (0, 0) if 1 in (pages, page_size) or kv.stride(0) == page_size * kv.stride(1) else schedule.divisor(page_size)
+    even = 1 in (pages, page_size) or kv.stride(0) == page_size * kv.stride(1)
+    return (0, 0) if even else schedule.divisor(page_size)
 
 
 @functools.cache
 def _stand_ins(device: torch.device) -> tuple[Tensor, Tensor]:
-    return (torch.empty(1, 1, 1, dtype=torch.float32, device=device), torch.empty(1, dtype=torch.int32, device=device))
+    return torch.empty(1, 1, 1, dtype=torch.float32, device=device), torch.empty(1, dtype=torch.int32, device=device)

@@ -11,7 +11,7 @@ from ..errors import InvalidArgument, InvalidArgumentType
 from . import checks
 
 LATENT, ROPE = 512, 64
-V32_BYTES = 656
+FP8_BYTES = 656
 MAX_HEADS = 128
 MAX_ROWS = 2**31 - 1
 BYTES = (torch.float8_e4m3fn, torch.uint8, torch.int8)
@@ -21,7 +21,7 @@ Q, KV, INDICES = ("[batch, s_q, heads, kv_lora_rank + rope]", "[pages, page_size
 
 def format_of(kv: Tensor) -> str:
     """The format of the rows of a cache."""
-    return "bf16" if kv.dtype == torch.bfloat16 else "v32"
+    return "bf16" if kv.dtype == torch.bfloat16 else "fp8"
 
 
 def check(q: Any, kv: Any, indices: Any, sm_scale: Any, topk_length: Any, attn_sink: Any, out: Any, lse: Any,
@@ -78,15 +78,15 @@ def _check_cache(kv: Any, q: Tensor) -> None:
     checks.tensor("k_cache", kv, KV, 4)
     checks.device("k_cache", kv, q.device)
     checks.dtype("k_cache", kv, [*BYTES, torch.bfloat16])
-    row = V32_BYTES if format_of(kv) == "v32" else q.shape[3]
+    row = FP8_BYTES if format_of(kv) == "fp8" else q.shape[3]
     if kv.shape[2] != 1 or kv.shape[3] != row:
-        raise InvalidArgument(f"k_cache: {checks.describe(kv)}", supported=f"{KV}, a row of {V32_BYTES} bytes, or as "
+        raise InvalidArgument(f"k_cache: {checks.describe(kv)}", supported=f"{KV}, a row of {FP8_BYTES} bytes, or as "
                               f"many bf16 columns as q: [..., 1, {row}]",
                               differs=f"{kv.shape[2]} KV heads" if kv.shape[2] != 1 else f"a row has {kv.shape[3]}",
                               remedy="compare the cache with the format of its rows")
-    if format_of(kv) == "v32" and q.shape[3] != LATENT + ROPE:
+    if format_of(kv) == "fp8" and q.shape[3] != LATENT + ROPE:
         raise InvalidArgument(f"q: {checks.describe(q)}", supported=f"{LATENT + ROPE} columns with rows of "
-                              f"{V32_BYTES} bytes", differs=f"it has {q.shape[3]}", remedy="join q with its rope part")
+                              f"{FP8_BYTES} bytes", differs=f"it has {q.shape[3]}", remedy="join q with its rope part")
     checks.contiguous_last("k_cache", kv)
     if kv.shape[1] < 1 or kv.shape[0] * kv.shape[1] > MAX_ROWS:
         raise InvalidArgument(f"k_cache: {checks.describe(kv)}", supported=f"1 to {MAX_ROWS} rows",
@@ -95,14 +95,16 @@ def _check_cache(kv: Any, q: Tensor) -> None:
 
 
 def check_layout(q: Tensor, kv: Tensor, indices: Tensor, out: Tensor | None) -> None:
-    """Raise InvalidArgument unless the kernels can read and write these in place: alignment, and evenly spaced tokens."""
+    """Raise InvalidArgument unless the kernels can read and write these in place: alignment, and evenly spaced
+    tokens."""
     for name, value in (("q", q), ("k_cache", kv), ("out", out)):
         if value is not None:
             checks.aligned(name, value)
     for name, value in (("indices", indices), ("out", out)):
         if value is not None and not even_tokens(value):
             raise InvalidArgument(f"{name} with strides {tuple(value.stride())}",
-                                  supported="stride(0) == s_q * stride(1)", differs="its query tokens are not evenly spaced",
+                                  supported="stride(0) == s_q * stride(1)",
+                                  differs="its query tokens are not evenly spaced",
                                   remedy=f"pass {name}.contiguous()")
 
 

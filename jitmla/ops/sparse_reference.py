@@ -10,7 +10,8 @@ TOKENS_AT_ONCE = 64
 
 
 def unpack_rows(rows: Tensor) -> Tensor:
-    """Rows of 656 bytes, [n, 656] of any 1-byte dtype, as float32 [n, 576]: values times scales, then the rope columns."""
+    """Rows of 656 bytes, [n, 656] of any 1-byte dtype, as float32 [n, 576]: values times scales, then the rope
+    columns."""
     rows = rows.contiguous().view(torch.uint8)
     values = rows[:, :LATENT].contiguous().view(torch.float8_e4m3fn).float().view(-1, TILES, TILE)
     scales = rows[:, LATENT:ROPE_AT].contiguous().view(torch.float32)

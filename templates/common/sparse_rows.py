@@ -2,13 +2,13 @@
 
 A query token (s_q of them in each request) has a list of `topk` cache rows. For mla_split a query token is a request,
 and its length is the part of its list that counts, `TokenLengths`. An entry is the number of a row in the pool,
-page * page_size + row of the page; whatever is no row of the pool, and what lies behind the length, is not read. Its row
-in shared memory is zero (0 * NaN would be NaN in P V) and its byte in `ok` 0, which makes the score -inf.
+page * page_size + row of the page; whatever is no row of the pool, and what lies behind the length, is not read. Its
+row in shared memory is zero (0 * NaN would be NaN in P V) and its byte in `ok` 0, which makes the score -inf.
 
 Formats of a row:
-    v32    656 bytes: 512 e4m3 | 4 float32 scales, powers of two, one for 128 columns | 64 bf16. The latent goes to shared
-           memory as fp16: e4m3 to fp16 is one instruction for two values, the scale one multiplication for two, and the
-           product is exact while it is at most 65504 and the scale at least 2^-15. The rope columns stay bf16.
+    fp8    656 bytes: 512 e4m3 | 4 float32 scales, powers of two, one for 128 columns | 64 bf16. The latent goes to
+           shared memory as fp16: e4m3 to fp16 is one instruction for two values, the scale one multiplication for two,
+           and the product is exact while it is at most 65504 and the scale at least 2^-15. The rope columns stay bf16.
     bf16   [latent | rope], 1152 bytes for 512 + 64 columns.
 """
 
@@ -20,14 +20,14 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint8, const_expr
 from common.mla_split import n_blocks
 
 HAS_LENGTHS, WANTS_MAX = 8, 16  # bits of the flags, beside those of mla_combine
-V32_BYTES, V32_SCALES, V32_ROPE = 656, 512, 528  # a row, and where its scales and rope columns begin
+FP8_BYTES, FP8_SCALES, FP8_ROPE = 656, 512, 528  # a row, and where its scales and rope columns begin
 # not .nc: the compiler moves those in front of the arrive on the full barrier, which then waits for them
 ROW_LOAD = "ld.relaxed.cta.global"
 
 
 def sparse_mla_arguments(row_bytes, latent):
-    """Stand-ins for the arguments; the compiled function refuses a call that differs from them. B, s_q and H are the same
-    everywhere but in lse and max_logits, which may be dummies."""
+    """Stand-ins for the arguments; the compiled function refuses a call that differs from them. B, s_q and H are the
+    same everywhere but in lse and max_logits, which may be dummies."""
     batch, s_q, heads = cute.sym_int(), cute.sym_int(), cute.sym_int()
 
     def tensor(dtype, *shape, align, divisor=1, last=1):
@@ -66,7 +66,8 @@ def per_token(x: cute.Tensor):
 def by_head(x: cute.Tensor):
     """(B, s_q, H) as (token, 1, H), the form that the combine writes."""
     x = per_token(x)
-    return cute.make_tensor(x.iterator, cute.make_layout((x.shape[0], 1, x.shape[1]), stride=(x.stride[0], 0, x.stride[1])))
+    shape, stride = (x.shape[0], 1, x.shape[1]), (x.stride[0], 0, x.stride[1])
+    return cute.make_tensor(x.iterator, cute.make_layout(shape, stride=stride))
 
 
 @cute.jit
@@ -101,8 +102,8 @@ def end_of_piece(lengths, sI: cute.Tensor, token):
 
 
 class RowAddress:
-    """Where a row of the pool lies. magic, shift: they divide a row by the page size; magic 0: the rows are evenly spaced,
-    and the pool is one page."""
+    """Where a row of the pool lies. magic, shift: they divide a row by the page size; magic 0: the rows are evenly
+    spaced, and the pool is one page."""
 
     def __init__(self, kv, magic, shift):
         self.start, self.rows = kv.iterator.toint(), kv.shape[0] * kv.shape[1]
@@ -127,7 +128,8 @@ def ptx(code, ins, outs=()):
 def load_row16(address, offset, ok):
     """16 bytes as 4 words; zeros, without touching memory, when ok == 0."""
     return ptx(
-        "{ .reg .pred p; setp.ne.s32 p, {$r1}, 0; mov.b32 {$w0}, 0; mov.b32 {$w1}, 0; mov.b32 {$w2}, 0; mov.b32 {$w3}, 0;"
+        "{ .reg .pred p; setp.ne.s32 p, {$r1}, 0;"
+        " mov.b32 {$w0}, 0; mov.b32 {$w1}, 0; mov.b32 {$w2}, 0; mov.b32 {$w3}, 0;"
         f" @p {ROW_LOAD}.v4.b32 {{{{$w0}}, {{$w1}}, {{$w2}}, {{$w3}}}}, [{{$r0}}+{offset}]; }}",
         (address, ok),
         (Int32,) * 4,
@@ -198,8 +200,8 @@ def half2_of_float(word):
 
 def half2_of_bf16x2(word):
     return ptx(
-        "{ .reg .b32 x, y; .reg .f32 f, g; shl.b32 x, {$r0}, 16; and.b32 y, {$r0}, 0xffff0000; mov.b32 f, x; mov.b32 g, y;"
-        " cvt.rn.f16x2.f32 {$w0}, g, f; }",
+        "{ .reg .b32 x, y; .reg .f32 f, g; shl.b32 x, {$r0}, 16; and.b32 y, {$r0}, 0xffff0000;"
+        " mov.b32 f, x; mov.b32 g, y; cvt.rn.f16x2.f32 {$w0}, g, f; }",
         (word,),
         (Int32,),
     )
@@ -208,16 +210,17 @@ def half2_of_bf16x2(word):
 class RowGather:
     """One warpgroup that gathers blocks of 64 rows into shared memory.
 
-    A block there: latent / 64 tiles of 64 rows x 128 bytes (128-byte swizzle), one behind the other, then or elsewhere a
-    rope tile. A thread has four entries of a block, 16 rows apart, and an eighth of each row. v32: `load` fetches its part
-    of all four rows into 84 registers, `store` converts them; so the rows of the next block are on their way while the
-    block before waits for room. A quarter of a warp stores 2 rows x 4 chunks of 16 bytes, which hits every bank once.
+    A block there: latent / 64 tiles of 64 rows x 128 bytes (128-byte swizzle), one behind the other, then or elsewhere
+    a rope tile. A thread has four entries of a block, 16 rows apart, and an eighth of each row. fp8: `load` fetches
+    its part of all four rows into 84 registers, `store` converts them; so the rows of the next block are on their way
+    while the block before waits for room. A quarter of a warp stores 2 rows x 4 chunks of 16 bytes, which hits every
+    bank once.
     """
 
     def __init__(self, fmt, latent, rope, tile_stride):
         """tile_stride: bytes from one tile of a block to the next."""
-        assert fmt in ("v32", "bf16") and rope in (0, 64) and (fmt == "bf16" or (latent, rope) == (512, 64))
-        self.v32, self.latent, self.rope, self.tile_stride = fmt == "v32", latent, rope, tile_stride
+        assert fmt in ("fp8", "bf16") and rope in (0, 64) and (fmt == "bf16" or (latent, rope) == (512, 64))
+        self.fp8, self.latent, self.rope, self.tile_stride = fmt == "fp8", latent, rope, tile_stride
 
     @cute.jit
     def lanes(self, w, lane):
@@ -225,7 +228,7 @@ class RowGather:
         chunk = lane & 7
         rope_chunk = chunk
         row = w * 4 + (lane >> 3)
-        if const_expr(self.v32):
+        if const_expr(self.fp8):
             chunk = (lane & 3) | ((lane >> 1) & 4)
             row = w * 4 + (((lane >> 2) & 1) | ((lane >> 3) & 2))
             rope_chunk = (lane & 3) | ((((lane >> 3) ^ (lane >> 2)) & 1) << 2)
@@ -241,21 +244,21 @@ class RowGather:
 
     @cute.jit
     def load(self, rX, address, found, p: cutlass.Constexpr, chunk, rope_chunk):
-        """v32: the thread's part of row p, number `found`, into registers 21 p .. 21 p + 20."""
+        """fp8: the thread's part of row p, number `found`, into registers 21 p .. 21 p + 20."""
         ok = Int32(1) if found >= 0 else Int32(0)
         base = address.of(cutlass.max(found, 0))
         for k in cutlass.range_constexpr(4):
             words = load_row16(base + Int64(chunk * 16), k * 128, ok)
             for i in cutlass.range_constexpr(4):
                 rX[p * 21 + 4 * k + i] = words[i]
-        words = load_row16(base + Int64(rope_chunk * 16), V32_ROPE, ok)
+        words = load_row16(base + Int64(rope_chunk * 16), FP8_ROPE, ok)
         for i in cutlass.range_constexpr(4):
             rX[p * 21 + 16 + i] = words[i]
-        rX[p * 21 + 20] = load_row4(base + Int64((chunk & 3) * 4), V32_SCALES, ok)
+        rX[p * 21 + 20] = load_row4(base + Int64((chunk & 3) * 4), FP8_SCALES, ok)
 
     @cute.jit
     def store(self, rX, p: cutlass.Constexpr, to, odd, rope, lane):
-        """v32: row p from registers to shared memory. to and odd, rope: where this thread's chunks of row 0 go."""
+        """fp8: row p from registers to shared memory. to and odd, rope: where this thread's chunks of row 0 go."""
         scale = half2_of_float(rX[p * 21 + 20])
         for k in cutlass.range_constexpr(4):
             scale_k = cute.arch.shuffle_sync(scale, offset=(lane & 28) | k)
@@ -279,16 +282,17 @@ class RowGather:
     @cute.jit
     def run(self, address, mList, lengths, sI, latent_at, latent_bytes, rope_at, rope_bytes, ok_at, full, empty, w,
             lane, first, step: cutlass.Constexpr):  # fmt: skip
-        """Gather the blocks first, first + step, ... of this CTA, each into buffer number % 2, as 128 threads. first: 0 or 1.
+        """Gather the blocks first, first + step, ... of this CTA, each into buffer number % 2, as 128 threads. first:
+        0 or 1.
 
-        latent_at, rope_at, ok_at: shared addresses of buffer 0; latent_bytes, rope_bytes: to the next buffer (64 for ok).
-        full: 4 arrivals a buffer (v32) or 132 (bf16); empty: waited for before a buffer is written.
+        latent_at, rope_at, ok_at: shared addresses of buffer 0; latent_bytes, rope_bytes: to the next buffer (64 for
+        ok). full: 4 arrivals a buffer (fp8) or 132 (bf16); empty: waited for before a buffer is written.
         """
         last = sI[1]
         row, chunk, rope_chunk = self.lanes(w, lane)
         at_row = (row >> 3) * 1024 + (row & 7) * 128
         rope = rope_at + at_row + ((rope_chunk ^ (row & 7)) * 16)
-        if const_expr(self.v32):
+        if const_expr(self.fp8):
             latent_at = latent_at + at_row + (chunk >> 2) * self.tile_stride
             to = latent_at + ((((chunk & 3) * 2) ^ (row & 7)) * 16)
             odd = latent_at + ((((chunk & 3) * 2 + 1) ^ (row & 7)) * 16)
@@ -314,7 +318,7 @@ class RowGather:
 
         rNext = cute.make_rmem_tensor((4,), Int32)
         rRow = cute.make_rmem_tensor((4,), Int32)
-        rX = cute.make_rmem_tensor((84,), Int32)  # v32
+        rX = cute.make_rmem_tensor((84,), Int32)  # fp8
         self.entries(rNext, list_at, block * 64 + row, length)
         self.fetch(rX, rRow, rNext, address, chunk, rope_chunk)
         for _ in cutlass.range_constexpr(step):
@@ -328,11 +332,12 @@ class RowGather:
             for p in cutlass.range_constexpr(4):
                 if chunk == 0:
                     store_shared1(ok_at + buffer * 64 + p * 16 + row, Int32(1) if rRow[p] >= 0 else Int32(0))
-                if const_expr(self.v32):
-                    self.store(rX, p, to + buffer * latent_bytes, odd + buffer * latent_bytes, rope + buffer * rope_bytes, lane)
+                if const_expr(self.fp8):
+                    latent = buffer * latent_bytes
+                    self.store(rX, p, to + latent, odd + latent, rope + buffer * rope_bytes, lane)
                 else:
                     self.copy(address, rRow[p], p, chunk, to + buffer * latent_bytes, rope + buffer * rope_bytes)
-            if const_expr(self.v32):
+            if const_expr(self.fp8):
                 cute.arch.fence_view_async_shared()  # waits for every load of this thread: hence the next ones below
             else:
                 cute.arch.cp_async_mbarrier_arrive_noinc(full + buffer)
@@ -348,16 +353,16 @@ class RowGather:
 
     @cute.jit
     def fetch(self, rX, rRow, rNext, address, chunk, rope_chunk):
-        """Check the entries of a block; v32: and load its rows."""
+        """Check the entries of a block; fp8: and load its rows."""
         for p in cutlass.range_constexpr(4):
             rRow[p] = rNext[p] if rNext[p] >= 0 and rNext[p] < address.rows else Int32(-1)
-            if const_expr(self.v32):
+            if const_expr(self.fp8):
                 self.load(rX, address, rRow[p], p, chunk, rope_chunk)
 
     @cute.jit
     def following(self, mList, lengths, sI, token, block, end, length, list_at, last):
-        """The next block of this CTA: (token, block, end block, length, address of the list), with token > last behind the
-        last one."""
+        """The next block of this CTA: (token, block, end block, length, address of the list), with token > last behind
+        the last one."""
         block = block + 1
         if block >= end:
             block = Int32(0)

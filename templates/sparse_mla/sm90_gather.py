@@ -1,10 +1,11 @@
 """Token-sparse MLA for sm_90a, up to 128 heads: every query token has its own list of cache rows.
 
 Algorithm. A CTA takes 64 heads of a query token (grid x) and a run of 64-entry blocks of the lists of one or several
-tokens (grid z, common/mla_split.py, where a query token is a request). The rows of a block are gathered into shared memory
-once and serve as K (K-major, LATENT + ROPE columns) and as V (the same bytes read MN-major, LATENT columns). Online softmax
-in the log2 domain with sm_scale * log2(e) folded into the exponent. Whole tokens go straight to `out` and `lse`; pieces go
-to fp32 partial results in `workspace`, which the CTAs merge when they are done (common/mla_combine.py).
+tokens (grid z, common/mla_split.py, where a query token is a request). The rows of a block are gathered into shared
+memory once and serve as K (K-major, LATENT + ROPE columns) and as V (the same bytes read MN-major, LATENT columns).
+Online softmax in the log2 domain with sm_scale * log2(e) folded into the exponent. Whole tokens go straight to `out`
+and `lse`; pieces go to fp32 partial results in `workspace`, which the CTAs merge when they are done
+(common/mla_combine.py).
 
 Tiling. 384 threads, two buffers of 64 rows.
 
@@ -13,19 +14,19 @@ Tiling. 384 threads, two buffers of 64 rows.
                                                                 queued behind the product of this one
     warpgroup 1                | O.R(b0)        | O.R(b1) ...   the right half of O; waits READY, arrives at FREE
 
-How rows get into shared memory, and the two formats: common/sparse_rows.py. With the v32 format the latent columns of Q, K,
-P and V are fp16, for which Q is converted in shared memory once for each token; the rope columns stay bf16 and add to the
-same accumulators.
+How rows get into shared memory, and the two formats: common/sparse_rows.py. With the fp8 format the latent columns of
+Q, K, P and V are fp16, for which Q is converted in shared memory once for each token; the rope columns stay bf16 and
+add to the same accumulators.
 
-Barriers. mbarriers: full and empty of each buffer, one for Q. Named barriers of 256: READY (P and the factors of O are in
-shared memory), FREE (warpgroup 1 has read them), SUMS (1 / sum is there), Q_READY (Q is converted).
+Barriers. mbarriers: full and empty of each buffer, one for Q. Named barriers of 256: READY (P and the factors of O are
+in shared memory), FREE (warpgroup 1 has read them), SUMS (1 / sum is there), Q_READY (Q is converted).
 
 Cannot: more than 128 heads, sm_scale <= 0, latent sizes other than 512. Fewer than 64 heads cost as much as 64.
-v32: |q| above 65504 is infinite in fp16.
+fp8: |q| above 65504 is infinite in fp16.
 """
 
 # --- constants: replaced when rendered ---
-FORMAT = "v32"
+FORMAT = "fp8"
 ROPE = 64
 # --- end of constants ---
 
@@ -41,12 +42,12 @@ from cutlass.memory import SmemAllocator
 from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
 from common.mla_split import interval, n_blocks, partials, sharing
 from common.sm90 import INF, LOG2E, ex2, issue, quad_max, quad_sum, smem_atom, swz
-from common.sparse_rows import V32_BYTES, WANTS_MAX, RowAddress, RowGather, TokenLengths, by_head, end_of_piece
+from common.sparse_rows import FP8_BYTES, WANTS_MAX, RowAddress, RowGather, TokenLengths, by_head, end_of_piece
 from common.sparse_rows import half2_of_bf16x2, load_shared2, load_shared16, per_token
 from common.sparse_rows import quotient, sparse_mla_arguments, store_shared16
 
-V32 = FORMAT == "v32"
-ELEMENT = Float16 if V32 else BFloat16  # of the latent columns
+FP8 = FORMAT == "fp8"
+ELEMENT = Float16 if FP8 else BFloat16  # of the latent columns
 LATENT = 512
 ROWS = 64  # heads of a CTA
 BLOCK = 64  # entries of a block
@@ -57,15 +58,16 @@ TILE_BYTES = 64 * 64 * 2
 LATENT_BYTES = V_TILES * TILE_BYTES  # of a buffer
 FULL, EMPTY, Q_FULL = 0, 2, 4  # mbarriers
 READY, FREE, SUMS, Q_READY, BAR_END = 1, 2, 3, 4, 5  # named barriers
-SCORE_REGS, VALUE_REGS, GATHER_REGS = (208, 160, 136) if V32 else (208, 176, 120)
+SCORE_REGS, VALUE_REGS, GATHER_REGS = (208, 160, 136) if FP8 else (208, 176, 120)
 M_INIT = -1.0e30  # finite, so that a block without entries has no NaN
 
-assert FORMAT in ("v32", "bf16") and ROPE in (0, 64)
+assert FORMAT in ("fp8", "bf16") and ROPE in (0, 64)
 GATHER = RowGather(FORMAT, LATENT, ROPE, TILE_BYTES)
 
 
 def buffers(columns, dtype):
-    """Shared-memory layout (64 rows, columns, 2 buffers), swizzled: tiles of 64 rows x 128 bytes one behind the other."""
+    """Shared-memory layout (64 rows, columns, 2 buffers), swizzled: tiles of 64 rows x 128 bytes one behind the
+    other."""
     return cute.tile_to_shape(smem_atom(dtype), (BLOCK, columns, 2), order=(0, 1, 2))
 
 
@@ -105,12 +107,12 @@ class SparseMla:
         bias: Int32,
         stream,
     ):
-        """q (B, s_q, H, LATENT + ROPE); kv (pages, page_size, 1, bytes of a row); indices (B, s_q, topk >= 1); lengths (B)
-        if HAS_LENGTHS; sinks (>= H) if HAS_SINKS; out (B, s_q, H, LATENT); lse, max_logits (B, s_q, H) if WANTS_LSE,
-        WANTS_MAX (whole tokens only); workspace: see mla_split.partials, of H rows; semaphores: zeros, parts * ceil(H / 64)
-        of them, left as zeros. sm_scale > 0. Query tokens of all but q are evenly spaced. page_magic, page_shift: see
-        RowAddress; s_q_magic, s_q_shift divide by s_q (see quotient). From parts on: the split;
-        parts * ceil(H / 64) is at most the number of SMs."""
+        """q (B, s_q, H, LATENT + ROPE); kv (pages, page_size, 1, bytes of a row); indices (B, s_q, topk >= 1); lengths
+        (B) if HAS_LENGTHS; sinks (>= H) if HAS_SINKS; out (B, s_q, H, LATENT); lse, max_logits (B, s_q, H) if
+        WANTS_LSE, WANTS_MAX (whole tokens only); workspace: see mla_split.partials, of H rows; semaphores: zeros,
+        parts * ceil(H / 64) of them, left as zeros. sm_scale > 0. Query tokens of all but q are evenly spaced.
+        page_magic, page_shift: see RowAddress; s_q_magic, s_q_shift divide by s_q (see quotient). From parts on: the
+        split; parts * ceil(H / 64) is at most the number of SMs."""
         batch, s_q, heads = q.shape[0], q.shape[1], q.shape[2]
         tokens = batch * s_q
         o_acc, lse_acc = partials(workspace, parts, heads, LATENT)
@@ -245,7 +247,7 @@ class SparseMla:
             cpasync.prefetch_descriptor(tma_q)
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(2):
-                    cute.arch.mbarrier_init(bars + (FULL + i), 4 if V32 else 132)
+                    cute.arch.mbarrier_init(bars + (FULL + i), 4 if FP8 else 132)
                     cute.arch.mbarrier_init(bars + (EMPTY + i), 8)
                 cute.arch.mbarrier_init(bars + Q_FULL, 1)
             cute.arch.mbarrier_init_fence()
@@ -340,7 +342,8 @@ class SparseMla:
                 self.scores(c)
             else:
                 cute.arch.setmaxregister_decrease(VALUE_REGS)
-                # while the first loads are under way; a branch on tid would make the compiler take the warps for diverged
+                # while the first loads are under way; a branch on tid would make the compiler take the warps for
+                # diverged
                 if warp_idx == 4:
                     p0, n, sharers, started = sharing(lengths, part, parts_per_token, sI[5], sI[0], sI[1], sI[2], sI[3])
                     if lane == 0:
@@ -382,9 +385,9 @@ class SparseMla:
 
     @cute.jit
     def q_ready(self, c, phase):
-        """Wait for Q; v32: turn its latent tiles into fp16 in place, as 256 threads."""
+        """Wait for Q; fp8: turn its latent tiles into fp16 in place, as 256 threads."""
         cute.arch.mbarrier_wait(c.bars + Q_FULL, phase)
-        if const_expr(V32):
+        if const_expr(FP8):
             at = c.q_at + c.tid * 16
             for i in cutlass.range_constexpr(LATENT_BYTES // 4096):
                 words = load_shared16(at, i * 4096)
@@ -448,7 +451,7 @@ class SparseMla:
     def issue_scores(self, c, S, number):
         buffer = number & 1
         cute.arch.mbarrier_wait(c.bars + (FULL + buffer), (number >> 1) & 1)
-        if const_expr(not V32):
+        if const_expr(not FP8):
             cute.arch.fence_view_async_shared()  # cp.async has no fence of its own on the writer's side
         warpgroup.fence()
         issue(c.op_qk, S, c.tQ, c.tK[None, None, None, buffer], True)
@@ -575,4 +578,4 @@ class SparseMla:
 
 def entry():
     """What to compile: the host function and its fake arguments."""
-    return SparseMla(), sparse_mla_arguments(V32_BYTES if V32 else (LATENT + ROPE) * 2, LATENT)
+    return SparseMla(), sparse_mla_arguments(FP8_BYTES if FP8 else (LATENT + ROPE) * 2, LATENT)

@@ -3,30 +3,31 @@
     S^T (64 entries x ROWS) = K . Q^T      A = K tiles (K-major),              B = Q
     O^T (LATENT    x ROWS)  = V^T . P^T    A = the same tiles read MN-major,   B = P
 
-The heads are the N of the MMA (8 or 16) instead of a mostly empty M of 64: the tensor core has a quarter of the work, and
-what remains is gathering and converting rows.
+The heads are the N of the MMA (8 or 16) instead of a mostly empty M of 64: the tensor core has a quarter of the work,
+and what remains is gathering and converting rows.
 
-Tiling. One CTA per part (mla_split.py, where a query token is a request); a part walks over 64-entry blocks of the lists of
-its tokens. 512 threads: two streams, each a warpgroup that gathers every other block into a buffer of its own
+Tiling. One CTA per part (mla_split.py, where a query token is a request); a part walks over 64-entry blocks of the
+lists of its tokens. 512 threads: two streams, each a warpgroup that gathers every other block into a buffer of its own
 (sparse_rows.py), and a warpgroup with scores, softmax and a complete O^T of the blocks in it.
 
     gather 0     b0 | b2 ...                           waits empty[0], arrives at full[0]
     gather 1     b1 | b3 ...                           waits empty[1], arrives at full[1]
     math 0          S(b0) softmax PV(b0) | S(b2) ...   waits full, arrives at empty (4 warps)
     math 1          S(b1) softmax PV(b1) | S(b3) ...
-    end of token: the two (maximum, sum, O^T) are merged through shared memory; whole tokens are stored to out and lse (sinks
-    applied here), pieces of split tokens to the workspace. The Q of the next token is loaded meanwhile, into a second buffer.
+    end of token: the two (maximum, sum, O^T) are merged through shared memory; whole tokens are stored to out and lse
+    (sinks applied here), pieces of split tokens to the workspace. The Q of the next token is loaded meanwhile, into a
+    second buffer.
 
     end of the CTA: the math warps merge the pieces of split tokens together with the other CTAs (mla_combine.py)
 
-With the v32 format the latent columns of Q, K, P and V are fp16, for which Q is converted in shared memory once for each
-token; the rope columns stay bf16 and add to the same accumulators.
+With the fp8 format the latent columns of Q, K, P and V are fp16, for which Q is converted in shared memory once for
+each token; the rope columns stay bf16 and add to the same accumulators.
 
-Cannot: more than ROWS heads; sm_scale <= 0; latent sizes other than 512. v32: |q| above 65504 is infinite in fp16.
+Cannot: more than ROWS heads; sm_scale <= 0; latent sizes other than 512. fp8: |q| above 65504 is infinite in fp16.
 """
 
 # --- constants: replaced when rendered ---
-FORMAT = "v32"
+FORMAT = "fp8"
 ROPE = 64
 ROWS = 16
 # --- end of constants ---
@@ -43,12 +44,12 @@ from cutlass.memory import SmemAllocator
 from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
 from common.mla_split import interval, n_blocks, partials, sharing
 from common.sm90 import INF, LOG2E, ex2, issue, smem_atom, swz
-from common.sparse_rows import V32_BYTES, WANTS_MAX, RowAddress, RowGather, TokenLengths, by_head, end_of_piece
+from common.sparse_rows import FP8_BYTES, WANTS_MAX, RowAddress, RowGather, TokenLengths, by_head, end_of_piece
 from common.sparse_rows import half2_of_bf16x2, load_shared1, load_shared16, per_token
 from common.sparse_rows import quotient, sparse_mla_arguments, store_shared16
 
-V32 = FORMAT == "v32"
-ELEMENT = Float16 if V32 else BFloat16  # of the latent columns
+FP8 = FORMAT == "fp8"
+ELEMENT = Float16 if FP8 else BFloat16  # of the latent columns
 LATENT = 512
 BLOCK = 64  # entries of a block
 V_TILES = LATENT // 64
@@ -61,10 +62,10 @@ ACC = 2 * COLS  # accumulators of a thread per tile
 HALF = V_TILES // 2 * ACC  # accumulators of half of the output columns
 FULL, EMPTY, Q_FULL = 0, 2, 4  # mbarriers, two of each
 BAR_GROUP, BAR_MATH = 1, 3  # named barriers: 1 and 2 one per math warpgroup, 3 both
-MATH_REGS, GATHER_REGS = 112, 144  # v32; otherwise 128 each
+MATH_REGS, GATHER_REGS = 112, 144  # fp8; otherwise 128 each
 M_INIT = -1.0e30  # finite: -inf - maximum is never NaN
 
-assert FORMAT in ("v32", "bf16") and ROPE in (0, 64) and ROWS in (8, 16)
+assert FORMAT in ("fp8", "bf16") and ROPE in (0, 64) and ROWS in (8, 16)
 GATHER = RowGather(FORMAT, LATENT, ROPE, TILE_BYTES)
 
 
@@ -253,7 +254,7 @@ class SparseMla:
             cpasync.prefetch_descriptor(tma_q)
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(2):
-                    cute.arch.mbarrier_init(bars + (FULL + i), 4 if V32 else 132)
+                    cute.arch.mbarrier_init(bars + (FULL + i), 4 if FP8 else 132)
                     cute.arch.mbarrier_init(bars + (EMPTY + i), 4)
                     cute.arch.mbarrier_init(bars + (Q_FULL + i), 1)
             cute.arch.mbarrier_init_fence()
@@ -328,7 +329,7 @@ class SparseMla:
             lse_acc=lse_acc,
         )
         if wg >= 2:
-            if const_expr(V32):
+            if const_expr(FP8):
                 cute.arch.setmaxregister_increase(GATHER_REGS)
             GATHER.run(
                 RowAddress(kv, page_magic, page_shift), mList, lengths, sI, sK.iterator.toint(), LATENT_BYTES,
@@ -336,7 +337,7 @@ class SparseMla:
                 wg - 2, 2,
             )  # fmt: skip
         else:
-            if const_expr(V32):
+            if const_expr(FP8):
                 cute.arch.setmaxregister_decrease(MATH_REGS)
             # while the first loads are under way; a branch on tid would make the compiler take the warps for diverged
             if warp_idx == 4:
@@ -371,9 +372,9 @@ class SparseMla:
 
     @cute.jit
     def q_ready(self, c, stage, phase):
-        """Wait for Q; v32: turn its latent tiles into fp16 in place, as 256 threads."""
+        """Wait for Q; fp8: turn its latent tiles into fp16 in place, as 256 threads."""
         cute.arch.mbarrier_wait(c.bars + (Q_FULL + stage), phase)
-        if const_expr(V32):
+        if const_expr(FP8):
             at = c.q_at + stage * Q_BYTES + c.tid * 16
             for i in cutlass.range_constexpr(Q_BYTES // 4096):
                 words = load_shared16(at, i * 4096)
@@ -388,7 +389,7 @@ class SparseMla:
         lane, w, wg, sP, sMx = c.lane, c.w, c.wg, c.sP, c.sMx
         buffer = number & 1
         cute.arch.mbarrier_wait(c.bars + (FULL + buffer), (number >> 1) & 1)
-        if const_expr(not V32):
+        if const_expr(not FP8):
             cute.arch.fence_view_async_shared()  # cp.async has no fence of its own on the writer's side
         # S^T = K Q^T
         warpgroup.fence()
@@ -570,4 +571,4 @@ class SparseMla:
 
 def entry():
     """What to compile: the host function and its fake arguments."""
-    return SparseMla(), sparse_mla_arguments(V32_BYTES if V32 else (LATENT + ROPE) * 2, LATENT)
+    return SparseMla(), sparse_mla_arguments(FP8_BYTES if FP8 else (LATENT + ROPE) * 2, LATENT)
