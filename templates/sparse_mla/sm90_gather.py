@@ -59,6 +59,7 @@ LATENT_BYTES = V_TILES * TILE_BYTES  # of a buffer
 FULL, EMPTY, Q_FULL = 0, 2, 4  # mbarriers
 READY, FREE, SUMS, Q_READY, BAR_END = 1, 2, 3, 4, 5  # named barriers
 SCORE_REGS, VALUE_REGS, GATHER_REGS = (208, 160, 136) if FP8 else (208, 176, 120)
+LAUNCH_REGS = 168
 M_INIT = -1.0e30  # finite, so that a block without entries has no NaN
 
 assert FORMAT in ("fp8", "bf16") and ROPE in (0, 64)
@@ -341,7 +342,10 @@ class SparseMla:
                 cute.arch.setmaxregister_increase(SCORE_REGS)
                 self.scores(c)
             else:
-                cute.arch.setmaxregister_decrease(VALUE_REGS)
+                if const_expr(VALUE_REGS > LAUNCH_REGS):
+                    cute.arch.setmaxregister_increase(VALUE_REGS)
+                else:
+                    cute.arch.setmaxregister_decrease(VALUE_REGS)
                 # while the first loads are under way; a branch on tid would make the compiler take the warps for
                 # diverged
                 if warp_idx == 4:
