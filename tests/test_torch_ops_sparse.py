@@ -67,15 +67,15 @@ def test_torch_compile(backend):
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
     decode, prefill = decode_inputs(), prefill_inputs()
 
-    def layer(q, kv, indices, q2, kv2, indices2, out2):
-        out, lse = jitmla.sparse_mla_decode(q * 2, kv, indices, sm_scale=0.1, return_lse=True)
+    def layer(q, kv, indices, length, q2, kv2, indices2, out2):
+        out, lse = jitmla.sparse_mla_decode(q * 2, kv, indices, topk_length=length, sm_scale=0.1, return_lse=True)
         given = torch.empty_like(out)
-        jitmla.sparse_mla_decode(q, kv, indices, sm_scale=0.1, out=given)
+        jitmla.sparse_mla_decode(q, kv, indices, topk_length=length, sm_scale=0.1, out=given)
         rest = jitmla.sparse_mla_prefill(q2, kv2, indices2, sm_scale=0.1)
         again = jitmla.sparse_mla_prefill(q2, kv2, indices2, sm_scale=0.1, out=out2)
         return out + 1, lse, given, *rest, *again[1:]
 
-    inputs = *decode[:3], *prefill[:3], torch.zeros(3, 4, 512, dtype=torch.bfloat16)
+    inputs = *decode[:4], *prefill[:3], torch.zeros(3, 4, 512, dtype=torch.bfloat16)
     expected = layer(*inputs)
     written = inputs[-1].clone()
     inputs[-1].zero_()
