@@ -211,8 +211,8 @@ def test_paged(new, prefixes, heads, nope, v_dim, rank):
     rng = torch.Generator(device="cuda").manual_seed(1)
     q = torch.full((sum(new) + 1, heads, nope + rope), float("nan"), dtype=torch.bfloat16, device="cuda")
     q[:-1] = torch.randn((sum(new), heads, nope + rope), generator=rng, device="cuda").bfloat16()
-    w = torch.randn((heads * (nope + v_dim), rank), generator=rng, device="cuda").bfloat16()
-    cu, results, scale = offsets(new, "cuda"), [], 0.3
+    w = (torch.randn((heads * (nope + v_dim), rank), generator=rng, device="cuda") / 4).bfloat16()
+    cu, results, scale = offsets(new, "cuda"), [], 0.2  # gentle: keys that are rounded to 16 bits move sharp logits
     for form, chunk in (("mha", 65536), ("mha", 1), ("mha", 1000), ("absorbed", 1)):
         out = guarded((sum(new) + 1, heads, v_dim), torch.bfloat16, "cuda")
         with poisoned_empty():
