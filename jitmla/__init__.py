@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+# modules of jitmla.ops, each with that function
 OPS = ("mla_decode", "mla_prefill", "mla_prefill_absorbed", "mla_prefill_paged", "merge_attn_states", "gather_latent",
-       "inv_rope_fp8_quant", "fp8_bmm", "o_a_proj")  # modules of jitmla.ops, each with that function
+       "inv_rope_fp8_quant", "fp8_bmm", "o_a_proj", "sparse_mla_decode", "sparse_mla_prefill")
 _WHERE = {
     **{op: f"jitmla.ops.{op}" for op in OPS},
     "keys_for": "jitmla.models",
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from .ops.mla_prefill_absorbed import mla_prefill_absorbed as mla_prefill_absorbed
     from .ops.mla_prefill_paged import mla_prefill_paged as mla_prefill_paged
     from .ops.o_a_proj import o_a_proj as o_a_proj
+    from .ops.sparse_mla_decode import sparse_mla_decode as sparse_mla_decode
+    from .ops.sparse_mla_prefill import sparse_mla_prefill as sparse_mla_prefill
     from .spec import Spec as Spec
     from .tune import tunings as tunings
     from .tune import use_tunings as use_tunings

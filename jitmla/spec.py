@@ -106,3 +106,9 @@ def merge_attn_states_spec(*, arch: str, dtype: str, acc_dtype: str, v_head_dim:
 def gather_latent_spec(*, arch: str, dtype: str, width: int) -> Spec:
     """The Spec of a gather_latent call."""
     return Spec.of("gather_latent", arch=arch, dtype=dtype, width=width)
+
+
+def sparse_mla_spec(*, arch: str, kv_format: str, kv_lora_rank: int, qk_rope_head_dim: int, heads: int) -> Spec:
+    """The Spec of a sparse_mla_decode or sparse_mla_prefill call."""
+    return Spec.of("sparse_mla", arch=arch, dtype="bf16", kv_format=kv_format, kv_lora_rank=kv_lora_rank,
+                   qk_rope_head_dim=qk_rope_head_dim, heads=bucket("sparse_mla", "heads", heads))

@@ -26,6 +26,7 @@ from jitmla.spec import (
     inv_rope_fp8_quant_spec,
     merge_attn_states_spec,
     mla_prefill_spec,
+    sparse_mla_spec,
 )
 
 ARCH = "sm_90a"
@@ -221,6 +222,14 @@ def gather_covering() -> list[Spec]:
         ("bf16", 576, ARCH), ("fp16", 320, ARCH), ("bf16", 576, "sm_80"))]
 
 
+# ------------------------------------------------------------------------------------------------------ sparse_mla
+
+
+def sparse_points() -> list[Spec]:
+    return [sparse_mla_spec(arch=ARCH, kv_format=fmt, kv_lora_rank=512, qk_rope_head_dim=rope, heads=heads)
+            for heads in (8, 16, 128) for fmt, rope in (("bf16", 0), ("bf16", 64), ("fp8", 64))]
+
+
 SETS = {
     "mla_decode": Sets(lambda: product() + every_portable(),
                        lambda: covering() + PORTABLE_ON_GPU + PORTABLE_ELSEWHERE, points),
@@ -230,6 +239,7 @@ SETS = {
     "mla_prefill": Sets(prefill_product, prefill_covering, lambda: [prefill_spec("bf16", (192, 128), True)]),
     "merge_attn_states": Sets(merge_product, merge_covering, lambda: merge_covering()[:1]),
     "gather_latent": Sets(gather_product, gather_covering, lambda: gather_covering()[:1]),
+    "sparse_mla": Sets(sparse_points, sparse_points, sparse_points),
 }
 
 
