@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from jitmla.bench import __main__, mla_decode, peers, report, timing
-from jitmla.bench.cases import HOST, MLA_DECODE, DecodeCase
-from jitmla.spec import mla_decode_spec
+from jitmla.bench.cases import HOST, MLA_DECODE, PREFILL, PREFILL_HOST, DecodeCase, PrefillCase
+from jitmla.spec import mla_decode_spec, mla_prefill_spec
 
-from .keysets import product
+from .keysets import prefill_product, product
 
 ROOT = Path(__file__).parents[1]
 
@@ -115,6 +115,16 @@ def test_every_case_has_a_kernel():
              for c in cases}
     assert specs <= set(product())
     assert len({report.case_name(c.as_dict()) for c in MLA_DECODE}) == len(MLA_DECODE), "names tell them apart"
+
+
+def test_every_prefill_case_has_a_kernel():
+    specs = {mla_prefill_spec(arch="sm_90a", dtype="bf16", qk_head_dim=c.qk_head_dim, v_head_dim=c.v_head_dim,
+                              qk_rope_head_dim=64, causal=c.causal) for c in [*PREFILL, *PREFILL_HOST]}
+    assert specs <= set(prefill_product())
+    names = [report.case_name(c.as_dict()) for c in PREFILL]
+    assert len(set(names)) == len(names) and "h128 S 4096, full" in names and "h16 S 1..8192 B32" in names
+    one = PrefillCase(16, 3)
+    assert (one.flops(), one.bytes()) == (2 * 16 * 6 * 320, 2 * 3 * 16 * 640)
 
 
 # ------------------------------------------------------------------------------------------------- reports

@@ -11,6 +11,8 @@ from jitmla.ops.mla_prefill_paged import choose_form
 from jitmla.testing import mla_decode_problem
 from jitmla.testing_prefill import check_prefill, exact_attention, offsets, prefill_problem
 
+from .support.paged import check_paged
+
 DRAWN = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 INF = float("inf")
 
@@ -129,38 +131,11 @@ def test_absorbed(lengths, heads, causal):
             assert torch.allclose(lse[row], one_lse[0, 0], atol=1e-4)
 
 
-@pytest.mark.parametrize("prefixes", [(0, 0, 0), (37, 0, 100), (5, 64, 16)])
-def test_paged_is_the_same_for_any_chunking_and_form(prefixes):
-    """And right: against attention in float64 to keys expanded in float64."""
-    heads, nope, rope, v_dim, rank, page = 3, 32, 16, 24, 64, 16
-    new = (4, 1, 19)
-    base = mla_decode_problem([n + p for n, p in zip(new, prefixes, strict=True)], heads=1, kv_lora_rank=rank,
-                              qk_rope_head_dim=rope, page_size=page)
-    rng = torch.Generator().manual_seed(1)
-    q = torch.full((sum(new) + 1, heads, nope + rope), float("nan"), dtype=torch.bfloat16)
-    q[:-1] = torch.randn((sum(new), heads, nope + rope), generator=rng).bfloat16()
-    w = (torch.randn((heads * (nope + v_dim), rank), generator=rng) / 2).bfloat16()
-    cu, results = offsets(new, "cpu"), []
-    for form, chunk in (("mha", 65536), ("mha", 1), ("mha", 96), ("mha", 150), ("absorbed", 1), ("auto", 64)):
-        out = torch.full((sum(new) + 1, heads, v_dim), 7.0, dtype=torch.bfloat16)
-        lse = torch.full((sum(new) + 1, heads), 7.0)
-        jitmla.mla_prefill_paged(q, base.kv_cache, base.block_table, base.seq_lens, cu, w, max_seqlen_q=19,
-                                 max_prefix=max(prefixes), v_head_dim=v_dim, sm_scale=0.2, form=form,
-                                 chunk_tokens=chunk, out=out, lse=lse)
-        assert (lse[-1] == 7).all() and (out[-1] == 7).all() and out[:-1].isfinite().all()
-        results.append((out[:-1], lse[:-1]))
-    weight = w.double().view(heads, nope + v_dim, rank)
-    for b in range(len(new)):
-        rows = torch.stack([base.kv_cache[base.block_table[b, j // page], j % page] for j in range(base.lengths[b])])
-        expanded = torch.einsum("jr,hcr->jhc", rows[:, :rank].double(), weight)
-        k = torch.cat([expanded[..., :nope], rows[:, None, rank:].double().expand(-1, heads, -1)], -1)
-        exact, exact_lse, spread, _ = exact_attention(q[cu[b]:cu[b + 1]], k, expanded[..., nope:], 0.2, True)
-        for out, lse in results:
-            assert ((out[cu[b]:cu[b + 1]].double() - exact).abs() <= 2.0**-6 * spread + 1e-3).all()
-            assert torch.allclose(lse[cu[b]:cu[b + 1]].double(), exact_lse, atol=2e-2)
-    for out, lse in results[1:4]:
-        assert torch.allclose(out.float(), results[0][0].float(), rtol=2.0**-7, atol=1e-3)
-        assert torch.allclose(lse, results[0][1], atol=1e-4)
+@pytest.mark.parametrize("new, prefixes, heads, nope, rank, page", [
+    ((30, 1, 77), (0, 0, 0), 8, 64, 512, 64), ((19, 1, 64), (300, 0, 63), 4, 128, 512, 64),
+    ((5,), (1000,), 16, 128, 512, 64), ((4, 1, 19), (5, 64, 16), 3, 32, 64, 16)])
+def test_paged_is_right_in_both_forms_and_for_any_chunking(new, prefixes, heads, nope, rank, page):
+    check_paged(new, prefixes, heads=heads, nope=nope, v_dim=128, rank=rank, device="cpu", page=page)
 
 
 def test_form(seen):

@@ -107,3 +107,41 @@ O_PROJ = ([OProjCase("quantise", m, 8, 128) for m in TOKENS]
 O_PROJ_HOST = [OProjCase("quantise", 1, 8, 128), OProjCase("product", 1, 8, 128), OProjCase("chain", 1, 8, 128)]
 # powers of two and the points between
 SWEEP = sorted({m for e in range(15) for m in (2**e, 3 * 2**e // 2) if 1 <= m <= 16384} | {17, 33, 65, 129, 257, 1025})
+
+
+@dataclass(frozen=True)
+class PrefillCase:
+    """One mla_prefill call. tokens: of each request, or with ragged=True the most one can have (uniform from 1)."""
+
+    heads: int
+    tokens: int
+    batch: int = 1
+    qk_head_dim: int = 192
+    v_head_dim: int = 128
+    causal: bool = True
+    ragged: bool = False
+
+    def lengths(self) -> list[int]:
+        if not self.ragged:
+            return [self.tokens] * self.batch
+        rng = random.Random(0)
+        return [rng.randint(1, self.tokens) for _ in range(self.batch)]
+
+    def flops(self) -> int:
+        """Of the pairs that are seen."""
+        pairs = sum(n * (n + 1) // 2 if self.causal else n * n for n in self.lengths())
+        return 2 * self.heads * pairs * (self.qk_head_dim + self.v_head_dim)
+
+    def bytes(self) -> int:
+        """q, k, v and out, each once."""
+        return 2 * sum(self.lengths()) * self.heads * 2 * (self.qk_head_dim + self.v_head_dim)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+PREFILL = [PrefillCase(128, 1024), PrefillCase(128, 4096), PrefillCase(128, 16384), PrefillCase(128, 2048, 4),
+           PrefillCase(16, 4096, 4), PrefillCase(16, 8192), PrefillCase(16, 8192, 32, ragged=True),
+           PrefillCase(128, 1024, causal=False), PrefillCase(128, 4096, causal=False),
+           PrefillCase(32, 4096, 1, 128, 128), PrefillCase(64, 4096, 1, 256, 256)]  # Mistral Small 4, GLM-5
+PREFILL_HOST = [PrefillCase(16, 128)]

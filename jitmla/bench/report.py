@@ -24,6 +24,11 @@ Output path of DeepSeek-V4 (`o_proj`): the same method. M tokens, G groups, h he
 per group. GB/s count each input and result once. Peers, where they are installed: DeepGEMM's fp8_einsum, vLLM's Triton
 quantisation, and for the chain one after the other."""
 
+PREFILL_METHOD = """\
+Prefill (`mla_prefill`): the same method, median of 5 to 20; bf16, keys in one tensor, log-sum-exp written. S tokens of
+each of B requests. TFLOP/s count 2 * heads * (qk + v) for each pair of query and key that is seen; GB/s count q, k, v
+and out once. The last rows of the first and last request are compared with float64."""
+
 INTRODUCTION = """\
 Generated from the files `*.json` in this folder by `make docs`; `jitmla bench mla_decode --peers --json FILE` makes
 such a file. It holds the machine, the date, the commit, the exact command, and the raw samples beside the medians."""
@@ -71,10 +76,16 @@ def rounded(value: Any) -> Any:
 
 
 def case_name(case: dict[str, Any]) -> str:
-    """Short: what differs from bf16, 512 + 64, pages of 64; for the output path, from powers of two in float32."""
+    """Short: what differs from bf16, 512 + 64, pages of 64; for the output path, from powers of two in float32; for
+    prefill, from causal 192/128."""
     if "part" in case:
         name = f"{case['part']} G{case['groups']} h{case['heads']} M {case['tokens']}"
         return name + f", {case['scale_mode']}" * (case["scale_mode"] != "pow2_f32") + ", neox" * case["neox"]
+    if "qk_head_dim" in case:
+        name = f"h{case['heads']} S {'1..' if case['ragged'] else ''}{case['tokens']}"
+        name += f" B{case['batch']}" * (case["batch"] > 1) + ", full" * (not case["causal"])
+        dims = case["qk_head_dim"], case["v_head_dim"]
+        return name + f", {dims[0]}/{dims[1]}" * (dims != (192, 128))
     name = f"h{case['heads']}" + (f" s_q{case['s_q']}" if case["s_q"] > 1 else "") + f" B{case['batch']}"
     name += f" kv {'1..' if case['ragged'] else ''}{case['kv']}"
     usual = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "page_size": 64, "dtype": "bf16"}
@@ -148,7 +159,8 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     """docs/benchmarks/README.md: all results, newest first."""
     newest = sorted(results, key=lambda r: (r["date"], r["command"]), reverse=True)
     sections = [markdown(r) for r in newest] or ["There are no results yet.\n"]
-    methods = [METHOD, *([O_PROJ_METHOD] if any(r["op"] == "o_proj" for r in results) else [])]
+    more = {"o_proj": O_PROJ_METHOD, "mla_prefill": PREFILL_METHOD}
+    methods = [METHOD, *(text for op, text in more.items() if any(r["op"] == op for r in results))]
     return "\n".join(["# Benchmarks", "", INTRODUCTION, "", "\n\n".join(methods), "", *sections])
 
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 import jitmla
 from jitmla.errors import InvalidArgument, NoTemplate
 from jitmla.testing import guarded, mla_decode_problem, poisoned_empty
-from jitmla.testing_prefill import check_prefill, exact_attention, offsets, prefill_problem
+from jitmla.testing_prefill import check_prefill, offsets, prefill_problem
 from tests.keysets import HEAD_DIMS, covering_choices
+from tests.support.paged import check_paged
 
 pytestmark = [
     pytest.mark.gpu,
@@ -204,35 +205,5 @@ PREFIXES = [((300, 1, 77), (0, 0, 0)), ((19, 1, 64, 130), (1000, 0, 63, 517)), (
 @pytest.mark.parametrize("new, prefixes", PREFIXES)
 @pytest.mark.parametrize("heads, nope, v_dim, rank", [(16, 128, 128, 512), (128, 128, 128, 512), (8, 64, 128, 512)])
 def test_paged(new, prefixes, heads, nope, v_dim, rank):
-    """Both forms and any chunking are right: attention in float64 to keys expanded in float64."""
-    rope, page = 64, 64
-    base = mla_decode_problem([n + p for n, p in zip(new, prefixes, strict=True)], heads=1, kv_lora_rank=rank,
-                              page_size=page, device="cuda")
-    rng = torch.Generator(device="cuda").manual_seed(1)
-    q = torch.full((sum(new) + 1, heads, nope + rope), float("nan"), dtype=torch.bfloat16, device="cuda")
-    q[:-1] = torch.randn((sum(new), heads, nope + rope), generator=rng, device="cuda").bfloat16()
-    w = (torch.randn((heads * (nope + v_dim), rank), generator=rng, device="cuda") / 4).bfloat16()
-    cu, results, scale = offsets(new, "cuda"), [], 0.2  # gentle: keys that are rounded to 16 bits move sharp logits
-    for form, chunk in (("mha", 65536), ("mha", 1), ("mha", 1000), ("absorbed", 1)):
-        out = guarded((sum(new) + 1, heads, v_dim), torch.bfloat16, "cuda")
-        with poisoned_empty():
-            _, lse = jitmla.mla_prefill_paged(q, base.kv_cache, base.block_table, base.seq_lens, cu, w,
-                                              max_seqlen_q=max(new), max_prefix=max(prefixes), v_head_dim=v_dim,
-                                              sm_scale=scale, form=form, chunk_tokens=chunk, out=out.tensor,
-                                              return_lse=True)
-        assert out.intact() and out.tensor[-1].isnan().all()
-        results.append((out.tensor[:-1], lse[:-1]))
-    weight = w.double().view(heads, nope + v_dim, rank)
-    for b in range(len(new)):
-        i = torch.arange(base.lengths[b], device="cuda")
-        rows = base.kv_cache[base.block_table[b].long()[i // page], i % page].double()
-        expanded = torch.einsum("jr,hcr->jhc", rows[:, :rank], weight)
-        k = torch.cat([expanded[..., :nope], rows[:, None, rank:].expand(-1, heads, -1)], -1)
-        mine = slice(cu[b], cu[b + 1])
-        exact, exact_lse, spread, _ = exact_attention(q[mine], k, expanded[..., nope:], scale, True)
-        for out, lse in results:
-            assert ((out[mine].double() - exact).abs() <= 2.0**-6 * spread + 1e-3).all()
-            assert torch.allclose(lse[mine].double(), exact_lse, atol=2e-2)
-    for out, lse in results[1:3]:
-        assert ((out - results[0][0]).abs() <= 2.0**-7 * results[0][0].abs() + 2e-3).all()
-        assert torch.allclose(lse, results[0][1], atol=1e-4)
+    with poisoned_empty():
+        check_paged(new, prefixes, heads=heads, nope=nope, v_dim=v_dim, rank=rank, device="cuda")
