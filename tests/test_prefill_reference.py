@@ -106,7 +106,7 @@ def test_group_size():
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40)), min_size=1, max_size=5), st.sampled_from([1, 3, 40]),
        st.booleans())
-@DRAWN
+@settings(DRAWN, max_examples=20)
 def test_absorbed(lengths, heads, causal):
     """Equal to one decode call per request, whatever the groups."""
     new = [n for n, _ in lengths]

@@ -108,7 +108,6 @@ def mla_prefill_paged(q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens
     return (out, found_lse) if return_lse else out
 
 
-@functools.lru_cache(maxsize=4096)
 def choose_form(new: int, prefix: int, *, kv_lora_rank: int, qk_head_dim: int, qk_nope_head_dim: int, v_head_dim: int
                 ) -> str:
     """"absorbed" or "mha", whichever needs fewer products for a request of `new` tokens behind `prefix` cached ones.
@@ -122,9 +121,15 @@ def choose_form(new: int, prefix: int, *, kv_lora_rank: int, qk_head_dim: int, q
     mha = pairs * (qk_head_dim + v_head_dim) + keys * kv_lora_rank * (qk_nope_head_dim + v_head_dim)
     absorbed = pairs * (2 * kv_lora_rank + qk_head_dim - qk_nope_head_dim)
     form = "absorbed" if absorbed < mha else "mha"
-    events.emit("choose", op=OP, backend=form, why=f"{new} new tokens behind {prefix}: products per head, MHA form "
-                f"{mha:.3g}, absorbed {absorbed:.3g}")
+    if not torch.compiler.is_compiling():
+        _say(form, f"{new} new tokens behind {prefix}: products per head, MHA form {mha:.3g}, absorbed {absorbed:.3g}")
     return form
+
+
+@functools.lru_cache(maxsize=4096)
+def _say(form: str, why: str) -> None:
+    """Once for each size: an event is not for every call of every layer."""
+    events.emit("choose", op=OP, backend=form, why=why)
 
 
 def _check(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, cu_seqlens_q: Any, kv_b_proj: Any,
