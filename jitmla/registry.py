@@ -37,6 +37,7 @@ class Variant:
     threads: int
     smem_bytes: int
     max_registers: int
+    max_spill_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -89,3 +89,9 @@ def inv_rope_fp8_quant_spec(*, arch: str, dtype: str, positions: str, nope_dim: 
 def fp8_bmm_spec(*, arch: str) -> Spec:
     """The Spec of an fp8_bmm call."""
     return Spec.of("fp8_bmm", arch=arch, dtype="e4m3", scale_dtype="f32", out_dtype="bf16")
+
+
+def sparse_mla_spec(*, arch: str, kv_format: str, kv_lora_rank: int, qk_rope_head_dim: int, heads: int) -> Spec:
+    """The Spec of a sparse_mla_decode or sparse_mla_prefill call."""
+    return Spec.of("sparse_mla", arch=arch, dtype="bf16", kv_format=kv_format, kv_lora_rank=kv_lora_rank,
+                   qk_rope_head_dim=qk_rope_head_dim, heads=bucket("sparse_mla", "heads", heads))

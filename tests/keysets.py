@@ -19,7 +19,7 @@ from typing import NamedTuple
 from jitmla import registry, schema
 from jitmla.layouts import SCALE_MODES
 from jitmla.registry import Choice
-from jitmla.spec import Spec, fp8_bmm_spec, inv_rope_fp8_quant_spec
+from jitmla.spec import Spec, fp8_bmm_spec, inv_rope_fp8_quant_spec, sparse_mla_spec
 
 ARCH = "sm_90a"
 
@@ -172,12 +172,21 @@ def bmm_product() -> list[Spec]:
     return [fp8_bmm_spec(arch=arch) for arch in dict.fromkeys(itertools.chain(*(t.archs for t in templates)))]
 
 
+# ------------------------------------------------------------------------------------------------------ sparse_mla
+
+
+def sparse_points() -> list[Spec]:
+    return [sparse_mla_spec(arch=ARCH, kv_format=fmt, kv_lora_rank=512, qk_rope_head_dim=rope, heads=heads)
+            for heads in (8, 16, 128) for fmt, rope in (("bf16", 0), ("bf16", 64), ("fp8", 64))]
+
+
 SETS = {
     "mla_decode": Sets(lambda: product() + every_portable(),
                        lambda: covering() + PORTABLE_ON_GPU + PORTABLE_ELSEWHERE, points),
     "inv_rope_fp8_quant": Sets(quant_product, lambda: quant_product([ARCH, "sm_80", "sm_89", "sm_100a"]),
                                lambda: [quant_spec(ARCH, **USUAL_QUANT)], quant_wanted),
     "fp8_bmm": Sets(bmm_product, bmm_product, bmm_product),
+    "sparse_mla": Sets(sparse_points, sparse_points, sparse_points),
 }
 
 
