@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-OPS = ("mla_decode", "inv_rope_fp8_quant", "fp8_bmm", "o_a_proj")  # modules of jitmla.ops, each with that function
+# modules of jitmla.ops, each with that function
+OPS = ("mla_decode", "append_latent", "cached_mla", "inv_rope_fp8_quant", "fp8_bmm", "o_a_proj")
 _WHERE = {
     **{op: f"jitmla.ops.{op}" for op in OPS},
     "keys_for": "jitmla.models",
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from .events import subscribe as subscribe
     from .key import Key as Key
     from .models import keys_for as keys_for
+    from .ops.append_latent import append_latent as append_latent
+    from .ops.cached_mla import cached_mla as cached_mla
     from .ops.fp8_bmm import fp8_bmm as fp8_bmm
     from .ops.inv_rope_fp8_quant import inv_rope_fp8_quant as inv_rope_fp8_quant
     from .ops.mla_decode import mla_decode as mla_decode

@@ -13,7 +13,15 @@ from . import arch as arches
 from . import registry
 from .errors import InvalidArgument, UnknownModel
 from .key import Key
-from .spec import Spec, fp8_bmm_spec, inv_rope_fp8_quant_spec, mla_decode_spec
+from .schedule import MAX_ROWS
+from .spec import (
+    Spec,
+    append_latent_spec,
+    cached_mla_specs,
+    fp8_bmm_spec,
+    inv_rope_fp8_quant_spec,
+    mla_decode_spec,
+)
 
 PAGE_SIZES = (16, 32, 64, 128)
 MAX_S_Q = 4
@@ -132,6 +140,30 @@ def _dense_decode(serving: Serving) -> Iterator[Spec]:
                               heads=serving.heads, causal=causal)
 
 
+def _append(serving: Serving) -> Iterator[Spec]:
+    dims = serving.dims
+    if dims.o_groups:
+        return
+    for slots, e4m3 in itertools.product(("i64", "i32"), (False, True)):
+        yield append_latent_spec(arch=serving.arch, dtype=dims.dtype, e4m3_cache=e4m3, slots=slots,
+                                 kv_lora_rank=dims.kv_lora_rank, qk_rope_head_dim=dims.qk_rope_head_dim)
+
+
+def _slot_cache(serving: Serving) -> Iterator[Spec]:
+    """What cached_mla launches: before and after the attention, and that for tiles of tokens (those of one are in
+    _dense_decode)."""
+    dims = serving.dims
+    if dims.o_groups:
+        return
+    yield from cached_mla_specs(arch=serving.arch, dtype=dims.dtype, qk_nope_head_dim=dims.qk_nope_head_dim,
+                                kv_lora_rank=dims.kv_lora_rank, qk_rope_head_dim=dims.qk_rope_head_dim)
+    tiles = [2**i for i in range(1, MAX_ROWS.bit_length()) if 2**i * serving.heads <= MAX_ROWS]
+    for page_size, tile in itertools.product(serving.page_sizes, tiles):
+        yield mla_decode_spec(arch=serving.arch, dtype=dims.dtype, kv_lora_rank=dims.kv_lora_rank,
+                              qk_rope_head_dim=dims.qk_rope_head_dim, page_size=page_size, s_q=tile,
+                              heads=serving.heads, causal=True)
+
+
 def _output_path(serving: Serving) -> Iterator[Spec]:
     dims = serving.dims
     if not dims.o_groups:
@@ -146,7 +178,7 @@ def _output_path(serving: Serving) -> Iterator[Spec]:
     yield fp8_bmm_spec(arch=serving.arch)
 
 
-PARTS = (_dense_decode, _output_path)  # what each part of a model meets
+PARTS = (_dense_decode, _append, _slot_cache, _output_path)  # what each part of a model meets
 
 
 def keys_for(model: str | Path, tp: int = 1, arch: str = "sm_90a", *, page_sizes: Iterable[int] = PAGE_SIZES,

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from jitmla import registry, schema
 from jitmla.layouts import SCALE_MODES
 from jitmla.registry import Choice
-from jitmla.spec import Spec, fp8_bmm_spec, inv_rope_fp8_quant_spec
+from jitmla.spec import Spec, append_latent_spec, cached_mla_specs, fp8_bmm_spec, inv_rope_fp8_quant_spec
 
 ARCH = "sm_90a"
 
@@ -97,6 +97,49 @@ def points() -> list[Spec]:
     return [spec("bf16", 512, 64, rows, rows == max(ROWS)) for rows in ROWS]  # causal: the code it adds is seen
 
 
+# --------------------------------------------------------------------------------------------- append_latent, cached_mla
+
+RANKS, ROPES, NOPES = (512, 256, 128, 64), (64, 32, 16), (64, 128, 32, 192)
+
+
+def append_product() -> list[Spec]:
+    (template,) = registry.templates("append_latent")
+    return [append_latent_spec(arch=arch, dtype=dtype, e4m3_cache=e4m3, slots=slots, kv_lora_rank=rank,
+                               qk_rope_head_dim=rope)
+            for arch, dtype, e4m3, slots, rank, rope in itertools.product(
+                template.archs, DTYPES, CAUSAL, ("i64", "i32"), RANKS, ROPES)]
+
+
+def append_wanted(choice: Choice) -> bool:
+    """On Hopper each value of each field with each kind of cache; and the conversion to e4m3 on an arch without it."""
+    s = choice.spec
+    if s.arch != ARCH:
+        return (s.arch, s["dtype"], s["slots"], s["kv_lora_rank"], s["qk_rope_head_dim"]) == (
+            "sm_80", "bf16", "i64", 512, 64) and s["e4m3_cache"]
+    row = RANKS.index(s["kv_lora_rank"])
+    return (s["qk_rope_head_dim"] == (64, 64, 16, 32)[row] and s["slots"] == ("i64", "i32")[row // 2]
+            and s["dtype"] == DTYPES[row % 2 ^ s["e4m3_cache"]]) or (
+            s["kv_lora_rank"] == 512 and s["qk_rope_head_dim"] == 64 and s["dtype"] == "bf16")
+
+
+def cached_product() -> list[Spec]:
+    archs = registry.templates("cached_mla")[0].archs
+    return list(dict.fromkeys(
+        spec for arch, dtype, nope, rank, rope in itertools.product(archs, DTYPES, NOPES, RANKS, ROPES)
+        for spec in cached_mla_specs(arch=arch, dtype=dtype, qk_nope_head_dim=nope, kv_lora_rank=rank,
+                                     qk_rope_head_dim=rope)))
+
+
+# dtype, P, R, r: Mistral Small 4, DeepSeek-V3, and what else there is of each
+CACHED = (("bf16", 64, 256, 64), ("bf16", 128, 512, 64), ("fp16", 32, 128, 16), ("fp16", 192, 64, 32))
+
+
+def cached_covering() -> list[Spec]:
+    return [spec for dtype, nope, rank, rope in CACHED
+            for spec in cached_mla_specs(arch=ARCH, dtype=dtype, qk_nope_head_dim=nope, kv_lora_rank=rank,
+                                         qk_rope_head_dim=rope)]
+
+
 # ---------------------------------------------------------------------------------- DeepSeek-V4's output path
 
 USUAL_QUANT = {"scale_mode": "pow2_f32", "neox": False, "positions": "i64"}
@@ -133,6 +176,9 @@ def bmm_product() -> list[Spec]:
 
 SETS = {
     "mla_decode": Sets(product, covering, points),
+    "append_latent": Sets(append_product, append_product, lambda: [append_latent_spec(
+        arch=ARCH, dtype="bf16", e4m3_cache=True, slots="i64", kv_lora_rank=512, qk_rope_head_dim=64)], append_wanted),
+    "cached_mla": Sets(cached_product, cached_covering, lambda: cached_covering()[:2]),
     "inv_rope_fp8_quant": Sets(quant_product, lambda: quant_product([ARCH, "sm_80", "sm_89", "sm_100a"]),
                                lambda: [quant_spec(ARCH, **USUAL_QUANT)], quant_wanted),
     "fp8_bmm": Sets(bmm_product, bmm_product, bmm_product),

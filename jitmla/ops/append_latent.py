@@ -15,10 +15,10 @@ from ..spec import append_latent_spec
 from . import cached_reference, checks
 
 OP = "append_latent"
-PREPARED_MAX = 8192  # call shapes remembered; an engine has a few hundred
 SLOT_NAMES = {torch.int32: "i32", torch.int64: "i64"}
 E4M3 = torch.float8_e4m3fn
 MAX_ROWS = 2**31
+RANKS, ROPES = (64, 128, 256, 512), (16, 32, 64)
 
 
 def append_latent(latent: Tensor, k_pe: Tensor, kv_cache: Tensor, slots: Tensor, *, kv_scale: Tensor | None = None,
@@ -84,7 +84,7 @@ class Append:
         self.function(latent, k_pe, kv_cache, slots, self.no_scale if kv_scale is None else kv_scale)
 
 
-_prepared: dict[Any, Append] = {}
+_prepared = dispatch.Remembered()
 
 
 def _prepare(latent: Any, k_pe: Any, kv_cache: Any, slots: Any, kv_scale: Any, backend: Any) -> Append | None:
@@ -98,16 +98,13 @@ def _prepare(latent: Any, k_pe: Any, kv_cache: Any, slots: Any, kv_scale: Any, b
     _check_layout(latent, k_pe, kv_cache)
     device, quantises = latent.device, kv_cache.dtype == E4M3
     spec = append_latent_spec(arch=dispatch.arch_of(device), dtype=checks.DTYPE_NAMES[latent.dtype],
-                              kv_dtype="e4m3" if quantises else checks.DTYPE_NAMES[kv_cache.dtype],
-                              slots=SLOT_NAMES[slots.dtype], kv_lora_rank=latent.shape[1],
+                              e4m3_cache=quantises, slots=SLOT_NAMES[slots.dtype], kv_lora_rank=latent.shape[1],
                               qk_rope_head_dim=k_pe.shape[1])
     if latent.shape[0] == 0:
         return None
     prepared = Append(dispatch.plan_for(spec, backend, device).function, latent.get_device(),
                       torch.cuda.device_count() > 1, quantises,
                       torch.ones(1, dtype=torch.float32, device=device))
-    if len(_prepared) >= PREPARED_MAX:
-        _prepared.clear()
     _prepared[latent.shape[1], k_pe.shape[1], latent.dtype, latent.get_device(), kv_cache.dtype, kv_cache.shape,
               slots.dtype, backend] = prepared
     return prepared
@@ -118,9 +115,11 @@ def _check(latent: Any, k_pe: Any, kv_cache: Any, slots: Any, kv_scale: Any) -> 
     checks.tensor("latent", latent, "[tokens, kv_lora_rank]", 2)
     checks.dtype("latent", latent, list(checks.DTYPE_NAMES))
     tokens, rank = latent.shape
+    _check_width("latent", latent, RANKS)
     checks.tensor("k_pe", k_pe, "[tokens, qk_rope_head_dim]", 2)
     checks.dtype("k_pe", k_pe, [latent.dtype])
     checks.shape("k_pe", k_pe, "[tokens, qk_rope_head_dim]", [tokens, k_pe.shape[1]], "latent")
+    _check_width("k_pe", k_pe, ROPES)
     layout = "[pages, page_size, kv_lora_rank + qk_rope_head_dim]"
     checks.tensor("kv_cache", kv_cache, layout, 3)
     checks.dtype("kv_cache", kv_cache, [latent.dtype, E4M3])
@@ -150,6 +149,13 @@ def _check(latent: Any, k_pe: Any, kv_cache: Any, slots: Any, kv_scale: Any) -> 
     if torch.is_grad_enabled() and any(t.requires_grad for t in (latent, k_pe, kv_cache)):
         raise InvalidArgumentType("append_latent on tensors that require a gradient", supported="inference only",
                                   differs="there is no backward", remedy="call it under torch.inference_mode()")
+
+
+def _check_width(name: str, value: Tensor, widths: tuple[int, ...]) -> None:
+    if value.shape[1] not in widths:
+        raise InvalidArgument(f"{name}: {checks.describe(value)}", supported=f"a width of {', '.join(map(str, widths))}",
+                              differs=f"its width is {value.shape[1]}",
+                              remedy="compare it with kv_lora_rank and qk_rope_head_dim of the model")
 
 
 def _check_layout(latent: Tensor, k_pe: Tensor, kv_cache: Tensor) -> None:

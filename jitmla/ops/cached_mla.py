@@ -13,14 +13,13 @@ from torch import Tensor
 from .. import dispatch, events, torch_ops_cached
 from ..errors import InvalidArgument
 from ..schedule import context_tile, context_tiles, slot_page
-from ..spec import cached_mla_spec
+from ..spec import cached_mla_specs
 from ..workspace import kept_bytes
 from . import cached_reference, checks
 from . import mla_decode as decode
 from .cached_mla_arguments import Sizes, check, check_layout
 
 OP = "cached_mla"
-PREPARED_MAX = 8192  # call shapes remembered
 GENERATE, COPY_PE = 1, 2  # bits of the kernels' flags (templates/common/cached_rows.py)
 LAUNCH_BYTES = 1 << 28  # of absorbed queries in one launch: more tokens go in several
 INF = float("inf")
@@ -198,7 +197,7 @@ class Prepared:
             group.run(q_nope, q_pe, latent, k_pe, weight, kv_cache, pages, metadata, out, sm_scale, self.device)
 
 
-_prepared: dict[Any, Prepared] = {}
+_prepared = dispatch.Remembered()
 
 
 def _prepare(q_nope: Any, q_pe: Any, latent: Any, k_pe: Any, weight: Any, kv_cache: Any, metadata: Any,
@@ -233,8 +232,6 @@ def _prepare(q_nope: Any, q_pe: Any, latent: Any, k_pe: Any, weight: Any, kv_cac
         raise InvalidArgument(f"out with strides {tuple(out.stride())} for batch {batch} and s {s}",
                               supported="a contiguous out where batch and s are both more than 1",
                               differs="it is strided", remedy="pass out.contiguous(), or leave it out")
-    if len(_prepared) >= PREPARED_MAX:
-        _prepared.clear()
     _prepared[q_nope.shape, q_nope.dtype, q_nope.get_device(), sizes.rope, sizes.rank, weight.size(0), kv_cache.shape,
               pages.size, num_prefill, prefill_tokens, num_decode, backend] = prepared
     return prepared
@@ -243,11 +240,9 @@ def _prepare(q_nope: Any, q_pe: Any, latent: Any, k_pe: Any, weight: Any, kv_cac
 def _group(tile0: int, tiles: int, tile: int, first: int, sequences: int, flags: int, sizes: Sizes, pages: Pages,
            kv_cache: Tensor, sm_scale: float, backend: str) -> Group:
     device = kv_cache.device
-    facts = {"arch": dispatch.arch_of(device), "dtype": checks.DTYPE_NAMES[kv_cache.dtype],
-             "qk_nope_head_dim": sizes.nope, "kv_lora_rank": sizes.rank, "qk_rope_head_dim": sizes.rope,
-             "v_head_dim": sizes.value}
-    absorb, project = (dispatch.plan_for(cached_mla_spec(stage=stage, **facts), "auto", device).function
-                       for stage in ("absorb", "project"))
+    specs = cached_mla_specs(arch=dispatch.arch_of(device), dtype=checks.DTYPE_NAMES[kv_cache.dtype],
+                             qk_nope_head_dim=sizes.nope, kv_lora_rank=sizes.rank, qk_rope_head_dim=sizes.rope)
+    absorb, project = (dispatch.plan_for(spec, "auto", device).function for spec in specs)
     group = Group(absorb, project, None, tile0, tiles, tile, first, sequences, flags, sizes.heads, sizes.rank,
                   sizes.rope, -(-kv_cache.shape[1] // pages.size), kv_cache.dtype)
     q_lat, o_lat, lengths, table, *copied = group.buffers(kv_cache.get_device())

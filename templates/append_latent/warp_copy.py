@@ -12,7 +12,7 @@ a row are issued before the first store. Offsets into the cache are 64-bit.
 # --- constants: replaced when rendered ---
 ARCH = "sm_90a"
 DTYPE = "bf16"
-KV_DTYPE = "bf16"
+E4M3_CACHE = False
 SLOTS = "i64"
 LATENT = 512
 ROPE = 64
@@ -26,13 +26,13 @@ from common.e4m3 import store_e4m3
 from common.latent_rows import load_row, row_registers, row_steps, store_row
 from cutlass import BFloat16, Float8E4M3FN, Float16, Float32, Int32, Int64, const_expr
 
-TYPES = {"bf16": BFloat16, "fp16": Float16, "e4m3": Float8E4M3FN}
-VALUE, CACHE = TYPES[DTYPE], TYPES[KV_DTYPE]
-QUANTISE = KV_DTYPE == "e4m3"
+VALUE = BFloat16 if DTYPE == "bf16" else Float16
+CACHE = Float8E4M3FN if E4M3_CACHE else VALUE
+SLOT = Int32 if SLOTS == "i32" else Int64
 CVT = int(ARCH[3:].rstrip("a")) >= 89  # has the conversion to e4m3
-STORE_BYTES = 8 if QUANTISE else 16
+STORE_BYTES = 8 if E4M3_CACHE else 16
 
-assert KV_DTYPE in (DTYPE, "e4m3") and SLOTS in ("i32", "i64") and LATENT % 8 == 0 and ROPE % 8 == 0
+assert SLOTS in ("i32", "i64") and LATENT % 8 == 0 and ROPE % 8 == 0
 
 
 class AppendLatent:
@@ -58,17 +58,14 @@ class AppendLatent:
                 where = Int32(slot)  # the op refuses caches of 2^31 rows
                 target = mCache.iterator + (Int64(where // page_size) * mCache.stride[0]
                                             + Int64(where % page_size) * mCache.stride[1])
-                if const_expr(ROPE > 0):
-                    rPe = row_registers(ROPE, VALUE)
-                    load_row(mPe.iterator + Int64(t) * mPe.stride[0], rPe, lane, ROPE)
-                    self.store(rLatent, target, lane, LATENT, mScale)
-                    self.store(rPe, target + LATENT, lane, ROPE, mScale)
-                else:
-                    self.store(rLatent, target, lane, LATENT, mScale)
+                rPe = row_registers(ROPE, VALUE)
+                load_row(mPe.iterator + Int64(t) * mPe.stride[0], rPe, lane, ROPE)
+                self.store(rLatent, target, lane, LATENT, mScale)
+                self.store(rPe, target + LATENT, lane, ROPE, mScale)
 
     @cute.jit
     def store(self, rRow, target, lane, width: cutlass.Constexpr, mScale):
-        if const_expr(QUANTISE):
+        if const_expr(E4M3_CACHE):
             scale = mScale[0]
             inverse = cute.arch.rcp_approx(scale)
             rQ = row_registers(width, Float8E4M3FN)
@@ -96,7 +93,7 @@ def fake_args():
         rt.make_fake_tensor(VALUE, (tokens, LATENT), (stride(), 1), assumed_align=16),
         rt.make_fake_tensor(VALUE, (tokens, ROPE), (stride(), 1), assumed_align=16),
         rt.make_fake_tensor(CACHE, (n(), n(), LATENT + ROPE), (stride(), stride(), 1), assumed_align=STORE_BYTES),
-        rt.make_fake_tensor(Int32 if SLOTS == "i32" else Int64, (tokens,), (1,), assumed_align=4 if SLOTS == "i32" else 8),
+        rt.make_fake_tensor(SLOT, (tokens,), (1,), assumed_align=SLOT.width // 8),
         rt.make_fake_tensor(Float32, (1,), (1,), assumed_align=4),
         rt.make_fake_stream(use_tvm_ffi_env_stream=True),
     )

@@ -102,13 +102,10 @@ class CachedMlaAbsorb:
                 rLatent = row_registers(LATENT, VALUE)
                 load_row(token_row(mLatent, token), rLatent, lane, LATENT)
                 target = mCache.iterator + (Int64(slot) * mCache.stride[0] + Int64(position) * mCache.stride[1])
-                if const_expr(ROPE > 0):
-                    rPe = row_registers(ROPE, VALUE)
-                    load_row(token_row(mKPe, token), rPe, lane, ROPE)
-                    store_row(rLatent, target, lane, LATENT, 16)
-                    store_row(rPe, target + LATENT, lane, ROPE, 16)
-                else:
-                    store_row(rLatent, target, lane, LATENT, 16)
+                rPe = row_registers(ROPE, VALUE)
+                load_row(token_row(mKPe, token), rPe, lane, ROPE)
+                store_row(rLatent, target, lane, LATENT, 16)
+                store_row(rPe, target + LATENT, lane, ROPE, 16)
         k = row // tile
         u = row % tile
         length = Int32(0)
@@ -121,9 +118,8 @@ class CachedMlaAbsorb:
         while j < pages:
             mTable[k, j] = slot * pages_of_slot + j
             j += 32 * tile
-        if const_expr(ROPE > 0):
-            if (flags & COPY_PE) != 0:
-                self.copy_pe(k, u, token, lane, mPe, mPeOut)
+        if (flags & COPY_PE) != 0:
+            self.copy_pe(k, u, token, lane, mPe, mPeOut)
 
     @cute.jit
     def copy_pe(self, k, u, token, lane, mPe: cute.Tensor, mPeOut: cute.Tensor):
