@@ -78,6 +78,11 @@ for _name, _real, _faked in (("append_latent", _append_latent, _fake_nothing), (
     torch.library.register_fake(f"jitmla::{_name}", _faked, lib=_library)
 
 
+def call_append_latent(*args: Any) -> None:
+    """What jitmla.append_latent does while torch.compile traces it."""
+    torch.ops.jitmla.append_latent(*args)
+
+
 def call_cached_mla(q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, weight: Tensor, kv_cache: Tensor,
                     seq_len: Tensor, input_pos: Tensor, slot_idx: Tensor, cu_seqlen: Tensor, num_prefill: int,
                     prefill_tokens: int, num_decode: int, sm_scale: float, out: Tensor | None, backend: str) -> Tensor:

@@ -69,7 +69,7 @@ def spec(dtype: str, latent: int, page: int, rows: int, causal: bool) -> Spec:
 def covering() -> list[Spec]:
     """For each template every pair of values of its constants: an orthogonal array of 8 runs, OA(8, 4 x 2 x 2 x 2 x 2),
     for page size, dtype, latent, causal and (two by two) the row buckets that it serves. And the usual working point,
-    bf16 with latent 512 and pages of 64, for each row bucket and causal or not.
+    bf16 with latent 512 and pages of 64, for each row bucket and causal or not; and what cached_mla meets with another.
 
     What depends on three constants at once is left to the full product, which takes five times as long.
     """
@@ -77,6 +77,7 @@ def covering() -> list[Spec]:
     for rows, a, b, c in itertools.product(_pairs_of_rows(), (0, 1), (0, 1), (0, 1)):
         specs.append(spec(DTYPES[c], LATENTS[a ^ c], PAGES[2 * a + b], rows[(a ^ b ^ c) % len(rows)], CAUSAL[b ^ c]))
     specs += [spec("bf16", 512, 64, rows, causal) for rows in ROWS for causal in CAUSAL]
+    specs += [spec("bf16", 256, 64, 32, False), spec("bf16", 256, 64, 512, True)]  # cached_mla with Mistral Small 4
     return list(dict.fromkeys(specs))
 
 
@@ -97,17 +98,18 @@ def points() -> list[Spec]:
     return [spec("bf16", 512, 64, rows, rows == max(ROWS)) for rows in ROWS]  # causal: the code it adds is seen
 
 
-# --------------------------------------------------------------------------------------------- append_latent, cached_mla
+# ------------------------------------------------------------------------------------------- append_latent, cached_mla
 
 RANKS, ROPES, NOPES = (512, 256, 128, 64), (64, 32, 16), (64, 128, 32, 192)
 
 
 def append_product() -> list[Spec]:
+    """Elsewhere than on Hopper with the usual widths only, which the arch has nothing to do with. As cached_product."""
     (template,) = registry.templates("append_latent")
     return [append_latent_spec(arch=arch, dtype=dtype, e4m3_cache=e4m3, slots=slots, kv_lora_rank=rank,
                                qk_rope_head_dim=rope)
-            for arch, dtype, e4m3, slots, rank, rope in itertools.product(
-                template.archs, DTYPES, CAUSAL, ("i64", "i32"), RANKS, ROPES)]
+            for arch in template.archs for dtype, e4m3, slots, rank, rope in itertools.product(
+                DTYPES, CAUSAL, ("i64", "i32"), *((RANKS, ROPES) if arch == ARCH else ([512], [64])))]
 
 
 def append_wanted(choice: Choice) -> bool:
@@ -125,13 +127,17 @@ def append_wanted(choice: Choice) -> bool:
 def cached_product() -> list[Spec]:
     archs = registry.templates("cached_mla")[0].archs
     return list(dict.fromkeys(
-        spec for arch, dtype, nope, rank, rope in itertools.product(archs, DTYPES, NOPES, RANKS, ROPES)
+        spec for arch in archs for dtype, nope, rank, rope in itertools.product(
+            DTYPES, *((NOPES, RANKS, ROPES) if arch == ARCH else ([128], [512], [64])))
         for spec in cached_mla_specs(arch=arch, dtype=dtype, qk_nope_head_dim=nope, kv_lora_rank=rank,
                                      qk_rope_head_dim=rope)))
 
 
 # dtype, P, R, r: Mistral Small 4, DeepSeek-V3, and what else there is of each
 CACHED = (("bf16", 64, 256, 64), ("bf16", 128, 512, 64), ("fp16", 32, 128, 16), ("fp16", 192, 64, 32))
+
+
+CACHED_DIMS = tuple({"nope": nope, "rank": rank, "rope": rope} for _, nope, rank, rope in CACHED[:2])
 
 
 def cached_covering() -> list[Spec]:

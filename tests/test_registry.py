@@ -22,7 +22,8 @@ REGISTER_FILE = 65536
 
 def test_ops():
     assert {op: registry.backends(op) for op in registry.ops()} == {
-        "fp8_bmm": ["sm90"], "inv_rope_fp8_quant": ["simt"], "mla_decode": ["sm90"]}
+        "append_latent": ["portable"], "cached_mla": ["portable"], "fp8_bmm": ["sm90"],
+        "inv_rope_fp8_quant": ["simt"], "mla_decode": ["sm90"]}
 
 
 def test_each_op_has_its_sets():

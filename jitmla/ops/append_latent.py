@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch, events, torch_ops_cached
+from .. import dispatch, events
+from .. import torch_ops_cached as torch_ops
 from ..errors import InvalidArgument, InvalidArgumentType
 from ..spec import append_latent_spec
 from . import cached_reference, checks
@@ -44,8 +45,7 @@ def append_latent(latent: Tensor, k_pe: Tensor, kv_cache: Tensor, slots: Tensor,
     CacheUntrusted, MissNotAllowed.
     """
     if torch.compiler.is_compiling():
-        torch.ops.jitmla.append_latent(latent, k_pe, kv_cache, slots, kv_scale, backend)
-        return
+        return torch_ops.call_append_latent(latent, k_pe, kv_cache, slots, kv_scale, backend)
     try:
         prepared = _prepared[latent.shape[1], k_pe.shape[1], latent.dtype, latent.get_device(), kv_cache.dtype,
                              kv_cache.shape, slots.dtype, backend]
@@ -153,8 +153,8 @@ def _check(latent: Any, k_pe: Any, kv_cache: Any, slots: Any, kv_scale: Any) -> 
 
 def _check_width(name: str, value: Tensor, widths: tuple[int, ...]) -> None:
     if value.shape[1] not in widths:
-        raise InvalidArgument(f"{name}: {checks.describe(value)}", supported=f"a width of {', '.join(map(str, widths))}",
-                              differs=f"its width is {value.shape[1]}",
+        raise InvalidArgument(f"{name}: {checks.describe(value)}", differs=f"its width is {value.shape[1]}",
+                              supported=f"a width of {', '.join(map(str, widths))}",
                               remedy="compare it with kv_lora_rank and qk_rope_head_dim of the model")
 
 

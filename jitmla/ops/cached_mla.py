@@ -1,4 +1,4 @@
-"""cached_mla: the attention of an MLA layer over a slot cache, from projections to value heads, as AutoDeploy calls it."""
+"""cached_mla: attention of an MLA layer over a slot cache, from queries to value heads, as AutoDeploy calls it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch, events, torch_ops_cached
+from .. import dispatch, events
+from .. import torch_ops_cached as torch_ops
 from ..errors import InvalidArgument
 from ..schedule import context_tile, context_tiles, slot_page
 from ..spec import cached_mla_specs
@@ -31,22 +32,22 @@ def cached_mla(q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, kv_b_
                ) -> Tensor:
     """Append the new tokens' latent rows to their slots, and attend to each slot up to the token itself.
 
-    For token t, the k-th new one of sequence i, and head n, with W[n] = kv_b_proj_weight[n (P + V) : (n + 1) (P + V)]:
-    kv_cache[slot_idx[i], input_pos[i] + k] = [latent[t] | k_pe[t]], x_j = sm_scale * <[q_nope[t,n] W[n,:P] | q_pe[t,n]],
-    row_j> for j <= input_pos[i] + k, out[t,n] = W[n,P:] sum_j softmax(x)_j row_j[:kv_lora_rank]. (DeepSeek-V2, arXiv
-    2405.04434, section 2.1, with both up-projections absorbed. They are used as they lie in the weight: nothing is
-    derived from it that could go stale.)
+    For token t, the k-th new one of sequence i, and head n, with W[n] = kv_b_proj_weight[n (P+V) : (n+1) (P+V)]:
+    kv_cache[slot_idx[i], input_pos[i] + k] = [latent[t] | k_pe[t]],
+    x_j = sm_scale * <[q_nope[t,n] W[n,:P] | q_pe[t,n]], row_j> for j <= input_pos[i] + k, and
+    out[t,n] = W[n,P:] sum_j softmax(x)_j row_j[:kv_lora_rank]. (DeepSeek-V2, arXiv 2405.04434, section 2.1, with both
+    up-projections absorbed. They are used as they lie in the weight: nothing is derived from it that could go stale.)
 
     q_nope: [batch, s, heads, P], bf16 or fp16. q_pe: [batch, s, heads, qk_rope_head_dim], rotated.
     latent: [batch, s, kv_lora_rank], after its norm. k_pe: [batch, s, 1, qk_rope_head_dim], rotated.
     kv_b_proj_weight: [heads * (P + V), kv_lora_rank]; of each head first the rows for keys, then those for values.
-    kv_cache: [slots, max_seq_len, kv_lora_rank + qk_rope_head_dim], dtype of q_nope; rows of new tokens are written.
+    kv_cache: [slots, max_seq_len, kv_lora_rank + qk_rope_head_dim], dtype of q_nope; the new rows are written.
         What is behind a sequence's tokens is not read, and may be uninitialised.
-    seq_len, input_pos, slot_idx, cu_seqlen: int32, at least one entry for each of the num_prefill + num_decode sequences,
-        those of prefill first: its new tokens, its tokens that are in the cache already, its slot, and its first token
-        among batch * s. There may be gaps between sequences. Read on the device only. A sequence in a slot that does
-        not exist (-1) is skipped. input_pos + seq_len beyond max_seq_len is the caller's mistake; it writes nothing
-        outside of the slot.
+    seq_len, input_pos, slot_idx, cu_seqlen: int32, an entry for each of the num_prefill + num_decode sequences, those
+        of prefill first, and maybe more: its new tokens, its tokens that are in the cache already, its slot, and its
+        first token among batch * s. There may be gaps between sequences. Read on the device only. A sequence in a slot
+        that does not exist (-1) is skipped. input_pos + seq_len beyond max_seq_len is the caller's mistake; it writes
+        nothing outside of the slot.
     num_prefill, prefill_tokens, num_decode: sequences with any number of new tokens, the sum of these numbers, and
         sequences with one. With s = 1 and num_prefill = 0, token i is sequence i, and cu_seqlen and seq_len are not
         read.
@@ -61,7 +62,7 @@ def cached_mla(q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, kv_b_
     CacheUntrusted, MissNotAllowed.
     """
     if torch.compiler.is_compiling():
-        return torch_ops_cached.call_cached_mla(q_nope, q_pe, latent, k_pe, kv_b_proj_weight, kv_cache, seq_len,
+        return torch_ops.call_cached_mla(q_nope, q_pe, latent, k_pe, kv_b_proj_weight, kv_cache, seq_len,
                                                 input_pos, slot_idx, cu_seqlen, num_prefill, prefill_tokens,
                                                 num_decode, sm_scale, out, backend)
     try:
@@ -291,5 +292,5 @@ def _reference(q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, weigh
     cached_reference.cached_mla(q_nope.flatten(0, 1), q_pe.flatten(0, 1), latent.flatten(0, 1),
                                 k_pe.flatten(0, 1)[:, 0], weight, kv_cache, seq_len=seq_len, input_pos=input_pos,
                                 slot_idx=slot_idx, start=start, sequences=sequences, sm_scale=sm_scale, out=flat)
-    shaped = flat.view(batch, s, heads, -1)
+    shaped = flat.view(batch, s, *flat.shape[1:])
     return shaped if out is None else out.copy_(shaped)

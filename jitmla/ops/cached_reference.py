@@ -1,6 +1,6 @@
 """append_latent and cached_mla in plain PyTorch: their definition in readable lines, and what runs without a GPU.
 
-Computed in float32 and rounded once. cached_mla reads its metadata on the host, so it cannot be captured in a CUDA graph.
+Computed in float32 and rounded once. cached_mla reads its metadata on the host: it cannot be captured in a CUDA graph.
 """
 
 from __future__ import annotations

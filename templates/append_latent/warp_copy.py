@@ -6,6 +6,8 @@ The row is copied where the cache has the type of the values; in an e4m3 cache i
 rounded before the conversion) and saturated. A slot that is negative or behind the cache writes nothing. All loads of
 a row are issued before the first store. Offsets into the cache are 64-bit.
 
+From sm_90 on it is launched with PDL, waits for the kernel before it, and lets the one behind it start at once.
+
     block: ROWS warps, token t0 + w each             lane l: pieces l, l + 32, .. of 8 values of the row's two parts
 """
 
@@ -29,6 +31,7 @@ from cutlass import BFloat16, Float8E4M3FN, Float16, Float32, Int32, Int64, cons
 VALUE = BFloat16 if DTYPE == "bf16" else Float16
 CACHE = Float8E4M3FN if E4M3_CACHE else VALUE
 SLOT = Int32 if SLOTS == "i32" else Int64
+PDL = int(ARCH[3:].rstrip("a")) >= 90
 CVT = int(ARCH[3:].rstrip("a")) >= 89  # has the conversion to e4m3
 STORE_BYTES = 8 if E4M3_CACHE else 16
 
@@ -40,13 +43,16 @@ class AppendLatent:
     def __call__(self, latent: cute.Tensor, k_pe: cute.Tensor, kv_cache: cute.Tensor, slots: cute.Tensor,
                  scale: cute.Tensor, stream):
         self.kernel(latent, k_pe, kv_cache, slots, scale).launch(
-            grid=[cute.ceil_div(latent.shape[0], ROWS), 1, 1], block=[32 * ROWS, 1, 1], stream=stream)
+            grid=[cute.ceil_div(latent.shape[0], ROWS), 1, 1], block=[32 * ROWS, 1, 1], stream=stream, use_pdl=PDL)
 
     @cute.kernel
     def kernel(self, mLatent: cute.Tensor, mPe: cute.Tensor, mCache: cute.Tensor, mSlots: cute.Tensor,
                mScale: cute.Tensor):
         block, _, _ = cute.arch.block_idx()
         tid, _, _ = cute.arch.thread_idx()
+        if const_expr(PDL):
+            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_launch_dependents()
         lane = tid % 32
         t = block * ROWS + cute.arch.make_warp_uniform(tid // 32)
         if t < mLatent.shape[0]:

@@ -16,9 +16,12 @@ neighbouring columns of each of its rows, and stores them in two pieces of 16 by
 
 Rows without a token become zeros in q_lat and pe. Tokens at or behind the end of a slot are not written, and slots that
 do not exist neither written nor read (length 0). Offsets into the cache are 64-bit.
+
+From sm_90 on it is launched with PDL, waits for the kernel before it, and lets the one behind it start at once.
 """
 
 # --- constants: replaced when rendered ---
+ARCH = "sm_90a"
 DTYPE = "bf16"
 NOPE = 64
 LATENT = 256
@@ -36,6 +39,7 @@ from common.warp_mma import high_halves, load_words, low_halves, mma_k32, pack, 
 from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint32, const_expr
 
 VALUE = BFloat16 if DTYPE == "bf16" else Float16
+PDL = int(ARCH[3:].rstrip("a")) >= 90
 COLUMNS = 64  # of q_lat that a warp makes
 CHUNKS = LATENT // (COLUMNS * WARPS)
 ROW_TILES = ROWS // 16
@@ -49,14 +53,14 @@ class CachedMlaAbsorb:
     def __call__(self, q_nope: cute.Tensor, q_pe: cute.Tensor, latent: cute.Tensor, k_pe: cute.Tensor,
                  weight: cute.Tensor, kv_cache: cute.Tensor, seq_len: cute.Tensor, input_pos: cute.Tensor,
                  slot_idx: cute.Tensor, start: cute.Tensor, q_lat: cute.Tensor, pe: cute.Tensor,
-                 seq_lens: cute.Tensor, block_table: cute.Tensor, tile0: Int32, first: Int32, sequences: Int32, page_size: Int32,
-                 pages_of_slot: Int32, flags: Int32, stream):
+                 seq_lens: cute.Tensor, block_table: cute.Tensor, tile0: Int32, first: Int32, sequences: Int32,
+                 page_size: Int32, pages_of_slot: Int32, flags: Int32, stream):
         rows = q_lat.shape[0] * q_lat.shape[1]
         copies = cute.ceil_div(rows, WARPS)
         products = cute.ceil_div(rows, ROWS) * q_nope.shape[2] * CHUNKS
         self.kernel(q_nope, q_pe, latent, k_pe, weight, kv_cache, seq_len, input_pos, slot_idx, start, q_lat, pe,
                     seq_lens, block_table, tile0, first, sequences, page_size, pages_of_slot, flags, copies).launch(
-            grid=[copies + products, 1, 1], block=[32 * WARPS, 1, 1], stream=stream)
+            grid=[copies + products, 1, 1], block=[32 * WARPS, 1, 1], stream=stream, use_pdl=PDL)
 
     # ---------------------------------------------------------------- device
     @cute.kernel
@@ -66,6 +70,9 @@ class CachedMlaAbsorb:
                first: Int32, sequences: Int32, page_size: Int32, pages_of_slot: Int32, flags: Int32, copies: Int32):
         block, _, _ = cute.arch.block_idx()
         tid, _, _ = cute.arch.thread_idx()
+        if const_expr(PDL):
+            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_launch_dependents()
         lane = tid % 32
         w = cute.arch.make_warp_uniform(tid // 32)
         tile = mQLat.shape[1]
@@ -74,8 +81,8 @@ class CachedMlaAbsorb:
         if block < copies:
             row = block * WARPS + w
             if row < rows:
-                token, sequence, index, count, begin = locate(row, tile0, tile, first, sequences, tokens, flags, mSeqLen,
-                                                              mStart)
+                token, sequence, index, count, begin = locate(row, tile0, tile, first, sequences, tokens, flags,
+                                                              mSeqLen, mStart)
                 self.copy(row, tile, token, sequence, index, count, begin, page_size, pages_of_slot, flags, lane,
                           mPe, mLatent, mKPe, mCache, mPos, mSlot, mPeOut, mLengths, mTable)
         else:

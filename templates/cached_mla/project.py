@@ -8,9 +8,12 @@ Operands come straight from global memory: for one k32 step lane (g, c) loads co
     A: o_lat rows g, g + 8, ..                    B: W_V rows 8 (g // 2) + 2 j + g % 2, for tile j of 8 of the 32
 
 so that a lane holds 8 neighbouring output columns of each of its rows. Rows without a token store nothing.
+
+From sm_90 on it is launched with PDL, waits for the kernel before it, and lets the one behind it start at once.
 """
 
 # --- constants: replaced when rendered ---
+ARCH = "sm_90a"
 DTYPE = "bf16"
 LATENT = 256
 ROWS = 32
@@ -26,6 +29,7 @@ from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.memory import SmemAllocator
 
 VALUE = BFloat16 if DTYPE == "bf16" else Float16
+PDL = int(ARCH[3:].rstrip("a")) >= 90
 COLUMNS = 32  # of the output that a CTA makes
 PART = LATENT // WARPS  # of R, of a warp
 ROW_TILES = ROWS // 16
@@ -42,7 +46,7 @@ class CachedMlaProject:
         rows = o_lat.shape[0] * o_lat.shape[1]
         self.kernel(o_lat, weight, seq_len, start, out, tile0, first, sequences, flags).launch(
             grid=[out.shape[2] * (out.shape[3] // COLUMNS), cute.ceil_div(rows, ROWS), 1],
-            block=[32 * WARPS, 1, 1], stream=stream)
+            block=[32 * WARPS, 1, 1], stream=stream, use_pdl=PDL)
 
     # ---------------------------------------------------------------- device
     @cute.kernel
@@ -50,6 +54,9 @@ class CachedMlaProject:
                tile0: Int32, first: Int32, sequences: Int32, flags: Int32):
         part, row_block, _ = cute.arch.block_idx()
         tid, _, _ = cute.arch.thread_idx()
+        if const_expr(PDL):
+            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_launch_dependents()
         lane = tid % 32
         w = cute.arch.make_warp_uniform(tid // 32)
         g, c = lane // 4, lane % 4
@@ -95,8 +102,8 @@ class CachedMlaProject:
         for step in cutlass.range_constexpr(ROWS * 4 // (32 * WARPS)):
             r, at = (tid + 32 * WARPS * step) // 4, 8 * c
             if row0 + r < rows:
-                token, _, _, _, _ = locate(row0 + r, tile0, tile, first, sequences, mOut.shape[0] * mOut.shape[1], flags,
-                                           mSeqLen, mStart)
+                token, _, _, _, _ = locate(row0 + r, tile0, tile, first, sequences, mOut.shape[0] * mOut.shape[1],
+                                           flags, mSeqLen, mStart)
                 if token >= 0:
                     rY = cute.make_rmem_tensor((8,), Float32)
                     rY.fill(0.0)
