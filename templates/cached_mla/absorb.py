@@ -6,8 +6,9 @@
     pe[row] = q_pe[token]                           where rows are not tokens
 
 Two kinds of CTAs. The first ones copy: a warp a query row (of its tile, when the row has no token). The others
-multiply: CTA (row block of ROWS, head, WARPS x 64 columns), a warp 64 columns, by mma.sync with the operands straight
-from global memory. W_K is used as it lies, no copy of it exists. For one k32 step lane (g, c) loads
+multiply: CTA (every n-th block of ROWS rows, head, WARPS x 64 columns), a warp 64 columns, by mma.sync with the operands
+straight from global memory. W_K is used as it lies, no copy of it exists; a warp keeps its part in registers for all
+its row blocks, unless P is so large that it would not fit. For one k32 step lane (g, c) loads
 
     A: q rows g, g + 8, ..  columns [8 c, 8 c + 8)            B: W_K rows 8 c .. 8 c + 7, columns [8 g, 8 g + 8)
 
@@ -28,6 +29,7 @@ LATENT = 256
 ROPE = 64
 ROWS = 32
 WARPS = 2
+CTAS = 1056
 # --- end of constants ---
 
 import cutlass
@@ -43,6 +45,8 @@ PDL = int(ARCH[3:].rstrip("a")) >= 90
 COLUMNS = 64  # of q_lat that a warp makes
 CHUNKS = LATENT // (COLUMNS * WARPS)
 ROW_TILES = ROWS // 16
+STEPS = NOPE // 32
+KEEP = NOPE <= 128  # of the weight in registers: 32 of them a step
 
 assert ROWS <= 32 and ROWS % 16 == 0 and NOPE % 32 == 0 and LATENT % (COLUMNS * WARPS) == 0 and ROPE % 8 == 0
 
@@ -57,17 +61,19 @@ class CachedMlaAbsorb:
                  page_size: Int32, pages_of_slot: Int32, flags: Int32, stream):
         rows = q_lat.shape[0] * q_lat.shape[1]
         copies = cute.ceil_div(rows, WARPS)
-        products = cute.ceil_div(rows, ROWS) * q_nope.shape[2] * CHUNKS
+        parts = q_nope.shape[2] * CHUNKS
+        row_parts = cutlass.min(cute.ceil_div(rows, ROWS), cute.ceil_div(CTAS, parts))
         self.kernel(q_nope, q_pe, latent, k_pe, weight, kv_cache, seq_len, input_pos, slot_idx, start, q_lat, pe,
-                    seq_lens, block_table, tile0, first, sequences, page_size, pages_of_slot, flags, copies).launch(
-            grid=[copies + products, 1, 1], block=[32 * WARPS, 1, 1], stream=stream, use_pdl=PDL)
+                    seq_lens, block_table, tile0, first, sequences, page_size, pages_of_slot, flags, copies, row_parts).launch(
+            grid=[copies + parts * row_parts, 1, 1], block=[32 * WARPS, 1, 1], stream=stream, use_pdl=PDL)
 
     # ---------------------------------------------------------------- device
     @cute.kernel
     def kernel(self, mQ: cute.Tensor, mPe: cute.Tensor, mLatent: cute.Tensor, mKPe: cute.Tensor, mW: cute.Tensor,
                mCache: cute.Tensor, mSeqLen: cute.Tensor, mPos: cute.Tensor, mSlot: cute.Tensor, mStart: cute.Tensor,
                mQLat: cute.Tensor, mPeOut: cute.Tensor, mLengths: cute.Tensor, mTable: cute.Tensor, tile0: Int32,
-               first: Int32, sequences: Int32, page_size: Int32, pages_of_slot: Int32, flags: Int32, copies: Int32):
+               first: Int32, sequences: Int32, page_size: Int32, pages_of_slot: Int32, flags: Int32, copies: Int32,
+               row_parts: Int32):
         block, _, _ = cute.arch.block_idx()
         tid, _, _ = cute.arch.thread_idx()
         if const_expr(PDL):
@@ -90,10 +96,19 @@ class CachedMlaAbsorb:
             chunk = part % CHUNKS
             head = (part // CHUNKS) % mQ.shape[2]
             row0 = (part // CHUNKS) // mQ.shape[2] * ROWS
-            token, _, _, _, _ = locate(cutlass.min(row0 + lane, rows - 1), tile0, tile, first, sequences, tokens, flags,
-                                       mSeqLen, mStart)
             column = (chunk * WARPS + w) * COLUMNS
-            self.multiply(row0, rows, tile, token, head, column, lane, mQ, mW, mQLat)
+            value_dim = mW.shape[0] // mQ.shape[2] - NOPE
+            weights = mW.iterator + (Int64(head * (NOPE + value_dim) + 8 * (lane % 4)) * mW.stride[0]
+                                     + (column + lane // 4 * 8))
+            rB = cute.make_rmem_tensor((4, 8, STEPS if const_expr(KEEP) else 1), Uint32)  # pair of rows, tile, step
+            if const_expr(KEEP):
+                for kk in cutlass.range_constexpr(STEPS):
+                    self.load_weights(rB[None, None, kk], weights, kk, mW)
+            while row0 < rows:
+                token, _, _, _, _ = locate(cutlass.min(row0 + lane, rows - 1), tile0, tile, first, sequences, tokens,
+                                           flags, mSeqLen, mStart)
+                self.multiply(row0, rows, token, head, column, lane, rB, weights, mQ, mW, mQLat)
+                row0 += ROWS * row_parts
 
     @cute.jit
     def copy(self, row, tile, token, sequence, index, count, begin, page_size, pages_of_slot, flags, lane,
@@ -144,37 +159,32 @@ class CachedMlaAbsorb:
             i += 32
 
     @cute.jit
-    def multiply(self, row0, rows, tile, token, head, column, lane, mQ: cute.Tensor, mW: cute.Tensor,
+    def load_weights(self, rB, weights, kk, mW: cute.Tensor):
+        """The B operand of a k32 step: eight rows of eight columns, interleaved in pairs of rows."""
+        rW = cute.make_rmem_tensor((4, 8), Uint32)  # word, row
+        for j in cutlass.range_constexpr(8):
+            words = load_words(weights + Int64(32 * kk + j) * mW.stride[0])
+            for i in cutlass.range_constexpr(4):
+                rW[i, j] = words[i]
+        for j in cutlass.range_constexpr(8):
+            for i in cutlass.range_constexpr(4):
+                halves = const_expr(high_halves if j % 2 else low_halves)
+                rB[i, j] = halves(rW[j // 2, 2 * i], rW[j // 2, 2 * i + 1])
+
+    @cute.jit
+    def multiply(self, row0, rows, token, head, column, lane, rB, weights, mQ: cute.Tensor, mW: cute.Tensor,
                  mQLat: cute.Tensor):
+        """One block of rows. token: that of row row0 + lane."""
         g, c = lane // 4, lane % 4
-        value_dim = mW.shape[0] // mQ.shape[2] - NOPE
-        second = rows - row0 > 16  # the first 16 rows are not all
-        weights = mW.iterator + (Int64(head * (NOPE + value_dim) + 8 * c) * mW.stride[0] + (column + 8 * g))
         rC = cute.make_rmem_tensor((4, 8, ROW_TILES), Float32)
         rC.fill(0.0)
-        for kk in cutlass.range_constexpr(NOPE // 32):
-            rW = cute.make_rmem_tensor((4, 8), Uint32)  # word, row
-            for j in cutlass.range_constexpr(8):
-                words = load_words(weights + Int64(32 * kk + j) * mW.stride[0])
-                for i in cutlass.range_constexpr(4):
-                    rW[i, j] = words[i]
-            rA = cute.make_rmem_tensor((4, 2, ROW_TILES), Uint32)
-            for r in cutlass.range_constexpr(ROW_TILES):
-                for h in cutlass.range_constexpr(2):
-                    mine = cute.arch.shuffle_sync(token, 16 * r + 8 * h + g)
-                    words = load_words(token_row(mQ, cutlass.max(mine, 0))
-                                       + (Int64(head) * mQ.stride[2] + (32 * kk + 8 * c)))
-                    for i in cutlass.range_constexpr(4):
-                        rA[i, h, r] = words[i] if mine >= 0 else Uint32(0)
-            rB = cute.make_rmem_tensor((4, 8), Uint32)  # pair of rows, tile
-            for j in cutlass.range_constexpr(8):
-                for i in cutlass.range_constexpr(4):
-                    halves = const_expr(high_halves if j % 2 else low_halves)
-                    rB[i, j] = halves(rW[j // 2, 2 * i], rW[j // 2, 2 * i + 1])
-            mma_k32(rC, rA, rB, 0, DTYPE)
-            if const_expr(ROW_TILES > 1):
-                if second:
-                    mma_k32(rC, rA, rB, 1, DTYPE)
+        if const_expr(KEEP):
+            for kk in cutlass.range_constexpr(STEPS):
+                self.step(kk, rC, rB[None, None, kk], row0, rows, token, head, g, c, mQ)
+        else:
+            for kk in cutlass.range(STEPS, unroll=1):
+                self.load_weights(rB[None, None, 0], weights, kk, mW)
+                self.step(kk, rC, rB[None, None, 0], row0, rows, token, head, g, c, mQ)
         for r in cutlass.range_constexpr(ROW_TILES):
             for h in cutlass.range_constexpr(2):
                 row = row0 + 16 * r + 8 * h + g
@@ -183,6 +193,22 @@ class CachedMlaAbsorb:
                     for e in cutlass.range_constexpr(2):
                         store_words(target + 8 * e, *[pack(rC[2 * h + e, 2 * i, r], rC[2 * h + e, 2 * i + 1, r], DTYPE)
                                                       for i in range(4)])
+
+    @cute.jit
+    def step(self, kk, rC, rB, row0, rows, token, head, g, c, mQ: cute.Tensor):
+        """A k32 step of all row tiles."""
+        rA = cute.make_rmem_tensor((4, 2, ROW_TILES), Uint32)
+        for r in cutlass.range_constexpr(ROW_TILES):
+            for h in cutlass.range_constexpr(2):
+                mine = cute.arch.shuffle_sync(token, 16 * r + 8 * h + g)
+                words = load_words(token_row(mQ, cutlass.max(mine, 0))
+                                   + (Int64(head) * mQ.stride[2] + (32 * kk + 8 * c)))
+                for i in cutlass.range_constexpr(4):
+                    rA[i, h, r] = words[i] if mine >= 0 else Uint32(0)
+        mma_k32(rC, rA, rB, 0, DTYPE)
+        if const_expr(ROW_TILES > 1):
+            if rows - row0 > 16:  # the first 16 rows are not all
+                mma_k32(rC, rA, rB, 1, DTYPE)
 
 
 @cute.jit

@@ -48,8 +48,9 @@ def pack(first, second, dtype: cutlass.Constexpr):
 @cute.jit
 def mma(rC, a0, a1, a2, a3, b0, b1, dtype: cutlass.Constexpr):
     """rC += A B. rC [4]: (row g, columns 2 c and 2 c + 1), then row g + 8; g = lane // 4, c = lane % 4."""
+    kind = const_expr("bf16" if dtype == "bf16" else "f16")
     d = cute.arch.inline_ptx(
-        "mma.sync.aligned.m16n8k16.row.col.f32." + dtype + "." + dtype + ".f32 {{$w0}, {$w1}, {$w2}, {$w3}}, "
+        "mma.sync.aligned.m16n8k16.row.col.f32." + kind + "." + kind + ".f32 {{$w0}, {$w1}, {$w2}, {$w3}}, "
         "{{$r0}, {$r1}, {$r2}, {$r3}}, {{$r4}, {$r5}}, {{$r6}, {$r7}, {$r8}, {$r9}};",
         write_only_types=[Float32] * 4, read_only_args=[a0, a1, a2, a3, b0, b1, rC[0], rC[1], rC[2], rC[3]])
     for i in cutlass.range_constexpr(4):
