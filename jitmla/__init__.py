@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # modules of jitmla.ops, each with that function
-OPS = ("mla_decode", "append_latent", "cached_mla", "inv_rope_fp8_quant", "fp8_bmm", "o_a_proj")
+OPS = ("mla_decode", "append_latent", "cached_mla", "inv_rope_fp8_quant", "fp8_bmm", "o_a_proj", "sparse_mla_decode",
+       "sparse_mla_prefill")
 _WHERE = {
     **{op: f"jitmla.ops.{op}" for op in OPS},
     "keys_for": "jitmla.models",
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from .ops.inv_rope_fp8_quant import inv_rope_fp8_quant as inv_rope_fp8_quant
     from .ops.mla_decode import mla_decode as mla_decode
     from .ops.o_a_proj import o_a_proj as o_a_proj
+    from .ops.sparse_mla_decode import sparse_mla_decode as sparse_mla_decode
+    from .ops.sparse_mla_prefill import sparse_mla_prefill as sparse_mla_prefill
     from .spec import Spec as Spec
     from .tune import tunings as tunings
     from .tune import use_tunings as use_tunings

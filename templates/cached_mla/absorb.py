@@ -37,7 +37,7 @@ import cutlass.cute as cute
 import cutlass.cute.runtime as rt
 from common.cached_rows import COPY_PE, locate
 from common.latent_rows import load_row, row_registers, store_row
-from common.warp_mma import high_halves, load_words, low_halves, mma_k32, pack, store_words
+from common.register_mma import high_halves, load_words, low_halves, mma_k32, pack, store_words
 from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint32, const_expr
 
 VALUE = BFloat16 if DTYPE == "bf16" else Float16
@@ -64,7 +64,8 @@ class CachedMlaAbsorb:
         parts = q_nope.shape[2] * CHUNKS
         row_parts = cutlass.min(cute.ceil_div(rows, ROWS), cute.ceil_div(CTAS, parts))
         self.kernel(q_nope, q_pe, latent, k_pe, weight, kv_cache, seq_len, input_pos, slot_idx, start, q_lat, pe,
-                    seq_lens, block_table, tile0, first, sequences, page_size, pages_of_slot, flags, copies, row_parts).launch(
+                    seq_lens, block_table, tile0, first, sequences, page_size, pages_of_slot, flags, copies,
+                    row_parts).launch(
             grid=[copies + parts * row_parts, 1, 1], block=[32 * WARPS, 1, 1], stream=stream, use_pdl=PDL)
 
     # ---------------------------------------------------------------- device

@@ -26,7 +26,7 @@ import cutlass
 import cutlass.cute as cute
 import cutlass.cute.runtime as rt
 from common.cached_rows import locate
-from common.warp_mma import load_words, mma_k32, pack, store_words
+from common.register_mma import load_words, mma_k32, pack, store_words
 from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.memory import SmemAllocator
 
