@@ -24,7 +24,10 @@ from jitmla.spec import (
     append_latent_spec,
     cached_mla_specs,
     fp8_bmm_spec,
+    gather_latent_spec,
     inv_rope_fp8_quant_spec,
+    merge_attn_states_spec,
+    mla_prefill_spec,
     sparse_mla_spec,
 )
 
@@ -226,6 +229,50 @@ def bmm_product() -> list[Spec]:
     return [fp8_bmm_spec(arch=arch) for arch in dict.fromkeys(itertools.chain(*(t.archs for t in templates)))]
 
 
+# ---------------------------------------------------------------------------------------------------------- prefill
+
+HEAD_DIMS = ((192, 128), (128, 128), (256, 256))  # qk and v of DeepSeek-V3, Mistral Small 4, GLM-5
+
+
+def prefill_spec(dtype: str, dims: tuple[int, int], causal: bool) -> Spec:
+    return mla_prefill_spec(arch=ARCH, dtype=dtype, qk_head_dim=dims[0], v_head_dim=dims[1], qk_rope_head_dim=64,
+                            causal=causal)
+
+
+def prefill_product() -> list[Spec]:
+    return [prefill_spec(*values) for values in itertools.product(DTYPES, HEAD_DIMS, CAUSAL)]
+
+
+def prefill_covering() -> list[Spec]:
+    """bf16 with all dimensions, causal and not; fp16 with one."""
+    return [s for s in prefill_product() if s["dtype"] == "bf16" or s["qk_head_dim"] == 192]
+
+
+def merge_product(archs: Iterable[str] | None = None) -> list[Spec]:
+    (template,) = registry.templates("merge_attn_states")
+    return [merge_attn_states_spec(arch=arch, dtype=dtype, acc_dtype=acc, v_head_dim=width)
+            for arch in archs or template.archs for dtype in DTYPES for acc in ("fp32", dtype)
+            for width in template.supports["v_head_dim"]]
+
+
+def merge_covering() -> list[Spec]:
+    """On Hopper every type and width once, on the oldest arch one."""
+    return [s for s in merge_product([ARCH, "sm_80"]) if (s["dtype"], s["acc_dtype"], s["v_head_dim"]) in (
+        ("bf16", "fp32", 128), *((("bf16", "bf16", 512), ("fp16", "fp32", 256), ("fp16", "fp16", 64))
+                                 if s["arch"] == ARCH else ()))]
+
+
+def gather_product(archs: Iterable[str] | None = None) -> list[Spec]:
+    (template,) = registry.templates("gather_latent")
+    return [gather_latent_spec(arch=arch, dtype=dtype, width=width) for arch in archs or template.archs
+            for dtype in DTYPES for width in template.supports["width"]]
+
+
+def gather_covering() -> list[Spec]:
+    return [s for s in gather_product([ARCH, "sm_80"]) if (s["dtype"], s["width"], s["arch"]) in (
+        ("bf16", 576, ARCH), ("fp16", 320, ARCH), ("bf16", 576, "sm_80"))]
+
+
 # ------------------------------------------------------------------------------------------------------ sparse_mla
 
 
@@ -243,6 +290,9 @@ SETS = {
     "inv_rope_fp8_quant": Sets(quant_product, lambda: quant_product([ARCH, "sm_80", "sm_89", "sm_100a"]),
                                lambda: [quant_spec(ARCH, **USUAL_QUANT)], quant_wanted),
     "fp8_bmm": Sets(bmm_product, bmm_product, bmm_product),
+    "mla_prefill": Sets(prefill_product, prefill_covering, lambda: [prefill_spec("bf16", (192, 128), True)]),
+    "merge_attn_states": Sets(merge_product, merge_covering, lambda: merge_covering()[:1]),
+    "gather_latent": Sets(gather_product, gather_covering, lambda: gather_covering()[:1]),
     "sparse_mla": Sets(sparse_points, sparse_points, sparse_points),
 }
 

@@ -6,7 +6,7 @@
     pe[row] = q_pe[token]                           where rows are not tokens
 
 Two kinds of CTAs. The first ones copy: a warp a query row (of its tile, when the row has no token). The others
-multiply: CTA (every n-th block of ROWS rows, head, WARPS x 64 columns), a warp 64 columns, by mma.sync with the operands
+multiply: CTA (every n-th block of ROWS rows, head, WARPS x 64 columns), a warp 64 columns, by mma.sync with operands
 straight from global memory. W_K is used as it lies, no copy of it exists; a warp keeps its part in registers for all
 its row blocks, unless P is so large that it would not fit. For one k32 step lane (g, c) loads
 
