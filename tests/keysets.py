@@ -2,7 +2,8 @@
 
     python -m tests.keysets [--op OP] [--all] [--jobs N]      (JITMLA_CACHE_DIR says where)
 
-GPU tests draw from `covering_choices` alone, so that a prewarmed cache serves them on a machine without the compiler.
+The usual run compiles `usual_choices`: a template that breaks fails there. `slow` tests compile the rest. GPU tests
+draw from `covering_choices` alone, so that a prewarmed cache serves them on a machine without the compiler.
 An op is in SETS, or test_registry.py fails.
 """
 
@@ -14,7 +15,8 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from jitmla import registry, schema
 from jitmla.layouts import SCALE_MODES
@@ -35,8 +37,8 @@ ARCH = "sm_90a"
 
 
 class Sets(NamedTuple):
-    """The Specs of an op. product: all that its card serves, of all archs. covering: those that are compiled by the
-    usual run of the tests. points: whose code is a golden file (the last one of each template).
+    """The Specs of an op. product: all that its card serves, of all archs. covering: those that GPU tests draw from.
+    points: whose code is a golden file (the last one of each template).
     wanted: which Choices of the covering Specs, for an op that picks by the sizes of a call; None: all."""
 
     product: Callable[[], list[Spec]]
@@ -53,6 +55,33 @@ def every_choice(*ops: str) -> list[Choice]:
 def covering_choices(*ops: str) -> list[Choice]:
     """Every template and variant and value of each constant, of these ops or all."""
     return [c for op in ops or SETS for c in _choices(SETS[op].covering()) if (SETS[op].wanted or bool)(c)]
+
+
+def usual_choices(*ops: str) -> list[Choice]:
+    """What the usual run of the tests compiles, of these ops or all: out of `covering_choices` one of each variant and
+    arch of a template, and no fewer than two of a template. Each next one differs most from those before it."""
+    by_template: dict[Path, list[Choice]] = {}
+    for choice in covering_choices(*ops):
+        by_template.setdefault(choice.template.path, []).append(choice)
+    return [choice for choices in by_template.values() for choice in _spread(choices)]
+
+
+def _spread(choices: list[Choice]) -> list[Choice]:
+    """The fewest, greedily, that have every variant and arch, and are two."""
+    def must(choice: Choice) -> set[Any]:
+        return {choice.variant.name, choice.spec.arch}
+
+    def may(choice: Choice) -> set[Any]:
+        return set(choice.key.constants)
+
+    taken: list[Choice] = []
+    left, lacking, unseen = list(choices), set().union(*map(must, choices)), set().union(*map(may, choices))
+    while left and (lacking or len(taken) < 2):
+        taken.append(max(left, key=lambda c: (len(must(c) & lacking), len(may(c) & unseen))))
+        left.remove(taken[-1])
+        lacking -= must(taken[-1])
+        unseen -= may(taken[-1])
+    return taken
 
 
 def golden_choices() -> list[Choice]:
@@ -295,15 +324,6 @@ SETS = {
     "gather_latent": Sets(gather_product, gather_covering, lambda: gather_covering()[:1]),
     "sparse_mla": Sets(sparse_points, sparse_points, sparse_points),
 }
-
-
-def only_when_asked(config) -> None:
-    """Skip the full product, which takes minutes, unless the -m of the command line names `slow`."""
-    import pytest
-
-    expression = config.getoption("markexpr") or ""
-    if "slow" not in expression.replace("not slow", ""):
-        pytest.skip(f"the full product of {len(every_choice())} Keys takes minutes: run it with -m slow")
 
 
 def prewarm(choices: list[Choice], jobs: int) -> int:

@@ -11,7 +11,7 @@ from jitmla.registry import Template, Variant, choose, templates
 from jitmla.spec import Spec, fp8_bmm_spec
 
 from .documents import valid
-from .keysets import ROWS, SETS, every_choice, product, spec
+from .keysets import ROWS, SETS, covering_choices, every_choice, product, spec, usual_choices
 
 DETERMINED = settings(deadline=None, derandomize=True, database=None)
 SHIPPED = [(op, t) for op in registry.ops() for t in templates(op)]
@@ -30,6 +30,16 @@ def test_ops():
 def test_each_op_has_its_sets():
     """What tests render, compile and run: a card whose op is not there would go without."""
     assert set(SETS) == set(registry.ops())
+
+
+def test_the_usual_run_compiles_every_variant_that_gpu_tests_run_and_hardly_more():
+    """A compile takes seconds, and the whole run may take 5 minutes on 2 cores (15 in continuous integration)."""
+    usual, covering = usual_choices(), covering_choices()
+    assert {(c.template.path, c.variant.name) for c in usual} == {(c.template.path, c.variant.name) for c in covering}
+    assert {(c.template.path, c.spec.arch) for c in usual} == {(c.template.path, c.spec.arch) for c in covering}
+    for _, template in SHIPPED:
+        mine = [c for c in usual if c.template == template]
+        assert 1 <= len(mine) <= max(2, len(template.variants) + len({c.spec.arch for c in mine}) - 1), template.name
 
 
 @pytest.mark.parametrize("op, template", SHIPPED, ids=lambda x: getattr(x, "name", x))
