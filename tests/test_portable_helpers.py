@@ -67,7 +67,8 @@ def test_pieces_of_the_batch_invariant_split(device, nb, slack, data):
 
 
 @FAST
-@given(rows=st.integers(1, 512), batch=st.integers(1, 4096), sms=st.integers(1, 200), tile=st.sampled_from([16, 32, 64]))
+@given(rows=st.integers(1, 512), batch=st.integers(1, 4096), sms=st.integers(1, 200),
+       tile=st.sampled_from([16, 32, 64]))
 def test_launch_arguments(rows, batch, sms, tile):
     launch = gather_launch(rows, batch, sms, tile)
     assert launch.parts >= 1 and (launch.parts == 1 or launch.parts * ceil_div(rows, tile) <= sms)
@@ -85,8 +86,12 @@ class Int32(int):
         return super().__new__(cls, (int(value) + 2**31) % 2**32 - 2**31)
 
 
+def wrapping(operation):
+    return lambda a, b: Int32(operation(a, b))
+
+
 for _name in ("__add__", "__and__", "__or__", "__rshift__", "__mul__"):
-    setattr(Int32, _name, lambda a, b, f=getattr(int, _name): Int32(f(a, b)))
+    setattr(Int32, _name, wrapping(getattr(int, _name)))
 
 
 def inline_ptx(text, write_only_types, read_only_args):
