@@ -126,12 +126,11 @@ def test_compiled_gather():
 def test_what_is_made_of_these_is_traced_through(form):
     torch.compiler.reset()
     base = mla_decode_problem([40, 5], heads=1, poison=False)
-    rng = torch.Generator().manual_seed(0)
+    rng, cu = torch.Generator().manual_seed(0), offsets([2, 5], "cpu")
     q, w = torch.randn((7, 2, 192), generator=rng).bfloat16(), torch.randn((512, 512), generator=rng).bfloat16() / 4
 
     def layer(q, w):
-        return jitmla.mla_prefill_paged(q * 2, base.kv_cache, base.block_table, base.seq_lens, offsets([2, 5], "cpu"), w,
-                                        max_seqlen_q=5, max_prefix=38, v_head_dim=128, sm_scale=0.1, form=form,
-                                        chunk_tokens=64) + 1
+        return jitmla.mla_prefill_paged(q * 2, base.kv_cache, base.block_table, base.seq_lens, cu, w, max_seqlen_q=5,
+                                        max_prefix=38, v_head_dim=128, sm_scale=0.1, form=form, chunk_tokens=64) + 1
 
     assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(q, w), layer(q, w))
