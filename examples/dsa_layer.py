@@ -2,8 +2,8 @@
 
     python examples/dsa_layer.py
 
-Two requests share two caches: rows of 656 bytes for attention, and the indexer's keys. A piecewise CUDA graph would be cut
-at the second of the layer's two ops.
+Two requests share two caches: rows of 656 bytes for attention, and the indexer's keys. A piecewise CUDA graph would be
+cut at the second of the layer's two ops.
 """
 
 import torch

@@ -24,6 +24,12 @@ Output path of DeepSeek-V4 (`o_proj`): the same method. M tokens, G groups, h he
 per group. GB/s count each input and result once. Peers, where they are installed: DeepGEMM's fp8_einsum, vLLM's Triton
 quantisation, and for the chain one after the other."""
 
+SPARSE_METHOD = """\
+Sparse MLA (`sparse_mla`): the same method; B query tokens or requests, random lists of topk rows of the pool. GB/s
+count every attended row, q and out once. FlashMLA has 64 or 128 heads: fewer are padded to 64. The second op of a DSA
+layer is decode of B requests with the named context; in the peers' chain DeepGEMM's paged logits, torch.topk and
+FlashMLA take the places of jitmla's kernels, and the rest is the same."""
+
 INTRODUCTION = """\
 Generated from the files `*.json` in this folder by `make docs`; `jitmla bench mla_decode --peers --json FILE` makes
 such a file. It holds the machine, the date, the commit, the exact command, and the raw samples beside the medians."""
@@ -75,6 +81,9 @@ def case_name(case: dict[str, Any]) -> str:
     if "part" in case:
         name = f"{case['part']} G{case['groups']} h{case['heads']} M {case['tokens']}"
         return name + f", {case['scale_mode']}" * (case["scale_mode"] != "pow2_f32") + ", neox" * case["neox"]
+    if "topk" in case:
+        name = f"{case['part']} h{case['heads']} s_q{case['s_q']} B{case['batch']} topk {case['topk']}"
+        return name + f" of {case['rows']}" + ", bf16 rows" * (case["kv_format"] == "bf16")
     name = f"h{case['heads']}" + (f" s_q{case['s_q']}" if case["s_q"] > 1 else "") + f" B{case['batch']}"
     name += f" kv {'1..' if case['ragged'] else ''}{case['kv']}"
     usual = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "page_size": 64, "dtype": "bf16"}
@@ -107,6 +116,8 @@ def ceilings_text(result: dict[str, Any]) -> str:
 
 
 def host_text(result: dict[str, Any]) -> str:
+    if not result["host"]:
+        return "Host times are not part of this run."
     return "Host time of one eager call, out given: " + "; ".join(
         f"{case_name(h['case'])}: " + ", ".join(f"{name} {us:.1f} us" for name, us in h["us"].items())
         for h in result["host"]) + "."
@@ -148,7 +159,8 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     """docs/benchmarks/README.md: all results, newest first."""
     newest = sorted(results, key=lambda r: (r["date"], r["command"]), reverse=True)
     sections = [markdown(r) for r in newest] or ["There are no results yet.\n"]
-    methods = [METHOD, *([O_PROJ_METHOD] if any(r["op"] == "o_proj" for r in results) else [])]
+    methods = [METHOD, *(text for op, text in (("o_proj", O_PROJ_METHOD), ("sparse_mla", SPARSE_METHOD))
+                         if any(r["op"] == op for r in results))]
     return "\n".join(["# Benchmarks", "", INTRODUCTION, "", "\n\n".join(methods), "", *sections])
 
 

@@ -1,7 +1,8 @@
 """Sparse MLA and its peers, case by case, and the whole second op of a DSA layer against the peers' kernels chained.
 
-Peers: FlashMLA's sparse kernels (JITMLA_PEERS has `_flashmla_C.abi3.so`; q padded to 64 heads where it has fewer). In the
-second op DeepGEMM's paged logits, torch.topk and FlashMLA take the places of jitmla's; what has no peer is the same in both.
+Peers: FlashMLA's sparse kernels (JITMLA_PEERS has `_flashmla_C.abi3.so`; q padded to 64 heads where it has fewer). In
+the second op DeepGEMM's paged logits, torch.topk and FlashMLA take the places of jitmla's; what has no peer is the
+same in both.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def available() -> tuple[dict[str, str], dict[str, str]]:
         absent[FLASHMLA] = f"{env.PEERS.name} names no folder with _flashmla_C.abi3.so"
         return found, absent
     torch.ops.load_library(str(Path(folder) / "_flashmla_C.abi3.so"))
-    found[FLASHMLA] = "sparse kernels; its metadata kernel runs once and is not timed; q is padded to 64 heads beforehand"
+    found[FLASHMLA] = "sparse kernels; q is padded and its metadata kernel run before, neither is timed"
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
@@ -121,7 +122,8 @@ def rates(case: SparseCase, timing: Timing) -> dict[str, Any]:
             "kernels": timing.kernels, "samples": timing.samples}
 
 
-def rows(peers: dict[str, str], cases: tuple[SparseCase, ...] = SPARSE_MLA, iters: int = 20) -> Iterator[dict[str, Any]]:
+def rows(peers: dict[str, str], cases: tuple[SparseCase, ...] = SPARSE_MLA, iters: int = 20
+         ) -> Iterator[dict[str, Any]]:
     """One result per case. ratio: time of the peer over ours, so above 1 we are faster."""
     for case in cases:
         if case.part == "second op":
@@ -136,8 +138,8 @@ def rows(peers: dict[str, str], cases: tuple[SparseCase, ...] = SPARSE_MLA, iter
         key = registry.choose(spec).key
         entry = Store().find(key)
         others = [t.us for name, t in times.items() if name != OURS]
-        yield {"case": case.as_dict(), "kernel": key.name, "toolchain": dict(entry.key.toolchain or ()) if entry else {},
-               "refused": {}, "times": {name: rates(case, timing) for name, timing in times.items()},
+        yield {"case": case.as_dict(), "kernel": key.name, "refused": {},
+               "toolchain": dict(entry.key.toolchain or ()) if entry else {}, "times": {name: rates(case, timing) for name, timing in times.items()},
                "ratio": min(others) / times[OURS].us if others else None}
 
 
@@ -177,7 +179,8 @@ def second_op(case: SparseCase, peers: dict[str, str]) -> dict[str, Callable[[],
 
 
 def peer_steps(batch: dsa.Batch, case: SparseCase) -> dict[str, Callable[..., Any]]:
-    """jitmla's names for three steps, served by the peers. Schedules are made once, as a server would for one length."""
+    """jitmla's names for three steps, served by the peers. Schedules are made once, as a server would for one
+    length."""
     import deep_gemm  # type: ignore[import-not-found]
     generation = batch.generation
     assert generation is not None

@@ -94,8 +94,8 @@ class TokenLengths:
 
 @cute.jit
 def touch_list(mList: cute.Tensor, tokens: Int32, part: Int32, s: Int32, k: Int32, tid: Int32):
-    """Bring the list of the token that an aligned split gives this CTA into the L2, as the threads of a CTA; no effect on
-    results, so it may run before griddepcontrol_wait."""
+    """Bring the list of the token that an aligned split gives this CTA into the L2, as the threads of a CTA; no effect
+    on results, so it may run before griddepcontrol_wait."""
     token = part * k
     if s > 0:
         token = part // s
