@@ -78,12 +78,12 @@ def rounded(value: Any) -> Any:
 
 def case_name(case: dict[str, Any]) -> str:
     """Short: what differs from bf16, 512 + 64, pages of 64; for the output path, from powers of two in float32."""
-    if "part" in case:
-        name = f"{case['part']} G{case['groups']} h{case['heads']} M {case['tokens']}"
-        return name + f", {case['scale_mode']}" * (case["scale_mode"] != "pow2_f32") + ", neox" * case["neox"]
     if "topk" in case:
         name = f"{case['part']} h{case['heads']} s_q{case['s_q']} B{case['batch']} topk {case['topk']}"
         return name + f" of {case['rows']}" + ", bf16 rows" * (case["kv_format"] == "bf16")
+    if "part" in case:
+        name = f"{case['part']} G{case['groups']} h{case['heads']} M {case['tokens']}"
+        return name + f", {case['scale_mode']}" * (case["scale_mode"] != "pow2_f32") + ", neox" * case["neox"]
     name = f"h{case['heads']}" + (f" s_q{case['s_q']}" if case["s_q"] > 1 else "") + f" B{case['batch']}"
     name += f" kv {'1..' if case['ragged'] else ''}{case['kv']}"
     usual = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "page_size": 64, "dtype": "bf16"}

@@ -21,6 +21,7 @@ import jitmla
 
 from .. import dispatch, dsa, env, registry
 from ..ops.sparse_mla_arguments import format_of
+from ..ops.sparse_reference import unpack_rows
 from ..spec import sparse_mla_spec
 from ..store import Store
 from ..testing_dsa import dsa_batch, dsa_layer
@@ -72,8 +73,7 @@ def verify(problem: SparseProblem, calls: dict[str, Callable[[], Tensor]]) -> No
     used = p.indices[chosen].flatten().long()
     rows = p.kv.flatten(0, 2)
     exact = torch.full((len(rows), 576), torch.nan, dtype=torch.float64, device="cuda")
-    from ..ops.sparse_reference import unpack_rows
-    exact[used] = (rows[used].double() if format_of(p.kv) == "bf16" else unpack_rows(rows[used]).double())
+    exact[used] = (rows[used] if format_of(p.kv) == "bf16" else unpack_rows(rows[used])).double()
     oracle = sparse_mla_oracle(SparseProblem(p.q, p.kv, p.indices, p.sm_scale, None, None, exact, True), chosen)
     for name, call in calls.items():
         try:
@@ -139,7 +139,8 @@ def rows(peers: dict[str, str], cases: tuple[SparseCase, ...] = SPARSE_MLA, iter
         entry = Store().find(key)
         others = [t.us for name, t in times.items() if name != OURS]
         yield {"case": case.as_dict(), "kernel": key.name, "refused": {},
-               "toolchain": dict(entry.key.toolchain or ()) if entry else {}, "times": {name: rates(case, timing) for name, timing in times.items()},
+               "toolchain": dict(entry.key.toolchain or ()) if entry else {},
+               "times": {name: rates(case, timing) for name, timing in times.items()},
                "ratio": min(others) / times[OURS].us if others else None}
 
 
@@ -187,7 +188,7 @@ def peer_steps(batch: dsa.Batch, case: SparseCase) -> dict[str, Callable[..., An
     lengths = generation.seq_lens[:, None].contiguous()
     plan = deep_gemm.get_paged_mqa_logits_metadata(lengths, 64, deep_gemm.get_num_sms())
     beyond = torch.arange(case.rows, device="cuda") >= generation.seq_lens[:, None]
-    prepared: dict[int, Callable[[], Tensor]] = {}
+    schedule: list[Any] = []  # FlashMLA's, from its first call
 
     def logits(q: Tensor, cache: Tensor, weights: Tensor, *_: Any, **__: Any) -> Tensor:
         return deep_gemm.fp8_paged_mqa_logits(q, cache, weights, lengths, generation.index_block_table, plan, case.rows,
@@ -200,13 +201,10 @@ def peer_steps(batch: dsa.Batch, case: SparseCase) -> dict[str, Callable[..., An
         heads = q.shape[2]
         padded = q.new_zeros(*q.shape[:2], max(heads, 64), 576)
         padded[:, :, :heads] = q
-        call = torch.ops._flashmla_C.sparse_decode_fwd
-        if not prepared:
-            made = call(padded, kv.view(torch.float8_e4m3fn), indices, None, None, None, None, None, None, None, 512,
-                        sm_scale, None)
-            prepared[0] = lambda: made[2:4]  # type: ignore[assignment]
-        found = call(padded, kv.view(torch.float8_e4m3fn), indices, None, None, *prepared[0](), None, None, None, 512,
-                     sm_scale, None)[0]
+        found, _, *made = torch.ops._flashmla_C.sparse_decode_fwd(
+            padded, kv.view(torch.float8_e4m3fn), indices, None, None, *(schedule or (None, None)), None, None, None,
+            512, sm_scale, None)
+        schedule[:] = schedule or made
         return out.copy_(found[:, :, :heads])
 
     return {"fp8_paged_mqa_logits": logits, "topk_indices": topk, "sparse_mla_decode": attention}
