@@ -111,6 +111,8 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
 
 def ceilings_text(result: dict[str, Any]) -> str:
     c = result["ceilings"]
+    if not c:
+        return "What the GPU can do at all was not measured in this run."
     return (f"In the same run: copy {c['copy']['gbps']:.0f} GB/s (read + written), read {c['read']['gbps']:.0f} GB/s, "
             f"bf16 matmul 8192 {c['matmul']['tflops']:.0f} TFLOP/s.")
 

@@ -93,17 +93,6 @@ class TokenLengths:
 
 
 @cute.jit
-def touch_list(mList: cute.Tensor, tokens: Int32, part: Int32, s: Int32, k: Int32, tid: Int32):
-    """Bring the list of the token that an aligned split gives this CTA into the L2, as the threads of a CTA; no effect
-    on results, so it may run before griddepcontrol_wait."""
-    token = part * k
-    if s > 0:
-        token = part // s
-    if token < tokens and tid * 32 < mList.shape[1]:
-        cute.arch.prefetch((mList[token, None].iterator + tid * 32).to_llvm_ptr(), cache_level="L2")
-
-
-@cute.jit
 def end_of_piece(lengths, sI: cute.Tensor, token):
     """The end block of a query token in a CTA whose interval is sI (mla_split.interval)."""
     end = n_blocks(lengths[token])

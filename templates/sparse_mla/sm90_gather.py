@@ -44,7 +44,7 @@ from common.mla_split import interval, n_blocks, partials, sharing
 from common.sm90 import INF, LOG2E, ex2, issue, quad_max, quad_sum, smem_atom, swz
 from common.sparse_rows import FP8_BYTES, WANTS_MAX, RowAddress, RowGather, TokenLengths, by_head, end_of_piece
 from common.sparse_rows import half2_of_bf16x2, load_shared2, load_shared16, per_token
-from common.sparse_rows import quotient, sparse_mla_arguments, store_shared16, touch_list
+from common.sparse_rows import quotient, sparse_mla_arguments, store_shared16
 
 FP8 = FORMAT == "fp8"
 ELEMENT = Float16 if FP8 else BFloat16  # of the latent columns
@@ -252,7 +252,6 @@ class SparseMla:
                     cute.arch.mbarrier_init(bars + (EMPTY + i), 8)
                 cute.arch.mbarrier_init(bars + Q_FULL, 1)
             cute.arch.mbarrier_init_fence()
-        touch_list(mList, tokens, part, parts_per_token, tokens_per_part, tid)
         # everything above overlaps the previous kernel's tail
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()  # all CTAs run: nobody can take the SM of one that others wait for
