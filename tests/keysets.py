@@ -144,6 +144,8 @@ PORTABLE_ON_GPU = [  # what tests/kernels/test_mla_decode_portable.py runs
     portable(ARCH, "fp16", "e4m3", 128, 0, 0, 32, True), portable(ARCH, "e4m3", "e4m3", 512, 64, 0, 512, True),
     portable(ARCH, "bf16", "bf16", 512, 64, 64, 32, True, compact=True),
     portable(ARCH, "bf16", "bf16", 512, 64, 64, 16, False, batch_invariant=True),
+    *(portable(ARCH, "fp16", "fp16", 512, 64, page, rows, rows > 16, split_cache=True)
+      for page, rows in ((0, 16), (0, 64), (0, 512), (16, 512))),
     portable(ARCH, "bf16", "e4m3", 512, 64, 16, 512, True, compact=True, batch_invariant=True),
 ]
 PORTABLE_ELSEWHERE = [  # compiled by every run of the tests

@@ -3,6 +3,7 @@
 import pytest
 
 import jitmla
+from jitmla.compat.flash_mla import flash_mla_with_kvcache, get_mla_metadata
 from jitmla.compat.flash_mla_sparse import flash_mla_sparse_fwd, sparse_with_kvcache
 from jitmla.errors import InvalidArgument
 from jitmla.testing_sparse import sparse_mla_oracle, sparse_mla_problem
@@ -17,6 +18,14 @@ def test_decode(fmt):
                                invalid=0.1, sinks="mixed", sm_scale=576**-0.55)
         out, lse = sparse_with_kvcache(*p.args, 512, p.sm_scale, False, fmt == "fp8", attn_sink=p.attn_sink)
         sparse_mla_oracle(p).check(out, lse)
+
+
+def test_through_its_one_decode_function():
+    p = sparse_mla_problem(batch=2, s_q=2, topk=9, rows=100, heads=4, sinks="finite", lengths=[3, 9])
+    out, lse = flash_mla_with_kvcache(p.q, p.kv, None, None, 512, get_mla_metadata()[0], softmax_scale=p.sm_scale,
+                                      is_fp8_kvcache=True, indices=p.indices, attn_sink=p.attn_sink,
+                                      topk_length=p.topk_length)
+    sparse_mla_oracle(p).check(out, lse)
 
 
 def test_its_default_scale():
