@@ -22,8 +22,9 @@ REGISTER_FILE = 65536
 
 def test_ops():
     assert {op: registry.backends(op) for op in registry.ops()} == {
-        "fp8_bmm": ["sm90"], "gather_latent": ["simt"], "inv_rope_fp8_quant": ["simt"], "merge_attn_states": ["simt"],
-        "mla_decode": ["sm90", "portable"], "mla_prefill": ["sm90"], "sparse_mla": ["sm90"]}
+        "append_latent": ["portable"], "cached_mla": ["portable"], "fp8_bmm": ["sm90"], "gather_latent": ["simt"],
+        "inv_rope_fp8_quant": ["simt"], "merge_attn_states": ["simt"], "mla_decode": ["sm90", "portable"],
+        "mla_prefill": ["sm90"], "sparse_mla": ["sm90"]}
 
 
 def test_each_op_has_its_sets():
