@@ -144,10 +144,33 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(text) + "\n"
 
 
+def sweep_lines(result: dict[str, Any]) -> list[str]:
+    """A markdown table: what is picked for each number of tokens, beside the fastest."""
+    lines = ["| case | picked | us | fastest | us | loss |", "|---|---|---:|---|---:|---:|"]
+    for row in result["rows"]:
+        best = min(row["us"], key=row["us"].__getitem__)
+        lines.append(f"| {case_name(row['case'])} | {row['picked']} | {row['us'][row['picked']]:.1f} | {best} | "
+                     f"{row['us'][best]:.1f} | {row['loss'] * 100:.1f} % |")
+    return lines
+
+
+def sweep_markdown(result: dict[str, Any]) -> str:
+    worst = max(result["rows"], key=lambda row: row["loss"])
+    over = sum(row["loss"] > 0.03 for row in result["rows"])
+    return "\n".join([
+        f"## {result['op']} on {result['gpu']}, {result['date']}", "",
+        f"`{result['command']}` at commit {result['commit'] or 'unknown'}; driver {result['driver'] or 'unknown'}, "
+        f"torch {result['torch']}; {result['machine']}.", "",
+        f"Every variant at every number of tokens, in turns in one profile. What is picked is more than 3 % behind the "
+        f"fastest at {over} of {len(result['rows'])} points, at most {worst['loss'] * 100:.1f} % "
+        f"({case_name(worst['case'])}).", "", *sweep_lines(result)]) + "\n"
+
+
 def page(results: Sequence[dict[str, Any]]) -> str:
     """docs/benchmarks/README.md: all results, newest first."""
     newest = sorted(results, key=lambda r: (r["date"], r["command"]), reverse=True)
-    sections = [markdown(r) for r in newest] or ["There are no results yet.\n"]
+    sections = [(sweep_markdown if r["op"].endswith("sweep") else markdown)(r) for r in newest]
+    sections = sections or ["There are no results yet.\n"]
     methods = [METHOD, *([O_PROJ_METHOD] if any(r["op"] == "o_proj" for r in results) else [])]
     return "\n".join(["# Benchmarks", "", INTRODUCTION, "", "\n\n".join(methods), "", *sections])
 
