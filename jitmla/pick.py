@@ -56,8 +56,8 @@ class Rows(NamedTuple):
 
 
 QUANT = {
-    "warp_rows/t4h1": Rows(1, 32 * 128),
-    "warp_rows/t8h2": Rows(2, 1280 * 128),
+    "warp_rows/t4h1": Rows(1, 24 * 128),
+    "warp_rows/t8h2": Rows(2, 640 * 128),
     "warp_rows/t8h8": Rows(8, float("inf")),
 }
 
