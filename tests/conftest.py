@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jitmla import bounds, compile, events, layers
+from jitmla import bounds, compile, events, layers, registry
 from jitmla.store import Store
 
 from .support.keys import make_key, publish
@@ -19,11 +19,27 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; uses the cache that JITMLA_CACHE_DIR names")
 
 
+def pytest_collection_modifyitems(config, items):
+    """Tests marked `slow` run when -m of the command line names them, and when they are asked for by their own name."""
+    if "slow" in config.option.markexpr.replace("not slow", "") or any("::" in name for name in config.args):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu"):
         torch = pytest.importorskip("torch")
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
+
+
+@pytest.fixture
+def without_portable(monkeypatch):
+    """As if the portable template, which serves whatever a call can make, did not exist."""
+    templates = registry.templates
+    monkeypatch.setattr(registry, "templates", lambda op: tuple(t for t in templates(op) if t.backend != "portable"))
 
 
 @pytest.fixture(autouse=True)

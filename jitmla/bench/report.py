@@ -20,10 +20,10 @@ rows, q and out once. Ratio: time of the better peer over ours. What peers plan 
 times: FlashMLA's metadata kernel, FlashInfer's plan() on the host with a copy from the device."""
 
 O_PROJ_METHOD = """\
-Output path of DeepSeek-V4 (`o_proj`): the same method, median of 20, or of 10 from 4096 tokens on; results of up to 2^27
-values are compared with float64 in the same run, larger ones by the tests. M tokens, G groups, h heads of 512 columns,
-1024 rows of weights per group. GB/s count each input and result once. Peers, where they are installed: DeepGEMM's
-fp8_einsum, vLLM's Triton quantisation, and for the chain one after the other."""
+Output path of DeepSeek-V4 (`o_proj`): the same method, median of 20, or of 10 from 4096 tokens on; results of up to
+2^27 values are compared with float64 in the same run, larger ones by the tests. M tokens, G groups, h heads of 512
+columns, 1024 rows of weights per group. GB/s count each input and result once. Peers, where they are installed:
+DeepGEMM's fp8_einsum, vLLM's Triton quantisation, and for the chain one after the other."""
 
 INTRODUCTION = """\
 Generated from the files `*.json` in this folder by `make docs`; `jitmla bench mla_decode --peers --json FILE` makes
