@@ -19,6 +19,7 @@ import torch
 import jitmla
 from jitmla import tune
 from jitmla.testing import mla_decode_oracle, mla_decode_problem
+from jitmla.testing_features import featured
 from jitmla.testing_o_proj import (
     CHAIN_DIFF,
     calc_diff,
@@ -45,12 +46,29 @@ CASES = [
 ]
 
 
+# (problem, features) for the portable kernel: its Keys are those of PORTABLE_ON_GPU
+PORTABLE = [
+    (dict(lengths=[0, 1, 65, 300], heads=16, page_size=7, sinks="mixed"), {}),
+    (dict(lengths=[700, 2], heads=128, s_q=2, page_size=100), {}),
+    (dict(lengths=[3, 200, 0], heads=8, s_q=3), dict(q_lens=[2, 3, 0], extra_tokens=1)),
+    (dict(lengths=[3000, 64], heads=16), dict(batch_invariant=True)),
+    (dict(lengths=[130, 40], heads=16, page_size=7), dict(kv="e4m3")),
+    (dict(lengths=[130, 40], heads=64, s_q=2, page_size=24), dict(kv="e4m3", q="e4m3")),
+    (dict(lengths=[130, 40], heads=12, page_size=3, dtype=torch.float16), dict(split=True)),
+]
+
+
 def mla_decode() -> None:
     for case in CASES:
         problem = mla_decode_problem(device="cuda", **case)
         out, lse = jitmla.mla_decode(*problem.args, **problem.kwargs, return_lse=True, backend="sm90")
         torch.cuda.synchronize()
         print(case, mla_decode_oracle(problem).check(out, lse), flush=True)
+    for case, features in PORTABLE:
+        made = featured(mla_decode_problem(device="cuda", **case), **features)
+        out, lse = jitmla.mla_decode(*made.args, **made.kwargs, return_lse=True, backend="portable")
+        torch.cuda.synchronize()
+        print(case, features, made.check(out, lse), flush=True)
 
 
 def o_proj() -> None:
