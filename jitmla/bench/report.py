@@ -25,6 +25,11 @@ Output path of DeepSeek-V4 (`o_proj`): the same method. M tokens, G groups, h he
 per group. GB/s count each input and result once. Peers, where they are installed: DeepGEMM's fp8_einsum, vLLM's Triton
 quantisation, and for the chain one after the other."""
 
+CACHED_METHOD = """\
+Attention over a slot cache (`cached_mla`): the same method for GPU times. Eager us is a whole call without a graph, host
+and GPU together: the mean of a burst of 100, the best of five. B sequences, each with T new tokens, up to kv in all. The
+peer is plain PyTorch with the lengths known on the host. Ratio: its eager time over ours."""
+
 INTRODUCTION = """\
 Generated from the files `*.json` in this folder by `make docs`; `jitmla bench mla_decode --peers --json FILE` makes
 such a file. It holds the machine, the date, the commit, the exact command, and the raw samples beside the medians."""
@@ -73,6 +78,9 @@ def rounded(value: Any) -> Any:
 
 def case_name(case: dict[str, Any]) -> str:
     """Short: what differs from bf16, 512 + 64, pages of 64; for the output path, from powers of two in float32."""
+    if "tokens" in case and "kv" in case:
+        name = f"h{case['heads']} B{case['batch']} T {case['tokens']} kv {case['kv']}"
+        return f"{name}, rank {case['kv_lora_rank']}, P {case['qk_nope_head_dim']}, V {case['v_head_dim']}"
     if "part" in case:
         name = f"{case['part']} G{case['groups']} h{case['heads']} M {case['tokens']}"
         return name + f", {case['scale_mode']}" * (case["scale_mode"] != "pow2_f32") + ", neox" * case["neox"]
@@ -85,6 +93,10 @@ def case_name(case: dict[str, Any]) -> str:
 
 def header(result: dict[str, Any]) -> list[str]:
     peers = [name for name in result["peers"] if name not in result["absent"]]
+    if result["op"] == "cached_mla":
+        return ["case", "jitmla us", "eager us", "TFLOP/s", "GB/s", *(f"{p} {kind}" for p in peers
+                                                                       for kind in ("us", "eager us")), "ratio",
+                "kernel"]
     return ["case", "jitmla us", "TFLOP/s", "GB/s", *["roof"] * has_roof(result), *(f"{p} us" for p in peers), "ratio",
             "kernel"]
 
@@ -107,6 +119,12 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
     for row in result["rows"]:
         ours = row["times"]["jitmla"]
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        if result["op"] == "cached_mla":
+            both = [f"{row['times'][p][kind]:.1f}" for p in peers for kind in ("us", "eager_us")]
+            lines.append([case_name(row["case"]), f"{ours['us']:.1f}", f"{ours['eager_us']:.1f}",
+                          f"{ours['tflops']:.0f}", f"{ours['gbps']:.0f}", *both, ratio,
+                          " + ".join(key.partition("/")[2] for key in row["kernel"].split(" + "))])
+            continue
         lines.append([case_name(row["case"]), f"{ours['us']:.1f}", f"{ours['tflops']:.0f}", f"{ours['gbps']:.0f}",
                       *[f"{roof(result, ours):.0%}"] * has_roof(result),
                       *(f"{row['times'][p]['us']:.1f}" if p in row["times"] else "-" for p in peers), ratio,
@@ -164,7 +182,8 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     """docs/benchmarks/README.md: all results, newest first."""
     newest = sorted(results, key=lambda r: (r["date"], r["command"]), reverse=True)
     sections = [markdown(r) for r in newest] or ["There are no results yet.\n"]
-    methods = [METHOD, *([O_PROJ_METHOD] if any(r["op"] == "o_proj" for r in results) else [])]
+    more = {"o_proj": O_PROJ_METHOD, "cached_mla": CACHED_METHOD}
+    methods = [METHOD, *(text for op, text in more.items() if any(r["op"] == op for r in results))]
     return "\n".join(["# Benchmarks", "", INTRODUCTION, "", "\n\n".join(methods), "", *sections])
 
 
