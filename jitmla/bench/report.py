@@ -26,9 +26,9 @@ per group. GB/s count each input and result once. Peers, where they are installe
 quantisation, and for the chain one after the other."""
 
 CACHED_METHOD = """\
-Attention over a slot cache (`cached_mla`): the same method for GPU times. Eager us is a whole call without a graph, host
-and GPU together: the mean of a burst of 100, the best of five. B sequences, each with T new tokens, up to kv in all. The
-peer is plain PyTorch with the lengths known on the host. Ratio: its eager time over ours."""
+Attention over a slot cache (`cached_mla`): the same method for GPU times. Eager us is a whole call without a graph,
+host and GPU together: the mean of a burst of 100, the best of five. B sequences, each with T new tokens, up to kv in
+all. The peer is plain PyTorch with the lengths known on the host. Ratio: its eager time over ours."""
 
 INTRODUCTION = """\
 Generated from the files `*.json` in this folder by `make docs`; `jitmla bench mla_decode --peers --json FILE` makes
