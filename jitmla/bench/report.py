@@ -21,9 +21,16 @@ times: FlashMLA's metadata kernel, FlashInfer's plan() on the host with a copy f
 roofline, which is the longer of the bytes at the read rate and of the operations at the matmul rate of the same run."""
 
 O_PROJ_METHOD = """\
-Output path of DeepSeek-V4 (`o_proj`): the same method. M tokens, G groups, h heads of 512 columns, 1024 rows of weights
-per group. GB/s count each input and result once. Peers, where they are installed: DeepGEMM's fp8_einsum, vLLM's Triton
-quantisation, and for the chain one after the other."""
+Output path of DeepSeek-V4 (`o_proj`): the same method, median of 20, or of 10 from 4096 tokens on; results of up to
+2^27 values are compared with float64 in the same run, larger ones by the tests. M tokens, G groups, h heads of 512
+columns, 1024 rows of weights per group. GB/s count each input and result once. Peers, where they are installed:
+DeepGEMM's fp8_einsum, vLLM's Triton quantisation, and for the chain one after the other."""
+
+SPARSE_METHOD = """\
+Sparse MLA (`sparse_mla`): the same method; B query tokens or requests, random lists of topk rows of the pool. GB/s
+count every attended row, q and out once. FlashMLA has 64 or 128 heads: fewer are padded to 64. The second op of a DSA
+layer is decode of B requests with the named context; in the peers' chain DeepGEMM's paged logits, torch.topk and
+FlashMLA take the places of jitmla's kernels, and the rest is the same."""
 
 CACHED_METHOD = """\
 Attention over a slot cache (`cached_mla`): the same method for GPU times. Eager us is a whole call without a graph,
@@ -81,6 +88,9 @@ def case_name(case: dict[str, Any]) -> str:
     if "tokens" in case and "kv" in case:
         name = f"h{case['heads']} B{case['batch']} T {case['tokens']} kv {case['kv']}"
         return f"{name}, rank {case['kv_lora_rank']}, P {case['qk_nope_head_dim']}, V {case['v_head_dim']}"
+    if "topk" in case:
+        name = f"{case['part']} h{case['heads']} s_q{case['s_q']} B{case['batch']} topk {case['topk']}"
+        return name + f" of {case['rows']}" + ", bf16 rows" * (case["kv_format"] == "bf16")
     if "part" in case:
         name = f"{case['part']} G{case['groups']} h{case['heads']} M {case['tokens']}"
         return name + f", {case['scale_mode']}" * (case["scale_mode"] != "pow2_f32") + ", neox" * case["neox"]
@@ -126,7 +136,7 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
                           " + ".join(key.partition("/")[2] for key in row["kernel"].split(" + "))])
             continue
         lines.append([case_name(row["case"]), f"{ours['us']:.1f}", f"{ours['tflops']:.0f}", f"{ours['gbps']:.0f}",
-                      *[f"{roof(result, ours):.0%}"] * has_roof(result),
+                      *([f"{roof(result, ours):.0%}"] if has_roof(result) else []),
                       *(f"{row['times'][p]['us']:.1f}" if p in row["times"] else "-" for p in peers), ratio,
                       " + ".join(key.partition("/")[2] for key in row["kernel"].split(" + "))])
     return lines
@@ -134,11 +144,15 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
 
 def ceilings_text(result: dict[str, Any]) -> str:
     c = result["ceilings"]
+    if not c:
+        return "What the GPU can do at all was not measured in this run."
     return (f"In the same run: copy {c['copy']['gbps']:.0f} GB/s (read + written), read {c['read']['gbps']:.0f} GB/s, "
             f"bf16 matmul 8192 {c['matmul']['tflops']:.0f} TFLOP/s.")
 
 
 def host_text(result: dict[str, Any]) -> str:
+    if not result["host"]:
+        return "Host times are not part of this run."
     return "Host time of one eager call, out given: " + "; ".join(
         f"{case_name(h['case'])}: " + ", ".join(f"{name} {us:.1f} us" for name, us in h["us"].items())
         for h in result["host"]) + "."
@@ -172,17 +186,40 @@ def markdown(result: dict[str, Any]) -> str:
             "| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 2) + "---|"]
     text += ["| " + " | ".join(line) + " |" for line in lines]
     if "plot" in result:
-        text += ["", f"![GB/s and TFLOP/s of each case against the ceilings]({result['plot']})"]
+        text += ["", f"![Plot of {result['op']}]({result['plot']})"]
     text += ["", ceilings_text(result), "", host_text(result)]
     text += [f"\n{name}: not measured ({reason})." for name, reason in result["absent"].items()]
     return "\n".join(text) + "\n"
 
 
+def sweep_lines(result: dict[str, Any]) -> list[str]:
+    """A markdown table: what is picked for each number of tokens, beside the fastest."""
+    lines = ["| case | picked | us | fastest | us | loss |", "|---|---|---:|---|---:|---:|"]
+    for row in result["rows"]:
+        best = min(row["us"], key=row["us"].__getitem__)
+        lines.append(f"| {case_name(row['case'])} | {row['picked']} | {row['us'][row['picked']]:.1f} | {best} | "
+                     f"{row['us'][best]:.1f} | {row['loss'] * 100:.1f} % |")
+    return lines
+
+
+def sweep_markdown(result: dict[str, Any]) -> str:
+    worst = max(result["rows"], key=lambda row: row["loss"])
+    over = sum(row["loss"] > 0.03 for row in result["rows"])
+    return "\n".join([
+        f"## {result['op']} on {result['gpu']}, {result['date']}", "",
+        f"`{result['command']}` at commit {result['commit'] or 'unknown'}; driver {result['driver'] or 'unknown'}, "
+        f"torch {result['torch']}; {result['machine']}.", "",
+        f"Every variant at every number of tokens, in turns in one profile. What is picked is more than 3 % behind the "
+        f"fastest at {over} of {len(result['rows'])} points, at most {worst['loss'] * 100:.1f} % "
+        f"({case_name(worst['case'])}).", "", *sweep_lines(result)]) + "\n"
+
+
 def page(results: Sequence[dict[str, Any]]) -> str:
     """docs/benchmarks/README.md: all results, newest first."""
     newest = sorted(results, key=lambda r: (r["date"], r["command"]), reverse=True)
-    sections = [markdown(r) for r in newest] or ["There are no results yet.\n"]
-    more = {"o_proj": O_PROJ_METHOD, "cached_mla": CACHED_METHOD}
+    sections = [(sweep_markdown if r["op"].endswith("sweep") else markdown)(r) for r in newest]
+    sections = sections or ["There are no results yet.\n"]
+    more = {"o_proj": O_PROJ_METHOD, "sparse_mla": SPARSE_METHOD, "cached_mla": CACHED_METHOD}
     methods = [METHOD, *(text for op, text in more.items() if any(r["op"] == op for r in results))]
     return "\n".join(["# Benchmarks", "", INTRODUCTION, "", "\n\n".join(methods), "", *sections])
 
