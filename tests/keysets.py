@@ -312,9 +312,18 @@ def gather_covering() -> list[Spec]:
 # ------------------------------------------------------------------------------------------------------ sparse_mla
 
 
-def sparse_points() -> list[Spec]:
-    return [sparse_mla_spec(arch=ARCH, kv_format=fmt, kv_lora_rank=512, qk_rope_head_dim=rope, heads=heads)
-            for heads in (8, 16, 128) for fmt, rope in (("bf16", 0), ("bf16", 64), ("fp8", 64))]
+def sparse_spec(fmt: str, rope: int, heads: int) -> Spec:
+    return sparse_mla_spec(arch=ARCH, kv_format=fmt, kv_lora_rank=512, qk_rope_head_dim=rope, heads=heads)
+
+
+def sparse_product() -> list[Spec]:
+    return [sparse_spec(fmt, rope, heads) for heads in (8, 16, 128)
+            for fmt, rope in (("bf16", 0), ("bf16", 64), ("fp8", 64))]
+
+
+def sparse_covering() -> list[Spec]:
+    return [sparse_spec("bf16", 0, 8), sparse_spec("fp8", 64, 16), sparse_spec("bf16", 0, 128),
+            sparse_spec("fp8", 64, 128)]
 
 
 SETS = {
@@ -329,7 +338,7 @@ SETS = {
     "mla_prefill": Sets(prefill_product, prefill_covering, lambda: [prefill_spec("bf16", (192, 128), True)]),
     "merge_attn_states": Sets(merge_product, merge_covering, lambda: merge_covering()[:1]),
     "gather_latent": Sets(gather_product, gather_covering, lambda: gather_covering()[:1]),
-    "sparse_mla": Sets(sparse_points, sparse_points, sparse_points),
+    "sparse_mla": Sets(sparse_product, sparse_covering, sparse_covering),
 }
 
 
