@@ -10,6 +10,7 @@ An op is in SETS, or test_registry.py fails.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import sys
@@ -47,16 +48,19 @@ class Sets(NamedTuple):
     wanted: Callable[[Choice], bool] | None = None
 
 
+@functools.cache
 def every_choice(*ops: str) -> list[Choice]:
     """All that calls can get, of these ops or all."""
     return _choices(spec for op in ops or SETS for spec in SETS[op].product())
 
 
+@functools.cache
 def covering_choices(*ops: str) -> list[Choice]:
     """Every template and variant and value of each constant, of these ops or all."""
     return [c for op in ops or SETS for c in _choices(SETS[op].covering()) if (SETS[op].wanted or bool)(c)]
 
 
+@functools.cache
 def usual_choices(*ops: str) -> list[Choice]:
     """What the usual run of the tests compiles, of these ops or all: out of `covering_choices` one of each variant and
     arch of a template, and no fewer than two of a template. Each next one differs most from those before it."""
@@ -84,6 +88,7 @@ def _spread(choices: list[Choice]) -> list[Choice]:
     return taken
 
 
+@functools.cache
 def golden_choices() -> list[Choice]:
     """One of each template."""
     found = _choices(spec for sets in SETS.values() for spec in sets.points())
