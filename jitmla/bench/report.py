@@ -37,6 +37,11 @@ Prefill (`mla_prefill`): the same method, median of 5 to 20; bf16, keys in one t
 each of B requests. TFLOP/s count 2 * heads * (qk + v) for each pair of query and key that is seen; GB/s count q, k, v
 and out once. The last rows of the first and last request are compared with float64."""
 
+CACHED_METHOD = """\
+Attention over a slot cache (`cached_mla`): the same method for GPU times. Eager us is a whole call without a graph,
+host and GPU together: the mean of a burst of 100, the best of five. B sequences, each with T new tokens, up to kv in
+all. The peer is plain PyTorch with the lengths known on the host. Ratio: its eager time over ours."""
+
 INTRODUCTION = """\
 Generated from the files `*.json` in this folder by `make docs`; `jitmla bench mla_decode --peers --json FILE` makes
 such a file. It holds the machine, the date, the commit, the exact command, and the raw samples beside the medians."""
@@ -86,6 +91,9 @@ def rounded(value: Any) -> Any:
 def case_name(case: dict[str, Any]) -> str:
     """Short: what differs from bf16, 512 + 64, pages of 64; for the output path, from powers of two in float32; for
     prefill, from causal 192/128."""
+    if "tokens" in case and "kv" in case:
+        name = f"h{case['heads']} B{case['batch']} T {case['tokens']} kv {case['kv']}"
+        return f"{name}, rank {case['kv_lora_rank']}, P {case['qk_nope_head_dim']}, V {case['v_head_dim']}"
     if "topk" in case:
         name = f"{case['part']} h{case['heads']} s_q{case['s_q']} B{case['batch']} topk {case['topk']}"
         return name + f" of {case['rows']}" + ", bf16 rows" * (case["kv_format"] == "bf16")
@@ -106,6 +114,10 @@ def case_name(case: dict[str, Any]) -> str:
 
 def header(result: dict[str, Any]) -> list[str]:
     peers = [name for name in result["peers"] if name not in result["absent"]]
+    if result["op"] == "cached_mla":
+        return ["case", "jitmla us", "eager us", "TFLOP/s", "GB/s", *(f"{p} {kind}" for p in peers
+                                                                       for kind in ("us", "eager us")), "ratio",
+                "kernel"]
     return ["case", "jitmla us", "TFLOP/s", "GB/s", *["roof"] * has_roof(result), *(f"{p} us" for p in peers), "ratio",
             "kernel"]
 
@@ -128,6 +140,12 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
     for row in result["rows"]:
         ours = row["times"]["jitmla"]
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        if result["op"] == "cached_mla":
+            both = [f"{row['times'][p][kind]:.1f}" for p in peers for kind in ("us", "eager_us")]
+            lines.append([case_name(row["case"]), f"{ours['us']:.1f}", f"{ours['eager_us']:.1f}",
+                          f"{ours['tflops']:.0f}", f"{ours['gbps']:.0f}", *both, ratio,
+                          " + ".join(key.partition("/")[2] for key in row["kernel"].split(" + "))])
+            continue
         lines.append([case_name(row["case"]), f"{ours['us']:.1f}", f"{ours['tflops']:.0f}", f"{ours['gbps']:.0f}",
                       *([f"{roof(result, ours):.0%}"] if has_roof(result) else []),
                       *(f"{row['times'][p]['us']:.1f}" if p in row["times"] else "-" for p in peers), ratio,
@@ -212,9 +230,9 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     newest = sorted(results, key=lambda r: (r["date"], r["command"]), reverse=True)
     sections = [(sweep_markdown if r["op"].endswith("sweep") else markdown)(r) for r in newest]
     sections = sections or ["There are no results yet.\n"]
-    methods = [METHOD, *(text for op, text in (("o_proj", O_PROJ_METHOD), ("sparse_mla", SPARSE_METHOD),
-                                              ("mla_prefill", PREFILL_METHOD))
-                         if any(r["op"] == op for r in results))]
+    more = {"o_proj": O_PROJ_METHOD, "sparse_mla": SPARSE_METHOD, "cached_mla": CACHED_METHOD,
+            "mla_prefill": PREFILL_METHOD}
+    methods = [METHOD, *(text for op, text in more.items() if any(r["op"] == op for r in results))]
     return "\n".join(["# Benchmarks", "", INTRODUCTION, "", "\n\n".join(methods), "", *sections])
 
 
