@@ -65,8 +65,8 @@ def bucket(op: str, field: str, value: int) -> int:
 
 
 def mla_decode_spec(*, arch: str, dtype: str, kv_lora_rank: int, qk_rope_head_dim: int, page_size: int, s_q: int,
-                    heads: int, causal: bool) -> Spec:
-    """The Spec of an mla_decode call: the one place where launch sizes become static facts."""
-    return Spec.of("mla_decode", arch=arch, dtype=dtype, kv_dtype=dtype, kv_lora_rank=kv_lora_rank,
+                    heads: int, causal: bool, kv_dtype: str | None = None) -> Spec:
+    """The Spec of an mla_decode call: the one place where launch sizes become static facts. kv_dtype: None, as dtype."""
+    return Spec.of("mla_decode", arch=arch, dtype=dtype, kv_dtype=kv_dtype or dtype, kv_lora_rank=kv_lora_rank,
                    qk_rope_head_dim=qk_rope_head_dim, page_size=page_size,
                    rows=bucket("mla_decode", "rows", s_q * heads), causal=causal and s_q > 1)

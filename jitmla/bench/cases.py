@@ -19,6 +19,7 @@ class DecodeCase:
     qk_rope_head_dim: int = 64
     page_size: int = 64
     dtype: str = "bf16"
+    kv_dtype: str = ""  # "": as q
     ragged: bool = False
 
     def lengths(self) -> list[int]:
@@ -36,7 +37,9 @@ class DecodeCase:
         """The cache rows, q and out, each once."""
         rows = self.batch * self.s_q * self.heads
         width = self.kv_lora_rank + self.qk_rope_head_dim
-        return 2 * (sum(self.lengths()) * width + rows * (width + self.kv_lora_rank))
+        size = {"e4m3": 1}
+        q, kv = size.get(self.dtype, 2), size.get(self.kv_dtype or self.dtype, 2)
+        return kv * sum(self.lengths()) * width + rows * (q * width + 2 * self.kv_lora_rank)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

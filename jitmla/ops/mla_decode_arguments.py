@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import InvalidArgument, InvalidArgumentType
 from . import checks
 
+DTYPE_NAMES = {**checks.DTYPE_NAMES, torch.float8_e4m3fn: "e4m3"}
 MAX_ROWS = 512
 MAX_HEADS = 128
 MAX_PAGE = 128
@@ -17,7 +18,7 @@ REQUIRED = object()  # sm_scale has no default, and leaving it out deserves a be
 
 
 def check(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_rank: Any, sm_scale: Any, sinks: Any,
-          out: Any, lse: Any) -> tuple[Tensor, Tensor]:
+          out: Any, lse: Any, q_descale: Any = None, kv_descale: Any = None) -> tuple[Tensor, Tensor]:
     """Raise InvalidArgument or InvalidArgumentType unless the op is defined on these.
 
     Returns (q_nope, q_pe), or q twice where it is one tensor."""
@@ -31,6 +32,8 @@ def check(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_rank: 
                               remedy="look where sm_scale is computed")
     q_nope, q_pe = _check_query(q, kv_lora_rank)
     _check_cache(kv_cache, block_table, seq_lens, kv_lora_rank + rope_dim(q_nope, q_pe, kv_lora_rank), q_nope)
+    _check_descale("q_descale", q_descale, "q", q_nope)
+    _check_descale("kv_descale", kv_descale, "kv_cache", kv_cache)
     out_shape = (*q_nope.shape[:3], kv_lora_rank)
     if sinks is not None:
         checks.tensor("sinks", sinks, "[heads]", 1)
@@ -54,6 +57,11 @@ def check_layout(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, out: Tensor | N
     for name, value in (("q", q_nope), ("q_pe", q_pe), ("out", out)):
         if value is not None:
             checks.uniform_rows(name, value)
+
+
+def out_dtype(q: Tensor) -> torch.dtype:
+    """Of the result for such queries."""
+    return torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
 
 
 def rope_dim(q_nope: Tensor, q_pe: Tensor, kv_lora_rank: int) -> int:
@@ -84,7 +92,7 @@ def _check_query(q: Any, kv_lora_rank: Any) -> tuple[Tensor, Tensor]:
             raise InvalidArgument(f"q: {checks.describe(q)}", supported=layout,
                                   differs=f"its last dimension is smaller than kv_lora_rank = {kv_lora_rank}",
                                   remedy="pass q after absorption (q_nope @ W_UK), or the pair (q_nope, q_pe)")
-    checks.dtype("q", q_nope, list(checks.DTYPE_NAMES))
+    checks.dtype("q", q_nope, list(DTYPE_NAMES))
     for name, value in (("q", q_nope), ("q_pe", q_pe)):
         checks.contiguous_last(name, value)
     _, s_q, heads, _ = q_nope.shape
@@ -107,7 +115,7 @@ def _check_cache(kv_cache: Any, block_table: Any, seq_lens: Any, width: int, q: 
     layout = "[pages, page_size, kv_lora_rank + qk_rope_head_dim]"
     checks.tensor("kv_cache", kv_cache, layout, 3)
     checks.device("kv_cache", kv_cache, q.device)
-    checks.dtype("kv_cache", kv_cache, [q.dtype])
+    checks.dtype("kv_cache", kv_cache, list(dict.fromkeys((q.dtype, torch.float8_e4m3fn))))
     checks.shape("kv_cache", kv_cache, layout, [*kv_cache.shape[:2], width])
     checks.contiguous_last("kv_cache", kv_cache)
     if not 1 <= kv_cache.shape[1] <= MAX_PAGE:
@@ -126,10 +134,31 @@ def _check_cache(kv_cache: Any, block_table: Any, seq_lens: Any, width: int, q: 
     checks.device("seq_lens", seq_lens, q.device)
 
 
+def _check_descale(name: str, value: Any, of: str, scaled: Tensor) -> None:
+    if scaled.dtype != torch.float8_e4m3fn:
+        if value is not None:
+            raise InvalidArgument(f"{name} with {of} of {str(scaled.dtype).removeprefix('torch.')}",
+                                  supported=f"{name} where {of} is float8_e4m3fn", differs=f"{of} has no scale",
+                                  remedy=f"leave {name} out")
+    elif value is None:
+        raise InvalidArgumentType(f"{of} of float8_e4m3fn without {name}",
+                                  supported=f"{name}: a float, or a tensor [1] float32",
+                                  differs=f"what one unit of {of} stands for is not known",
+                                  remedy=f"pass {name}=1.0 if {of} was stored without a scale")
+    elif isinstance(value, Tensor):
+        checks.tensor(name, value, "[1]", 1)
+        checks.dtype(name, value, [torch.float32])
+        checks.shape(name, value, "[1]", [1])
+        checks.device(name, value, scaled.device)
+    elif checks.finite_number(name, value) <= 0:
+        raise InvalidArgument(f"{name}={value}", supported="a positive number", differs="it is not positive",
+                              remedy=f"look where {name} is computed")
+
+
 def _check_outputs(out: Any, lse: Any, out_shape: tuple[int, ...], q: Tensor) -> None:
     if out is not None:
         checks.tensor("out", out, "[batch, s_q, heads, kv_lora_rank]", 4)
-        checks.dtype("out", out, [q.dtype])
+        checks.dtype("out", out, [out_dtype(q)])
         checks.shape("out", out, "[batch, s_q, heads, kv_lora_rank]", out_shape)
         checks.contiguous_last("out", out)
         checks.device("out", out, q.device)

@@ -17,12 +17,13 @@ def latent_rows(kv_cache: Tensor, block_table: Tensor, length: int) -> Tensor:
 
 
 def mla_decode(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, *,
-               sm_scale: float, causal: bool, sinks: Tensor | None, out: Tensor, lse: Tensor) -> None:
+               sm_scale: float, causal: bool, sinks: Tensor | None, out: Tensor, lse: Tensor,
+               q_descale: float | Tensor = 1.0, kv_descale: float | Tensor = 1.0) -> None:
     """Writes `out` [batch, s_q, heads, kv_lora_rank] and `lse` [batch, s_q, heads]. See jitmla.mla_decode."""
     kv_lora_rank, s_q = q_nope.shape[-1], q_nope.shape[1]
-    q = torch.cat([q_nope, q_pe], -1).float()
+    q = torch.cat([q_nope.float(), q_pe.float()], -1) * q_descale
     for b, length in enumerate(seq_lens.tolist()):
-        rows = latent_rows(kv_cache, block_table[b], length).float()
+        rows = latent_rows(kv_cache, block_table[b], length).float() * kv_descale
         logits = sm_scale * torch.einsum("ihd,kd->ihk", q[b], rows)
         if causal:
             last = length - s_q + torch.arange(s_q, device=q.device)  # token i sees keys 0 .. last[i]
