@@ -23,8 +23,6 @@ from torch import Tensor
 GARBAGE_PAGES = (2147480000, -1, 2147483647, -2147483648, 1 << 20)  # what unread block-table entries may hold
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 NAN_PATTERN = 0x7FC1  # a NaN of bf16 and fp16; repeated, a NaN of fp32
-E4M3, E4M3_NAN = torch.float8_e4m3fn, 0x7F
-E4M3_LARGEST = 48.0  # what "usual" inputs are scaled to: their smallest are then not below its range
 GUARD_BYTES = 1024
 ORACLE_TOKENS = 1 << 16  # gathered at once: 0.3 GB in float64
 
@@ -43,8 +41,6 @@ class Problem:
     sinks: Tensor | None
     lengths: tuple[int, ...]
     inputs: str
-    q_descale: float | Tensor | None = None
-    kv_descale: float | Tensor | None = None
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -52,9 +48,8 @@ class Problem:
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        scales = {"q_descale": self.q_descale, "kv_descale": self.kv_descale} if self.kv_descale is not None else {}
         return {"kv_lora_rank": self.kv_lora_rank, "sm_scale": self.sm_scale, "causal": self.causal,
-                "sinks": self.sinks, **scales}
+                "sinks": self.sinks}
 
     @property
     def q_parts(self) -> tuple[Tensor, Tensor]:
@@ -69,14 +64,7 @@ class Problem:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of out."""
-        dtype = self.q_parts[0].dtype
-        return torch.bfloat16 if dtype == E4M3 else dtype
-
-    @property
-    def factors(self) -> tuple[float, float]:
-        """What q and the cache are to be multiplied by."""
-        return tuple(1.0 if x is None else float(x) for x in (self.q_descale, self.kv_descale))
+        return self.kv_cache.dtype
 
     @property
     def device(self) -> torch.device:
@@ -88,8 +76,7 @@ def mla_decode_problem(lengths: Sequence[int], *, heads: int, s_q: int = 1, page
                        device: torch.device | str = "cpu", seed: int = 0, causal: bool = True,
                        sm_scale: float | None = None, sinks: str | None = None, inputs: str = "usual",
                        query: str = "joined", poison: bool = True, spare_pages: int = 3, first_page: int = 0,
-                       extra_table: int = 2, q_pad: int = 0, row_pad: int = 0, page_pad: int = 0,
-                       kv_dtype: torch.dtype | None = None, descale: str = "float") -> Problem:
+                       extra_table: int = 2, q_pad: int = 0, row_pad: int = 0, page_pad: int = 0) -> Problem:
     """A random problem with these lengths. The same arguments give the same problem.
 
     sm_scale: None takes the natural one of a model with 128 more query columns before absorption.
@@ -99,54 +86,36 @@ def mla_decode_problem(lengths: Sequence[int], *, heads: int, s_q: int = 1, page
     query: "joined" tensor, "pair" of tensors, or "views" (a pair that are views of one tensor).
     spare_pages, first_page: pages that no request uses; all pages below first_page are unused.
     extra_table: block-table columns behind the longest request. q_pad, row_pad, page_pad: elements of padding behind
-        each query row, each cache row and each page (multiples of 8, in an e4m3 tensor of 16, keep rows 16-byte
-        aligned).
-    dtype, kv_dtype: of q and of the cache (None: as q). float8_e4m3fn has scales, floats or (descale="tensor") tensors;
-        they are such that the values behind them are like those of the other dtypes.
+        each query row, each cache row and each page (multiples of 8 keep rows 16-byte aligned).
     """
     if inputs not in ("usual", "large") or sinks not in (None, "finite", "mixed"):
         raise ValueError(f"inputs={inputs!r}, sinks={sinks!r}")
     rng = torch.Generator(device=device).manual_seed(seed)
     width = kv_lora_rank + qk_rope_head_dim
     batch = len(lengths)
-    kv_dtype = kv_dtype or dtype
-    unit = (4.0 if inputs == "large" else 1.0) / E4M3_LARGEST
+    nan = float("nan") if poison else 0.0
 
-    def normal(dtype: torch.dtype, *shape: int) -> Tensor:
+    def normal(*shape: int) -> Tensor:
         x = torch.randn(shape, generator=rng, device=device, dtype=torch.float32)
-        x = x if inputs == "large" else (x / 10).clamp_(-1, 1)
-        return bits((x / unit if dtype == E4M3 else x).to(dtype))
-
-    def bits(x: Tensor) -> Tensor:
-        return x.view(torch.uint8) if x.dtype == E4M3 else x  # few operations know e4m3
-
-    def full(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        if dtype == E4M3:
-            return torch.full(shape, E4M3_NAN if poison else 0, dtype=torch.uint8, device=device)
-        return torch.full(shape, float("nan") if poison else 0.0, dtype=dtype, device=device)
+        return (x if inputs == "large" else (x / 10).clamp_(-1, 1)).to(dtype)
 
     def padded(values: Tensor, pad: int) -> Tensor:
-        storage = full((*values.shape[:-1], values.shape[-1] + pad), dtype)
+        storage = torch.full((*values.shape[:-1], values.shape[-1] + pad), nan, dtype=dtype, device=device)
         storage[..., :values.shape[-1]] = values
-        return storage.view(dtype)[..., :values.shape[-1]]
-
-    def scale(value: float, of: torch.dtype) -> float | Tensor | None:
-        if of != E4M3:
-            return None
-        return torch.tensor([value], dtype=torch.float32, device=device) if descale == "tensor" else value
+        return storage[..., :values.shape[-1]]
 
     counts = [-(-n // page_size) for n in lengths]
     used = sum(counts)
     pages = first_page + used + spare_pages
-    storage = full((pages * ((page_size * (width + row_pad)) + page_pad),), kv_dtype)
+    storage = torch.full((pages * ((page_size * (width + row_pad)) + page_pad),), nan, dtype=dtype, device=device)
     kv_cache = storage.as_strided((pages, page_size, width),
                                   (page_size * (width + row_pad) + page_pad, width + row_pad, 1))
     ids = torch.randperm(used + spare_pages, generator=rng, device=device)[:used] + first_page
-    rows = normal(kv_dtype, used, page_size, width)
+    rows = normal(used, page_size, width)
     if poison and used:
         live = torch.tensor([min(page_size, n - j * page_size) for n, c in zip(lengths, counts, strict=True)
                              for j in range(c)], device=device)
-        rows[torch.arange(page_size, device=device) >= live[:, None]] = full((1,), kv_dtype)
+        rows[torch.arange(page_size, device=device) >= live[:, None]] = nan
     kv_cache[ids] = rows
 
     max_pages = max(counts, default=0) + extra_table
@@ -157,7 +126,7 @@ def mla_decode_problem(lengths: Sequence[int], *, heads: int, s_q: int = 1, page
     table[where] = ids.int()
     block_table = table.view(batch, max_pages + 1)[:, :max_pages]  # its row stride is not its width
 
-    joined = normal(dtype, batch, s_q, heads, width)
+    joined = normal(batch, s_q, heads, width)
     q: Tensor | tuple[Tensor, Tensor]
     if query == "joined":
         q = padded(joined, q_pad)
@@ -175,9 +144,9 @@ def mla_decode_problem(lengths: Sequence[int], *, heads: int, s_q: int = 1, page
         if sinks == "mixed":
             sink_values[0::3], sink_values[1::3] = float("inf"), float("-inf")
     natural = (128 + qk_rope_head_dim) ** -0.5
-    return Problem(q, kv_cache.view(kv_dtype), block_table, torch.tensor(lengths, dtype=torch.int32, device=device), kv_lora_rank,
+    return Problem(q, kv_cache, block_table, torch.tensor(lengths, dtype=torch.int32, device=device), kv_lora_rank,
                    sm_scale if sm_scale is not None else natural * (8 if inputs == "large" else 1), causal,
-                   sink_values, tuple(lengths), inputs, scale(unit, dtype), scale(unit, kv_dtype))
+                   sink_values, tuple(lengths), inputs)
 
 
 @dataclass
@@ -287,8 +256,6 @@ def mla_decode_oracle(problem: Problem, requests: Sequence[int] | None = None) -
     """The exact result of `problem`, or of some of its requests, on its device."""
     p = problem
     device, (batch, s_q, heads, rank) = p.device, p.out_shape
-    q_factor, kv_factor = p.factors
-    cache = p.kv_cache.view(torch.uint8) if p.kv_cache.dtype == E4M3 else p.kv_cache  # indexing does not know e4m3
     chosen = list(range(batch)) if requests is None else list(requests)
     shape = (len(chosen), s_q, heads)
     out = torch.zeros(*shape, rank, dtype=torch.float64, device=device)
@@ -303,10 +270,8 @@ def mla_decode_oracle(problem: Problem, requests: Sequence[int] | None = None) -
         exists = token < lengths  # [group, token]
         column = (token // p.kv_cache.shape[1]).expand(len(group), -1)
         page = torch.where(exists, p.block_table[which].long().gather(1, column), 0)
-        key = cache[page, token % p.kv_cache.shape[1]].view(p.kv_cache.dtype).to(torch.float32)
-        key = torch.where(exists[..., None], key, 0).double() * kv_factor
-        query = torch.cat([part.to(torch.float32)[which] for part in p.q_parts], -1).double()
-        query = query.flatten(1, 2) * q_factor  # [group, rows, width]
+        key = torch.where(exists[..., None], p.kv_cache[page, token % p.kv_cache.shape[1]], 0).double()
+        query = torch.cat([part[which] for part in p.q_parts], -1).double().flatten(1, 2)  # [group, rows, width]
         x = p.sm_scale * (query @ key.transpose(1, 2))
         seen = exists[:, None].expand(-1, s_q, -1)
         if p.causal:

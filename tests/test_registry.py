@@ -5,23 +5,30 @@ import itertools
 import pytest
 from hypothesis import given, settings
 
-from jitmla import registry, render, schema
+from jitmla import pick, registry, render, schema
 from jitmla.errors import InvalidTemplate, NoTemplate
 from jitmla.registry import Template, Variant, choose, templates
-from jitmla.spec import Spec
+from jitmla.spec import Spec, fp8_bmm_spec
 
 from .documents import valid
-from .keysets import ROWS, product, spec
+from .keysets import ROWS, SETS, every_choice, product, spec
 
 DETERMINED = settings(deadline=None, derandomize=True, database=None)
 SHIPPED = [(op, t) for op in registry.ops() for t in templates(op)]
-SMEM_LIMIT = {"sm_90a": 232448}  # bytes that one block may have
+SMEM_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376, "sm_90a": 232448,  # of one block
+              "sm_100a": 232448, "sm_103a": 232448, "sm_120a": 101376, "sm_121a": 101376}
 REGISTER_FILE = 65536
 
 
 def test_ops():
-    assert registry.ops() == ["mla_decode"]
-    assert registry.backends("mla_decode") == ["sm90"]
+    assert {op: registry.backends(op) for op in registry.ops()} == {
+        "fp8_bmm": ["sm90"], "inv_rope_fp8_quant": ["simt"], "mla_decode": ["sm90", "portable"],
+        "sparse_mla": ["sm90"]}
+
+
+def test_each_op_has_its_sets():
+    """What tests render, compile and run: a card whose op is not there would go without."""
+    assert set(SETS) == set(registry.ops())
 
 
 @pytest.mark.parametrize("op, template", SHIPPED, ids=lambda x: getattr(x, "name", x))
@@ -52,15 +59,19 @@ class TestCards:
                 else:
                     assert form["type"] == "boolean" and type(value) is bool
         assert all(field in fields for field in template.from_spec.values())
-        assert all(a in fields and b in fields for a, b in template.equal)
+        assert all(a in fields and b in fields and set(other) <= set(fields[a]["enum"])
+                   for a, b, *other in template.equal)
         assert set(template.archs) <= set(fields["arch"]["enum"])
         # a field that neither restricts nor becomes a constant would let one binary claim every value of it
-        named = {*template.supports, *template.from_spec.values(), *itertools.chain(*template.equal), "op", "arch"}
-        assert named == set(fields)
+        equal = itertools.chain(*(pair[:2] for pair in template.equal))
+        named = {*template.supports, *template.from_spec.values(), *equal, "op", "arch"}
+        assert {name for name, form in fields.items() if "default" not in form} <= named <= set(fields)
+        # what the card supports beyond a default is in the code as well
+        assert {name for name in template.supports if "default" in fields[name]} <= set(template.from_spec.values())
 
     def test_variants_fit_the_machine(self, op, template):
         for variant, arch in itertools.product(template.variants, template.archs):
-            assert 0 < variant.smem_bytes <= SMEM_LIMIT[arch]
+            assert 0 < variant.smem_bytes <= SMEM_LIMIT[arch] or arch not in variant.when.get("arch", [arch])
             assert variant.threads % 32 == 0 and 0 < variant.threads <= 1024
             assert variant.max_registers <= 255 and variant.threads * variant.max_registers <= REGISTER_FILE
 
@@ -71,12 +82,12 @@ class TestCards:
             schema.check(name, "name")
 
     def test_every_variant_is_reachable(self, op, template):
-        reached = {choose(s).variant.name for s in product() if choose(s).template.name == template.name}
+        reached = {c.variant.name for c in every_choice(op) if c.template.name == template.name}
         assert reached == {v.name for v in template.variants}
 
     def test_every_supported_value_is_reachable(self, op, template):
         """In the card's table no value stands that another template takes away in every case; `rows` is preference."""
-        served = [dict(s) for s in product() if choose(s).template.name == template.name]
+        served = [c.spec for c in every_choice(op) if c.template.name == template.name]
         for field, values in template.supports.items():
             if field != "rows":
                 assert {s[field] for s in served} == set(values), field
@@ -103,25 +114,60 @@ def test_a_choice(spec):
 
 @settings(DETERMINED, max_examples=300)
 @given(valid("spec_mla_decode"))
-def test_any_spec_is_served_or_refused_with_a_reason(facts):
+def test_any_spec_of_mla_decode_has_an_answer(facts):
+    """On any GPU, at any width: the only Spec that nobody serves is one that no call makes."""
     wanted = Spec.from_dict(facts)
-    served = wanted in set(product())
-    if served:
-        assert choose(wanted).spec == wanted
+    if wanted["kv_dtype"] in (wanted["dtype"], "e4m3"):
+        assert choose(wanted, "portable").template.name == "portable"
+        assert choose(wanted).template.backend == ("sm90" if wanted in set(product()) else "portable")
         return
     with pytest.raises(NoTemplate) as caught:
         choose(wanted)
+    assert "needs them equal" in caught.value.differs
+
+
+@settings(DETERMINED, max_examples=300)
+@given(valid("spec_mla_decode"))
+def test_a_backend_serves_a_spec_or_refuses_it_with_a_reason(facts):
+    wanted = Spec.from_dict(facts)
+    if wanted in set(product()):
+        assert choose(wanted, "sm90").spec == wanted
+        return
+    with pytest.raises(NoTemplate) as caught:
+        choose(wanted, "sm90")
     error = caught.value
     assert all(f"{k}={v}" in error.asked for k, v in wanted if k != "op"), "what was required"
     assert "nearest sm90" in error.supported and "page_size: 16, 32, 64, 128" in error.supported
     missing = set(error.differs.split("; "))
     expected = {f"{field}={wanted[field]} (has {', '.join(map(str, values))})" for field, values in (
-        ("arch", ["sm_90a"]), ("kv_lora_rank", [256, 512]), ("qk_rope_head_dim", [64]),
-        ("page_size", [16, 32, 64, 128])) if wanted[field] not in values}
+        ("arch", ["sm_90a"]), ("dtype", ["bf16", "fp16"]), ("kv_lora_rank", [256, 512]), ("qk_rope_head_dim", [64]),
+        ("page_size", [16, 32, 64, 128]), ("compact", [False]), ("batch_invariant", [False]))
+        if wanted[field] not in values}
     if wanted["kv_dtype"] != wanted["dtype"]:
         expected.add(f"kv_dtype={wanted['kv_dtype']} with dtype={wanted['dtype']} (needs them equal)")
     assert missing == expected
     assert "backend='reference'" in error.remedy
+
+
+@pytest.mark.parametrize("op", pick.RULES)
+def test_rows_that_are_picked_by_call(op):
+    """All rows serve the same Spec, of all templates."""
+    for wanted in SETS[op].product():
+        found = registry.choices(wanted)
+        assert [c.name for c in found] == [f"{t.name}/{v.name}" for t in templates(op) for v in t.variants]
+        assert len({c.key for c in found}) == len(found)
+        assert choose(wanted) == found[0]
+
+
+def test_elsewhere_there_is_one_choice():
+    assert all(registry.choices(s) == [choose(s)] for s in product())
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_100a", "sm_120a"])
+def test_the_product_is_for_hopper_only(arch):
+    with pytest.raises(NoTemplate, match=f"arch={arch}") as caught:
+        choose(fp8_bmm_spec(arch=arch))
+    assert "nearest sm90_tiles: arch: sm_90a" in caught.value.supported
 
 
 def test_the_nearest_template_misses_least(monkeypatch):
@@ -137,7 +183,7 @@ def test_the_nearest_template_misses_least(monkeypatch):
 def test_a_backend_that_does_not_exist():
     with pytest.raises(NoTemplate) as caught:
         choose(spec("bf16", 512, 64, 16, False), "sm100")
-    assert caught.value.supported == "sm90" and "no template goes by 'sm100'" in caught.value.differs
+    assert caught.value.supported == "sm90, portable" and "no template goes by 'sm100'" in caught.value.differs
 
 
 def test_a_named_backend_is_strict(monkeypatch):

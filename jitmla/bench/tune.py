@@ -134,7 +134,7 @@ def _sized(case: DecodeCase, batch: int, lengths: Iterable[int]) -> list[DecodeC
 def _variant(spec: Spec, case: DecodeCase, document: Document, lengths: Sequence[int], measure: Measure,
              progress: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """At most one entry: the candidate that beats the card's first one."""
-    names = [choice.name for choice in registry.candidates(spec)]
+    names = [choice.name for choice in registry.candidates(spec) if choice.template.arguments == "plain"]
     if not names:
         raise NoTemplate(str(spec), supported="see `jitmla kernels`", differs="no template serves it")
     if len(names) == 1:
@@ -224,7 +224,7 @@ def merged(old: Document, new: Document) -> Document:
     if [old["gpu"][f] for f in ("name", "sms")] != [new["gpu"][f] for f in ("name", "sms")]:
         raise InvalidTunings(f"tunings of {old['gpu']['name']}", supported=f"a file of {new['gpu']['name']}",
                              differs="they were measured on another kind of GPU", remedy="write to another file")
-    both = {name: {json.dumps([e.get(f) for f in ("spec", "kv_lora_rank", "rows", "batch")]): e
+    both = {name: {json.dumps([e.get(f) for f in ("spec", "sizes", "kv_lora_rank", "rows", "batch")]): e
                    for e in [*old[name], *new[name]]} for name in ("variants", "launches")}
     return {**new, **{name: [entries[k] for k in sorted(entries)] for name, entries in both.items()}}
 
