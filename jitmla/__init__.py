@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # modules of jitmla.ops, each with that function
-OPS = ("mla_decode", "inv_rope_fp8_quant", "fp8_bmm", "o_a_proj", "sparse_mla_decode", "sparse_mla_prefill")
+OPS = ("mla_decode", "mla_prefill", "mla_prefill_absorbed", "mla_prefill_paged", "merge_attn_states", "gather_latent",
+       "inv_rope_fp8_quant", "fp8_bmm", "o_a_proj", "sparse_mla_decode", "sparse_mla_prefill")
 _WHERE = {
     **{op: f"jitmla.ops.{op}" for op in OPS},
     "keys_for": "jitmla.models",
@@ -39,8 +40,13 @@ if TYPE_CHECKING:
     from .key import Key as Key
     from .models import keys_for as keys_for
     from .ops.fp8_bmm import fp8_bmm as fp8_bmm
+    from .ops.gather_latent import gather_latent as gather_latent
     from .ops.inv_rope_fp8_quant import inv_rope_fp8_quant as inv_rope_fp8_quant
+    from .ops.merge_attn_states import merge_attn_states as merge_attn_states
     from .ops.mla_decode import mla_decode as mla_decode
+    from .ops.mla_prefill import mla_prefill as mla_prefill
+    from .ops.mla_prefill_absorbed import mla_prefill_absorbed as mla_prefill_absorbed
+    from .ops.mla_prefill_paged import mla_prefill_paged as mla_prefill_paged
     from .ops.o_a_proj import o_a_proj as o_a_proj
     from .ops.sparse_mla_decode import sparse_mla_decode as sparse_mla_decode
     from .ops.sparse_mla_prefill import sparse_mla_prefill as sparse_mla_prefill

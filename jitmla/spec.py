@@ -91,6 +91,23 @@ def fp8_bmm_spec(*, arch: str) -> Spec:
     return Spec.of("fp8_bmm", arch=arch, dtype="e4m3", scale_dtype="f32", out_dtype="bf16")
 
 
+def mla_prefill_spec(*, arch: str, dtype: str, qk_head_dim: int, v_head_dim: int, qk_rope_head_dim: int, causal: bool
+                     ) -> Spec:
+    """The Spec of an mla_prefill call."""
+    return Spec.of("mla_prefill", arch=arch, dtype=dtype, qk_head_dim=qk_head_dim, v_head_dim=v_head_dim,
+                   qk_rope_head_dim=qk_rope_head_dim, causal=causal)
+
+
+def merge_attn_states_spec(*, arch: str, dtype: str, acc_dtype: str, v_head_dim: int) -> Spec:
+    """The Spec of a merge_attn_states call."""
+    return Spec.of("merge_attn_states", arch=arch, dtype=dtype, acc_dtype=acc_dtype, v_head_dim=v_head_dim)
+
+
+def gather_latent_spec(*, arch: str, dtype: str, width: int) -> Spec:
+    """The Spec of a gather_latent call."""
+    return Spec.of("gather_latent", arch=arch, dtype=dtype, width=width)
+
+
 def sparse_mla_spec(*, arch: str, kv_format: str, kv_lora_rank: int, qk_rope_head_dim: int, heads: int) -> Spec:
     """The Spec of a sparse_mla_decode or sparse_mla_prefill call."""
     return Spec.of("sparse_mla", arch=arch, dtype="bf16", kv_format=kv_format, kv_lora_rank=kv_lora_rank,
