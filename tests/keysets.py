@@ -125,9 +125,26 @@ def _pairs_of_rows() -> list[tuple[int, ...]]:
     return [tuple(rows[i:i + 2]) for rows in served.values() for i in range(0, len(rows), 2)]
 
 
+def e4m3(dtype: str, latent: int, page: int, rows: int, causal: bool) -> Spec:
+    return Spec.of("mla_decode", arch=ARCH, dtype=dtype, kv_dtype="e4m3", kv_lora_rank=latent, qk_rope_head_dim=64,
+                   page_size=page, rows=rows, causal=causal)
+
+
+E4M3 = [  # each row of the config table of sm90_fp8; what tests/kernels/test_mla_decode_e4m3.py runs
+    e4m3("e4m3", 512, 64, 16, False), e4m3("e4m3", 512, 16, 32, True), e4m3("e4m3", 512, 64, 64, False),
+    e4m3("e4m3", 512, 64, 512, False), e4m3("e4m3", 512, 128, 512, True), e4m3("e4m3", 256, 32, 16, True),
+    e4m3("e4m3", 256, 64, 32, False), e4m3("e4m3", 256, 128, 512, False),
+    e4m3("bf16", 512, 64, 16, False), e4m3("fp16", 512, 16, 16, True), e4m3("bf16", 512, 128, 32, True),
+    e4m3("bf16", 512, 64, 64, False), e4m3("bf16", 512, 64, 512, False), e4m3("bf16", 256, 64, 16, False),
+    e4m3("fp16", 256, 32, 32, True), e4m3("bf16", 256, 32, 512, True),
+]
+
+
 def product() -> list[Spec]:
     """Every Spec that the shipped cards serve with an sm90 template."""
-    return [spec(*values) for values in itertools.product(DTYPES, LATENTS, PAGES, ROWS, CAUSAL)]
+    values = list(itertools.product(LATENTS, PAGES, ROWS, CAUSAL))
+    return [*(spec(dtype, *v) for dtype in DTYPES for v in values),
+            *(e4m3(dtype, *v) for dtype in (*DTYPES, "e4m3") for v in values)]
 
 
 def portable(arch: str, dtype: str, kv_dtype: str, latent: int, rope: int, page: int, rows: int, causal: bool,
@@ -170,7 +187,7 @@ def every_portable() -> list[Spec]:
 
 def points() -> list[Spec]:
     return [*(spec("bf16", 512, 64, rows, rows == max(ROWS)) for rows in ROWS),  # causal: the code it adds is seen
-            PORTABLE_ON_GPU[-1]]
+            e4m3("bf16", 512, 64, 512, True), PORTABLE_ON_GPU[-1]]
 
 
 # ---------------------------------------------------------------------------------- DeepSeek-V4's output path
@@ -261,7 +278,7 @@ def sparse_points() -> list[Spec]:
 
 SETS = {
     "mla_decode": Sets(lambda: product() + every_portable(),
-                       lambda: covering() + PORTABLE_ON_GPU + PORTABLE_ELSEWHERE, points),
+                       lambda: covering() + E4M3 + PORTABLE_ON_GPU + PORTABLE_ELSEWHERE, points),
     "inv_rope_fp8_quant": Sets(quant_product, lambda: quant_product([ARCH, "sm_80", "sm_89", "sm_100a"]),
                                lambda: [quant_spec(ARCH, **USUAL_QUANT)], quant_wanted),
     "fp8_bmm": Sets(bmm_product, bmm_product, bmm_product),

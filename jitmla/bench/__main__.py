@@ -12,7 +12,7 @@ from ..errors import JitmlaError
 from . import report
 
 
-def mla_decode(peers: bool, json_file: Path | None, commit: str | None, command: str) -> dict[str, Any]:
+def mla_decode(peers: bool, e4m3: bool, json_file: Path | None, commit: str | None, command: str) -> dict[str, Any]:
     """Measure, print the table, and write the JSON file if asked to."""
     import torch
 
@@ -20,10 +20,11 @@ def mla_decode(peers: bool, json_file: Path | None, commit: str | None, command:
     if not torch.cuda.is_available():
         raise NoTemplate("jitmla bench on a machine without an NVIDIA GPU", supported="a CUDA device",
                          differs="torch.cuda.is_available() is false", remedy="run it where the GPU is")
-    from . import mla_decode as ours
-    from .peers import available
+    from . import mla_decode as plain
+    from . import mla_decode_e4m3
     from .timing import ceilings
-    found, absent = available() if peers else ([], {})
+    ours = mla_decode_e4m3 if e4m3 else plain
+    found, absent = ours.available() if peers else ([], {})
     result = report.environment(command, commit)
     result |= {"op": "mla_decode", "peers": {p.name: p.note for p in found}, "absent": absent,
                "ceilings": ceilings(), "host": ours.host(found), "rows": []}
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="op", required=True)
     op = commands.add_parser("mla_decode", help="paged MLA decode")
     op.add_argument("--peers", action="store_true", help="measure FlashMLA and FlashInfer as well, where they are")
+    op.add_argument("--e4m3", action="store_true", help="the cases with an e4m3 cache")
     op.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     op.add_argument("--commit", help="what to record as the commit, where this is a copy without its .git")
     path = commands.add_parser("o_proj", help="DeepSeek-V4's output path: quantisation, grouped FP8 product, both")
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.op == "o_proj":
             o_proj(options.peers, options.sweep, options.json, options.commit, command)
         else:
-            mla_decode(options.peers, options.json, options.commit, command)
+            mla_decode(options.peers, options.e4m3, options.json, options.commit, command)
     except JitmlaError as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
         return 1

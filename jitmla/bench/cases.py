@@ -37,8 +37,7 @@ class DecodeCase:
         """The cache rows, q and out, each once."""
         rows = self.batch * self.s_q * self.heads
         width = self.kv_lora_rank + self.qk_rope_head_dim
-        size = {"e4m3": 1}
-        q, kv = size.get(self.dtype, 2), size.get(self.kv_dtype or self.dtype, 2)
+        q, kv = (1 if dtype == "e4m3" else 2 for dtype in (self.dtype, self.kv_dtype or self.dtype))
         return kv * sum(self.lengths()) * width + rows * (q * width + 2 * self.kv_lora_rank)
 
     def as_dict(self) -> dict[str, Any]:
@@ -62,6 +61,14 @@ MLA_DECODE = [DecodeCase(*shape) for shape in (
     DecodeCase(32, 1, 32, 4096, kv_lora_rank=256, page_size=32),  # Mistral Small 4, and with tp 8
     DecodeCase(4, 1, 32, 4096, kv_lora_rank=256, page_size=32),
 ]
+# the same with an e4m3 cache; queries of e4m3, or of bf16
+MLA_DECODE_E4M3 = [DecodeCase(*shape, dtype="e4m3", kv_dtype="e4m3") for shape in (
+    (128, 1, 1, 1024), (128, 1, 1, 8192), (128, 1, 8, 4096), (128, 1, 32, 4096), (128, 1, 128, 1024),
+    (128, 1, 128, 4096), (128, 1, 128, 8192), (128, 2, 128, 4096), (64, 1, 32, 4096), (64, 1, 128, 4096),
+    (16, 1, 1, 8192), (16, 1, 8, 4096), (16, 1, 32, 4096), (16, 1, 128, 8192),
+)] + [DecodeCase(*shape, kv_dtype="e4m3") for shape in (
+    (128, 1, 128, 4096), (64, 1, 128, 4096), (16, 1, 1, 8192), (16, 1, 32, 4096), (16, 1, 128, 8192),
+)]
 HOST = [DecodeCase(128, 1, 1, 1024), DecodeCase(16, 1, 1, 1024)]
 
 

@@ -18,7 +18,8 @@ cvt.rn.f16x2.e4m3x2 {$w1}, hi;
 @cute.jit
 def load_matrices(address: Int32, offset: cutlass.Constexpr, transposed: cutlass.Constexpr):
     """Four 8 x 8 matrices of 16-bit elements, here pairs of bytes; lane 8 i + r has the address of row r of matrix i in
-    shared memory. Lane 4 g + l gets of each the elements (g, 2 l) and (g, 2 l + 1), transposed (2 l, g), (2 l + 1, g)."""
+    shared memory. Lane 4 g + l gets of each the elements (g, 2 l) and (g, 2 l + 1), transposed (2 l, g) and (2 l + 1,
+    g)."""
     text = LDMATRIX.format(".trans" if transposed else "", offset)
     return cute.arch.inline_ptx(text, write_only_types=[Int32] * 4, read_only_args=[address])
 
