@@ -24,8 +24,8 @@ runs ahead, also into the next request. P has two buffers: the softmax of a bloc
 
     TMA warp         load b0 | load b1 | load b2 | ...           waits empty[slot], arms full[slot]
     warpgroup 0      S(b0) P(b0) | S(b1) P(b1) | S(b2) ...       waits full[slot], p_free[b % 2]; arrives at p_full
-    warpgroups 1, 2              | PV(b0)      | PV(b1) ...      wait full[slot], p_full; arrive at empty[slot] when it is
-                                                                 in registers, at p_free when the product is done
+    warpgroups 1, 2              | PV(b0)      | PV(b1) ...      wait full[slot], p_full; arrive at empty[slot] when it
+                                                                 is in registers, at p_free when the product is done
     end of request   warpgroup 0: behind the last S it frees Q (q_free); sums up the weights, writes lse and 1 / sum,
                      arrives at sums[request % 2] and goes on with the next request
                      warpgroups 1, 2: wait for that, scale O^T and store it: whole requests to out, pieces to workspace
@@ -93,8 +93,7 @@ BAR_SCORES, BAR_END = 1, 2  # named barriers: warpgroup 0; 1 and 2
 # 65536 in all
 VALUE_REGS, SCORE_REGS, TMA_REGS = (160, 160, 32) if ROWS < 64 else (184, 120, 24)
 K_STEPS = 2  # of an operand that is converted at once: 32 columns of keys, 32 tokens of values
-FRAGMENTS = 3  # of values of that size in registers
-K_FRAGMENTS, K_AHEAD = (6, 6) if ROWS < 64 else (2, 1)  # of keys, and how many are loaded before the first is converted
+FRAGMENTS = 3  # of that size in registers
 M_INIT = -1.0e30  # finite: -inf - maximum is never NaN
 SLACK = 14.0  # P up to 2^14: fp16 holds 2^15
 
@@ -666,23 +665,20 @@ class MlaDecode:
         base = c.ring + group * GROUP_BYTES + (lane & 7) * 64 + (((lane >> 4) ^ (lane & 7) >> 1) << 4)
         qk = cute.make_mma_atom(c.op_qk)
         qk.set(warpgroup.Field.ACCUMULATE, False)
-        rA = [cute.make_rmem_tensor(((2, 2, 2), 1, K_STEPS), Float16) for _ in range(K_FRAGMENTS)]
-        raw = []
+        rA = [cute.make_rmem_tensor(((2, 2, 2), 1, K_STEPS), Float16) for _ in range(FRAGMENTS)]
         for g in cutlass.range_constexpr(SLOTS):
             s, ph = slot_of(g, slot, phase)
             cute.arch.mbarrier_wait(c.full + s, ph)
             address = base + s * SLOT_BYTES
             for i in cutlass.range_constexpr(2 * SLOT_TILES):
                 half = g * 2 * SLOT_TILES + i  # of a tile
-                if const_expr(i % K_AHEAD == 0):
-                    ahead = range(i, min(i + K_AHEAD, 2 * SLOT_TILES))
-                    raw = [load_matrices(address ^ 32 * (n % 2), n // 2 * 512, False) for n in ahead]
-                if const_expr(half >= K_FRAGMENTS):
-                    warpgroup.wait_group(K_FRAGMENTS - 1)
-                rAi = rA[half % K_FRAGMENTS]
+                if const_expr(half >= FRAGMENTS):
+                    warpgroup.wait_group(FRAGMENTS - 1)
+                rAi = rA[half % FRAGMENTS]
                 rK = cute.recast_tensor(rAi, Int32)
+                m = load_matrices(address ^ 32 * (i % 2), i // 2 * 512, False)
                 for u in cutlass.range_constexpr(4):
-                    lo, hi = to_half(raw[i % K_AHEAD][u])
+                    lo, hi = to_half(m[u])
                     # k-step u // 2, tokens 8 (u % 2) ..: the lower and the upper half of its columns
                     rK[u // 2 * 4 + u % 2] = lo
                     rK[u // 2 * 4 + u % 2 + 2] = hi
