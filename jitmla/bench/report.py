@@ -80,7 +80,7 @@ def case_name(case: dict[str, Any]) -> str:
     usual = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "page_size": 64, "dtype": "bf16"}
     words = {"kv_lora_rank": "rank ", "qk_rope_head_dim": "rope ", "page_size": "page ", "dtype": ""}
     name += "".join(f", {words[f]}{case[f]}" for f in usual if case[f] != usual[f])
-    return name + f", {case['kv_dtype']} cache" * bool(case.get("kv_dtype"))
+    return name + (f", {case['kv_dtype']} cache" if case.get("kv_dtype") else "")
 
 
 def header(result: dict[str, Any]) -> list[str]:
