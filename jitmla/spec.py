@@ -67,16 +67,16 @@ def bucket(op: str, field: str, value: int) -> int:
 
 
 def mla_decode_spec(*, arch: str, dtype: str, kv_lora_rank: int, qk_rope_head_dim: int, page_size: int, s_q: int,
-                    heads: int, causal: bool, kv_dtype: str | None = None, compact: bool = False,
-                    batch_invariant: bool = False) -> Spec:
+                    heads: int, causal: bool, kv_dtype: str | None = None, split_cache: bool = False,
+                    compact: bool = False, batch_invariant: bool = False) -> Spec:
     """The Spec of an mla_decode call: the one place where launch sizes become static facts.
 
     kv_dtype: of the cache, when it is not that of q. s_q: with `compact`, the most query tokens of a request."""
     pages = schema.spec_fields("mla_decode")["page_size"]["enum"]
     return Spec.of("mla_decode", arch=arch, dtype=dtype, kv_dtype=kv_dtype or dtype, kv_lora_rank=kv_lora_rank,
                    qk_rope_head_dim=qk_rope_head_dim, page_size=page_size if page_size in pages else 0,
-                   rows=bucket("mla_decode", "rows", s_q * heads), causal=causal and s_q > 1, compact=compact,
-                   batch_invariant=batch_invariant)
+                   rows=bucket("mla_decode", "rows", s_q * heads), causal=causal and s_q > 1, split_cache=split_cache,
+                   compact=compact, batch_invariant=batch_invariant)
 
 
 def inv_rope_fp8_quant_spec(*, arch: str, dtype: str, positions: str, nope_dim: int, rope_dim: int, group_size: int,
@@ -89,6 +89,22 @@ def inv_rope_fp8_quant_spec(*, arch: str, dtype: str, positions: str, nope_dim: 
 def fp8_bmm_spec(*, arch: str) -> Spec:
     """The Spec of an fp8_bmm call."""
     return Spec.of("fp8_bmm", arch=arch, dtype="e4m3", scale_dtype="f32", out_dtype="bf16")
+
+
+def append_latent_spec(*, arch: str, dtype: str, e4m3_cache: bool, slots: str, kv_lora_rank: int,
+                       qk_rope_head_dim: int) -> Spec:
+    """The Spec of an append_latent call."""
+    return Spec.of("append_latent", arch=arch, dtype=dtype, e4m3_cache=e4m3_cache, slots=slots,
+                   kv_lora_rank=kv_lora_rank, qk_rope_head_dim=qk_rope_head_dim)
+
+
+def cached_mla_specs(*, arch: str, dtype: str, qk_nope_head_dim: int, kv_lora_rank: int, qk_rope_head_dim: int
+                     ) -> tuple[Spec, Spec]:
+    """The Specs of what a cached_mla call launches before and after the attention."""
+    return (Spec.of("cached_mla", arch=arch, stage="absorb", dtype=dtype, qk_nope_head_dim=qk_nope_head_dim,
+                    kv_lora_rank=kv_lora_rank, qk_rope_head_dim=qk_rope_head_dim),
+            Spec.of("cached_mla", arch=arch, stage="project", dtype=dtype, qk_nope_head_dim=0,
+                    kv_lora_rank=kv_lora_rank, qk_rope_head_dim=0))
 
 
 def mla_prefill_spec(*, arch: str, dtype: str, qk_head_dim: int, v_head_dim: int, qk_rope_head_dim: int, causal: bool

@@ -10,6 +10,7 @@ An op is in SETS, or test_registry.py fails.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import sys
@@ -23,6 +24,8 @@ from jitmla.layouts import SCALE_MODES
 from jitmla.registry import Choice
 from jitmla.spec import (
     Spec,
+    append_latent_spec,
+    cached_mla_specs,
     fp8_bmm_spec,
     gather_latent_spec,
     inv_rope_fp8_quant_spec,
@@ -45,16 +48,19 @@ class Sets(NamedTuple):
     wanted: Callable[[Choice], bool] | None = None
 
 
+@functools.cache
 def every_choice(*ops: str) -> list[Choice]:
     """All that calls can get, of these ops or all."""
     return _choices(spec for op in ops or SETS for spec in SETS[op].product())
 
 
+@functools.cache
 def covering_choices(*ops: str) -> list[Choice]:
     """Every template and variant and value of each constant, of these ops or all."""
     return [c for op in ops or SETS for c in _choices(SETS[op].covering()) if (SETS[op].wanted or bool)(c)]
 
 
+@functools.cache
 def usual_choices(*ops: str) -> list[Choice]:
     """What the usual run of the tests compiles, of these ops or all: out of `covering_choices` one of each variant and
     arch of a template, and no fewer than two of a template. Each next one differs most from those before it."""
@@ -82,6 +88,7 @@ def _spread(choices: list[Choice]) -> list[Choice]:
     return taken
 
 
+@functools.cache
 def golden_choices() -> list[Choice]:
     """One of each template."""
     found = _choices(spec for sets in SETS.values() for spec in sets.points())
@@ -106,7 +113,7 @@ def spec(dtype: str, latent: int, page: int, rows: int, causal: bool) -> Spec:
 def covering() -> list[Spec]:
     """For each template every pair of values of its constants: an orthogonal array of 8 runs, OA(8, 4 x 2 x 2 x 2 x 2),
     for page size, dtype, latent, causal and (two by two) the row buckets that it serves. And the usual working point,
-    bf16 with latent 512 and pages of 64, for each row bucket and causal or not.
+    bf16 with latent 512 and pages of 64, for each row bucket and causal or not; and what cached_mla meets with another.
 
     What depends on three constants at once is left to the full product, which takes five times as long.
     """
@@ -114,6 +121,7 @@ def covering() -> list[Spec]:
     for rows, a, b, c in itertools.product(_pairs_of_rows(), (0, 1), (0, 1), (0, 1)):
         specs.append(spec(DTYPES[c], LATENTS[a ^ c], PAGES[2 * a + b], rows[(a ^ b ^ c) % len(rows)], CAUSAL[b ^ c]))
     specs += [spec("bf16", 512, 64, rows, causal) for rows in ROWS for causal in CAUSAL]
+    specs += [spec("bf16", 256, 64, 32, False), spec("bf16", 256, 64, 512, True)]  # cached_mla with Mistral Small 4
     return list(dict.fromkeys(specs))
 
 
@@ -153,6 +161,8 @@ PORTABLE_ON_GPU = [  # what tests/kernels/test_mla_decode_portable.py runs
     portable(ARCH, "fp16", "e4m3", 128, 0, 0, 32, True), portable(ARCH, "e4m3", "e4m3", 512, 64, 0, 512, True),
     portable(ARCH, "bf16", "bf16", 512, 64, 64, 32, True, compact=True),
     portable(ARCH, "bf16", "bf16", 512, 64, 64, 16, False, batch_invariant=True),
+    *(portable(ARCH, "fp16", "fp16", 512, 64, page, rows, rows > 16, split_cache=True)
+      for page, rows in ((0, 16), (0, 64), (0, 512), (16, 512))),
     portable(ARCH, "bf16", "e4m3", 512, 64, 16, 512, True, compact=True, batch_invariant=True),
 ]
 PORTABLE_ELSEWHERE = [  # compiled by every run of the tests
@@ -180,6 +190,41 @@ def every_portable() -> list[Spec]:
 def points() -> list[Spec]:
     return [*(spec("bf16", 512, 64, rows, rows == max(ROWS)) for rows in ROWS),  # causal: the code it adds is seen
             e4m3("bf16", 512, 64, 512, False), PORTABLE_ON_GPU[-1]]
+
+
+# ------------------------------------------------------------------------------------------- append_latent, cached_mla
+
+def append_product() -> list[Spec]:
+    (template,) = registry.templates("append_latent")
+    return [append_latent_spec(arch=arch, dtype="bf16", e4m3_cache=e4m3, slots="i64", kv_lora_rank=rank,
+                               qk_rope_head_dim=64)
+            for arch, e4m3, rank in itertools.product(template.archs, CAUSAL, LATENTS)]
+
+
+def append_wanted(choice: Choice) -> bool:
+    """All on Hopper, and the conversion to e4m3 on an arch without an instruction for it."""
+    s = choice.spec
+    return s.arch == ARCH or (s.arch, s["kv_lora_rank"], s["e4m3_cache"]) == ("sm_80", 512, True)
+
+
+CACHED = ((64, 256, 64), (128, 512, 64))  # P, R, r: Mistral Small 4, DeepSeek-V3
+
+
+def cached_product() -> list[Spec]:
+    archs = registry.templates("cached_mla")[0].archs
+    return list(dict.fromkeys(
+        spec for arch, nope, rank in itertools.product(archs, (64, 128), LATENTS)
+        for spec in cached_mla_specs(arch=arch, dtype="bf16", qk_nope_head_dim=nope, kv_lora_rank=rank,
+                                     qk_rope_head_dim=64)))
+
+
+CACHED_DIMS = tuple({"nope": nope, "rank": rank, "rope": rope} for nope, rank, rope in CACHED)
+
+
+def cached_covering() -> list[Spec]:
+    return [spec for nope, rank, rope in CACHED
+            for spec in cached_mla_specs(arch=ARCH, dtype="bf16", qk_nope_head_dim=nope, kv_lora_rank=rank,
+                                         qk_rope_head_dim=rope)]
 
 
 # ---------------------------------------------------------------------------------- DeepSeek-V4's output path
@@ -263,21 +308,33 @@ def gather_covering() -> list[Spec]:
 # ------------------------------------------------------------------------------------------------------ sparse_mla
 
 
-def sparse_points() -> list[Spec]:
-    return [sparse_mla_spec(arch=ARCH, kv_format=fmt, kv_lora_rank=512, qk_rope_head_dim=rope, heads=heads)
-            for heads in (8, 16, 128) for fmt, rope in (("bf16", 0), ("bf16", 64), ("fp8", 64))]
+def sparse_spec(fmt: str, rope: int, heads: int) -> Spec:
+    return sparse_mla_spec(arch=ARCH, kv_format=fmt, kv_lora_rank=512, qk_rope_head_dim=rope, heads=heads)
+
+
+def sparse_product() -> list[Spec]:
+    return [sparse_spec(fmt, rope, heads) for heads in (8, 16, 128)
+            for fmt, rope in (("bf16", 0), ("bf16", 64), ("fp8", 64))]
+
+
+def sparse_covering() -> list[Spec]:
+    return [sparse_spec("bf16", 0, 8), sparse_spec("fp8", 64, 16), sparse_spec("bf16", 0, 128),
+            sparse_spec("fp8", 64, 128)]
 
 
 SETS = {
     "mla_decode": Sets(lambda: product() + every_portable(),
                        lambda: covering() + E4M3 + PORTABLE_ON_GPU + PORTABLE_ELSEWHERE, points),
+    "append_latent": Sets(append_product, append_product, lambda: [append_latent_spec(
+        arch=ARCH, dtype="bf16", e4m3_cache=True, slots="i64", kv_lora_rank=512, qk_rope_head_dim=64)], append_wanted),
+    "cached_mla": Sets(cached_product, cached_covering, lambda: cached_covering()[:2]),
     "inv_rope_fp8_quant": Sets(quant_product, lambda: quant_product([ARCH, "sm_80", "sm_89", "sm_100a"]),
                                lambda: [quant_spec(ARCH, **USUAL_QUANT)], quant_wanted),
     "fp8_bmm": Sets(bmm_product, bmm_product, bmm_product),
     "mla_prefill": Sets(prefill_product, prefill_covering, lambda: [prefill_spec("bf16", (192, 128), True)]),
     "merge_attn_states": Sets(merge_product, merge_covering, lambda: merge_covering()[:1]),
     "gather_latent": Sets(gather_product, gather_covering, lambda: gather_covering()[:1]),
-    "sparse_mla": Sets(sparse_points, sparse_points, sparse_points),
+    "sparse_mla": Sets(sparse_product, sparse_covering, sparse_covering),
 }
 
 

@@ -22,8 +22,9 @@ REGISTER_FILE = 65536
 
 def test_ops():
     assert {op: registry.backends(op) for op in registry.ops()} == {
-        "fp8_bmm": ["sm90"], "gather_latent": ["simt"], "inv_rope_fp8_quant": ["simt"], "merge_attn_states": ["simt"],
-        "mla_decode": ["sm90", "portable"], "mla_prefill": ["sm90"], "sparse_mla": ["sm90"]}
+        "append_latent": ["portable"], "cached_mla": ["portable"], "fp8_bmm": ["sm90"], "gather_latent": ["simt"],
+        "inv_rope_fp8_quant": ["simt"], "merge_attn_states": ["simt"], "mla_decode": ["sm90", "portable"],
+        "mla_prefill": ["sm90"], "sparse_mla": ["sm90"]}
 
 
 def test_each_op_has_its_sets():
@@ -154,7 +155,8 @@ def test_a_backend_serves_a_spec_or_refuses_it_with_a_reason(facts):
     missing = set(error.differs.split("; "))
     expected = {f"{field}={wanted[field]} (has {', '.join(map(str, values))})" for field, values in (
         ("arch", ["sm_90a"]), ("dtype", ["bf16", "fp16"]), ("kv_lora_rank", [256, 512]), ("qk_rope_head_dim", [64]),
-        ("page_size", [16, 32, 64, 128]), ("compact", [False]), ("batch_invariant", [False]))
+        ("page_size", [16, 32, 64, 128]), ("split_cache", [False]), ("compact", [False]),
+        ("batch_invariant", [False]))
         if wanted[field] not in values}
     if wanted["kv_dtype"] != wanted["dtype"]:
         expected.add(f"kv_dtype={wanted['kv_dtype']} with dtype={wanted['dtype']} (needs them equal)")

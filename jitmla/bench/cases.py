@@ -60,6 +60,10 @@ MLA_DECODE = [DecodeCase(*shape) for shape in (
     DecodeCase(128, 1, 128, 4096, dtype="fp16"),
     DecodeCase(32, 1, 32, 4096, kv_lora_rank=256, page_size=32),  # Mistral Small 4, and with tp 8
     DecodeCase(4, 1, 32, 4096, kv_lora_rank=256, page_size=32),
+    DecodeCase(128, 1, 128, 4096, kv_lora_rank=256),
+    DecodeCase(8, 1, 128, 8192), DecodeCase(32, 1, 128, 4096), DecodeCase(96, 1, 128, 4096),
+    DecodeCase(96, 1, 8, 16384), DecodeCase(16, 4, 64, 2048), DecodeCase(128, 1, 16, 32768),
+    DecodeCase(16, 1, 128, 4096, page_size=1), DecodeCase(128, 1, 128, 4096, page_size=1),  # a gather of single rows
 ]
 # the same with an e4m3 cache; queries of e4m3, or of bf16
 MLA_DECODE_E4M3 = [DecodeCase(*shape, dtype="e4m3", kv_dtype="e4m3") for shape in (
@@ -70,6 +74,44 @@ MLA_DECODE_E4M3 = [DecodeCase(*shape, dtype="e4m3", kv_dtype="e4m3") for shape i
     (128, 1, 128, 4096), (64, 1, 128, 4096), (16, 1, 1, 8192), (16, 1, 32, 4096), (16, 1, 128, 8192),
 )]
 HOST = [DecodeCase(128, 1, 1, 1024), DecodeCase(16, 1, 1, 1024)]
+
+
+@dataclass(frozen=True)
+class CachedCase:
+    """One cached_mla call. tokens: new ones of each sequence (1: decode); kv: its tokens in the end."""
+
+    heads: int
+    batch: int
+    tokens: int
+    kv: int
+    qk_nope_head_dim: int = 64
+    kv_lora_rank: int = 256
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+
+    def flops(self) -> int:
+        """The absorbed form: both products with the weight, and the attention up to each token itself."""
+        rows = self.batch * self.tokens * self.heads
+        seen = self.kv - (self.tokens - 1) / 2
+        return int(2 * rows * (self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
+                               + seen * (2 * self.kv_lora_rank + self.qk_rope_head_dim)))
+
+    def bytes(self) -> int:
+        """Cache rows, weight, queries and results, each once."""
+        rows, width = self.batch * self.tokens * self.heads, self.kv_lora_rank + self.qk_rope_head_dim
+        head = self.qk_nope_head_dim + self.v_head_dim
+        return 2 * (self.batch * (self.kv + self.tokens) * width + self.heads * head * self.kv_lora_rank
+                    + rows * (head + self.qk_rope_head_dim))
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# Mistral Small 4 on one GPU, decode and prefill; then DeepSeek-V3
+CACHED_MLA = [CachedCase(32, 1, 1, 2048), CachedCase(32, 8, 1, 512), CachedCase(32, 32, 1, 512),
+              CachedCase(32, 1, 128, 128), CachedCase(32, 1, 512, 512), CachedCase(32, 1, 2048, 2048),
+              CachedCase(128, 8, 1, 4096, 128, 512), CachedCase(128, 1, 512, 512, 128, 512)]
+CACHED_HOST = CACHED_MLA[:3]
 
 
 @dataclass(frozen=True)
@@ -107,13 +149,50 @@ class OProjCase:
         return asdict(self)
 
 
-TOKENS = (1, 3, 16, 64, 128, 256, 257, 512, 1024, 1500, 2048, 2049, 4096, 4097, 8192)
+TOKENS = (1, 3, 16, 64, 128, 257, 512, 1024, 1500, 2049, 4097, 8192)
 GROUPED = ((8, 128), (8, 64), (16, 128))  # groups, heads: K 8192 and 4096
 O_PROJ = ([OProjCase("quantise", m, 8, 128) for m in TOKENS]
           + [OProjCase("quantise", 8192, 8, 128, scale_mode=mode) for mode in ("raw_f32", "ue8m0_i32")]
           + [OProjCase("quantise", m, 8, 128, neox=True) for m in (256, 8192)]
           + [OProjCase("product", m, g, h) for g, h in GROUPED for m in TOKENS]
-          + [OProjCase("chain", m, g, h) for g, h in GROUPED for m in (1, 64, 257, 1024, 1500, 8192)])
+          + [OProjCase("chain", m, g, h) for g, h in GROUPED for m in (1, 64, 257, 1024, 8192)])
 O_PROJ_HOST = [OProjCase("quantise", 1, 8, 128), OProjCase("product", 1, 8, 128), OProjCase("chain", 1, 8, 128)]
 # powers of two and the points between
 SWEEP = sorted({m for e in range(15) for m in (2**e, 3 * 2**e // 2) if 1 <= m <= 16384} | {17, 33, 65, 129, 257, 1025})
+
+
+@dataclass(frozen=True)
+class SparseCase:
+    """A call of sparse MLA. part: "decode", "prefill" (batch query tokens) or "second op" (of a DSA layer, in decode).
+    rows: of the pool, or the context of each request of the second op."""
+
+    part: str
+    heads: int
+    s_q: int
+    batch: int
+    rows: int = 262144
+    topk: int = 2048
+    kv_format: str = "fp8"
+
+    def flops(self) -> int:
+        """Of the attention, and of the second op's logits."""
+        attention = 2 * self.batch * self.s_q * self.heads * self.topk * (2 * 512 + 64)
+        return attention + (2 * 64 * 128 * self.batch * self.rows if self.part == "second op" else 0)
+
+    def bytes(self) -> int:
+        """Each attended row, q and out once; in the second op the indexer's keys and logits as well."""
+        tokens = self.batch * self.s_q
+        moved = tokens * (self.topk * (656 if self.kv_format == "fp8" else 1152) + 2 * self.heads * (576 + 512))
+        return moved + (self.batch * self.rows * (132 + 4) if self.part == "second op" else 0)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+SPARSE_MLA = tuple(
+    SparseCase("decode", *shape, kv_format=fmt) for fmt in ("fp8", "bf16") for shape in (
+        (128, 1, 128), (128, 2, 128), (128, 1, 32), (128, 1, 8), (128, 1, 1), (64, 1, 128), (64, 1, 8), (32, 1, 128),
+        (16, 1, 128), (16, 1, 32), (16, 1, 8), (16, 1, 1), (16, 4, 64), (8, 1, 128))) + tuple(
+    SparseCase("prefill", heads, 1, 4096, rows, kv_format="bf16") for heads, rows in (
+        (128, 8192), (128, 32768), (64, 8192))) + tuple(
+    SparseCase("second op", heads, 1, 64, 32768) for heads in (16, 128))

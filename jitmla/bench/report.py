@@ -17,12 +17,25 @@ and clean L2 (256 MB of something else are read before each call); the contender
 profile; median of 20. Each contender's result is compared with float64 before it is timed. TFLOP/s count
 2 * s_q * heads * kv * (2 * kv_lora_rank + qk_rope_head_dim) without a discount for the causal limit; GB/s count cache
 rows, q and out once. Ratio: time of the better peer over ours. What peers plan anew for each step is not in their
-times: FlashMLA's metadata kernel, FlashInfer's plan() on the host with a copy from the device."""
+times: FlashMLA's metadata kernel, FlashInfer's plan() on the host with a copy from the device. Roof: the share of the
+roofline, which is the longer of the bytes at the read rate and of the operations at the matmul rate of the same run."""
 
 O_PROJ_METHOD = """\
-Output path of DeepSeek-V4 (`o_proj`): the same method. M tokens, G groups, h heads of 512 columns, 1024 rows of weights
-per group. GB/s count each input and result once. Peers, where they are installed: DeepGEMM's fp8_einsum, vLLM's Triton
-quantisation, and for the chain one after the other."""
+Output path of DeepSeek-V4 (`o_proj`): the same method, median of 20, or of 10 from 4096 tokens on; results of up to
+2^27 values are compared with float64 in the same run, larger ones by the tests. M tokens, G groups, h heads of 512
+columns, 1024 rows of weights per group. GB/s count each input and result once. Peers, where they are installed:
+DeepGEMM's fp8_einsum, vLLM's Triton quantisation, and for the chain one after the other."""
+
+SPARSE_METHOD = """\
+Sparse MLA (`sparse_mla`): the same method; B query tokens or requests, random lists of topk rows of the pool. GB/s
+count every attended row, q and out once. FlashMLA has 64 or 128 heads: fewer are padded to 64. The second op of a DSA
+layer is decode of B requests with the named context; in the peers' chain DeepGEMM's paged logits, torch.topk and
+FlashMLA take the places of jitmla's kernels, and the rest is the same."""
+
+CACHED_METHOD = """\
+Attention over a slot cache (`cached_mla`): the same method for GPU times. Eager us is a whole call without a graph,
+host and GPU together: the mean of a burst of 100, the best of five. B sequences, each with T new tokens, up to kv in
+all. The peer is plain PyTorch with the lengths known on the host. Ratio: its eager time over ours."""
 
 INTRODUCTION = """\
 Generated from the files `*.json` in this folder by `make docs`; `jitmla bench mla_decode --peers --json FILE` makes
@@ -72,6 +85,12 @@ def rounded(value: Any) -> Any:
 
 def case_name(case: dict[str, Any]) -> str:
     """Short: what differs from bf16, 512 + 64, pages of 64; for the output path, from powers of two in float32."""
+    if "tokens" in case and "kv" in case:
+        name = f"h{case['heads']} B{case['batch']} T {case['tokens']} kv {case['kv']}"
+        return f"{name}, rank {case['kv_lora_rank']}, P {case['qk_nope_head_dim']}, V {case['v_head_dim']}"
+    if "topk" in case:
+        name = f"{case['part']} h{case['heads']} s_q{case['s_q']} B{case['batch']} topk {case['topk']}"
+        return name + f" of {case['rows']}" + ", bf16 rows" * (case["kv_format"] == "bf16")
     if "part" in case:
         name = f"{case['part']} G{case['groups']} h{case['heads']} M {case['tokens']}"
         return name + f", {case['scale_mode']}" * (case["scale_mode"] != "pow2_f32") + ", neox" * case["neox"]
@@ -85,7 +104,23 @@ def case_name(case: dict[str, Any]) -> str:
 
 def header(result: dict[str, Any]) -> list[str]:
     peers = [name for name in result["peers"] if name not in result["absent"]]
-    return ["case", "jitmla us", "TFLOP/s", "GB/s", *(f"{p} us" for p in peers), "ratio", "kernel"]
+    if result["op"] == "cached_mla":
+        return ["case", "jitmla us", "eager us", "TFLOP/s", "GB/s", *(f"{p} {kind}" for p in peers
+                                                                       for kind in ("us", "eager us")), "ratio",
+                "kernel"]
+    return ["case", "jitmla us", "TFLOP/s", "GB/s", *["roof"] * has_roof(result), *(f"{p} us" for p in peers), "ratio",
+            "kernel"]
+
+
+def has_roof(result: dict[str, Any]) -> bool:
+    """Whether the ceilings (a bf16 product, a read) are those of the op."""
+    return result["op"] == "mla_decode"
+
+
+def roof(result: dict[str, Any], times: dict[str, Any]) -> float:
+    """The share of the roofline that a time is: rates over the ceilings of the same run, whichever is nearer."""
+    return max(times["gbps"] / result["ceilings"]["read"]["gbps"],
+               times["tflops"] / result["ceilings"]["matmul"]["tflops"])
 
 
 def cells(result: dict[str, Any]) -> list[list[str]]:
@@ -95,7 +130,14 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
     for row in result["rows"]:
         ours = row["times"]["jitmla"]
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        if result["op"] == "cached_mla":
+            both = [f"{row['times'][p][kind]:.1f}" for p in peers for kind in ("us", "eager_us")]
+            lines.append([case_name(row["case"]), f"{ours['us']:.1f}", f"{ours['eager_us']:.1f}",
+                          f"{ours['tflops']:.0f}", f"{ours['gbps']:.0f}", *both, ratio,
+                          " + ".join(key.partition("/")[2] for key in row["kernel"].split(" + "))])
+            continue
         lines.append([case_name(row["case"]), f"{ours['us']:.1f}", f"{ours['tflops']:.0f}", f"{ours['gbps']:.0f}",
+                      *([f"{roof(result, ours):.0%}"] if has_roof(result) else []),
                       *(f"{row['times'][p]['us']:.1f}" if p in row["times"] else "-" for p in peers), ratio,
                       " + ".join(key.partition("/")[2] for key in row["kernel"].split(" + "))])
     return lines
@@ -103,11 +145,15 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
 
 def ceilings_text(result: dict[str, Any]) -> str:
     c = result["ceilings"]
+    if not c:
+        return "What the GPU can do at all was not measured in this run."
     return (f"In the same run: copy {c['copy']['gbps']:.0f} GB/s (read + written), read {c['read']['gbps']:.0f} GB/s, "
             f"bf16 matmul 8192 {c['matmul']['tflops']:.0f} TFLOP/s.")
 
 
 def host_text(result: dict[str, Any]) -> str:
+    if not result["host"]:
+        return "Host times are not part of this run."
     return "Host time of one eager call, out given: " + "; ".join(
         f"{case_name(h['case'])}: " + ", ".join(f"{name} {us:.1f} us" for name, us in h["us"].items())
         for h in result["host"]) + "."
@@ -140,18 +186,47 @@ def markdown(result: dict[str, Any]) -> str:
             "",
             "| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 2) + "---|"]
     text += ["| " + " | ".join(line) + " |" for line in lines]
+    if "plot" in result:
+        text += ["", f"![Plot of {result['op']}]({result['plot']})"]
     text += ["", ceilings_text(result), "", host_text(result)]
     text += [f"\n{name}: not measured ({reason})." for name, reason in result["absent"].items()]
     return "\n".join(text) + "\n"
 
 
+def sweep_lines(result: dict[str, Any]) -> list[str]:
+    """A markdown table: what is picked for each number of tokens, beside the fastest."""
+    lines = ["| case | picked | us | fastest | us | loss |", "|---|---|---:|---|---:|---:|"]
+    for row in result["rows"]:
+        best = min(row["us"], key=row["us"].__getitem__)
+        lines.append(f"| {case_name(row['case'])} | {row['picked']} | {row['us'][row['picked']]:.1f} | {best} | "
+                     f"{row['us'][best]:.1f} | {row['loss'] * 100:.1f} % |")
+    return lines
+
+
+def sweep_markdown(result: dict[str, Any]) -> str:
+    worst = max(result["rows"], key=lambda row: row["loss"])
+    over = sum(row["loss"] > 0.03 for row in result["rows"])
+    return "\n".join([
+        f"## {result['op']} on {result['gpu']}, {result['date']}", "",
+        f"`{result['command']}` at commit {result['commit'] or 'unknown'}; driver {result['driver'] or 'unknown'}, "
+        f"torch {result['torch']}; {result['machine']}.", "",
+        f"Every variant at every number of tokens, in turns in one profile. What is picked is more than 3 % behind the "
+        f"fastest at {over} of {len(result['rows'])} points, at most {worst['loss'] * 100:.1f} % "
+        f"({case_name(worst['case'])}).", "", *sweep_lines(result)]) + "\n"
+
+
 def page(results: Sequence[dict[str, Any]]) -> str:
     """docs/benchmarks/README.md: all results, newest first."""
     newest = sorted(results, key=lambda r: (r["date"], r["command"]), reverse=True)
-    sections = [markdown(r) for r in newest] or ["There are no results yet.\n"]
-    methods = [METHOD, *([O_PROJ_METHOD] if any(r["op"] == "o_proj" for r in results) else [])]
+    sections = [(sweep_markdown if r["op"].endswith("sweep") else markdown)(r) for r in newest]
+    sections = sections or ["There are no results yet.\n"]
+    more = {"o_proj": O_PROJ_METHOD, "sparse_mla": SPARSE_METHOD, "cached_mla": CACHED_METHOD}
+    methods = [METHOD, *(text for op, text in more.items() if any(r["op"] == op for r in results))]
     return "\n".join(["# Benchmarks", "", INTRODUCTION, "", "\n\n".join(methods), "", *sections])
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    """The results in a folder, each with the name of its plot (`jitmla bench plot`), where there is one."""
+    return [{**json.loads(path.read_text(encoding="utf-8")),
+             **({"plot": path.with_suffix(".png").name} if path.with_suffix(".png").exists() else {})}
+            for path in sorted(folder.glob("*.json"))]
