@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+OPS = ("mla_decode", "inv_rope_fp8_quant", "fp8_bmm", "o_a_proj")  # modules of jitmla.ops, each with that function
 _WHERE = {
-    "mla_decode": "jitmla.ops.mla_decode",
+    **{op: f"jitmla.ops.{op}" for op in OPS},
     "keys_for": "jitmla.models",
     "explain": "jitmla.why",
     "warm": "jitmla.dispatch",
@@ -36,7 +37,10 @@ if TYPE_CHECKING:
     from .events import subscribe as subscribe
     from .key import Key as Key
     from .models import keys_for as keys_for
+    from .ops.fp8_bmm import fp8_bmm as fp8_bmm
+    from .ops.inv_rope_fp8_quant import inv_rope_fp8_quant as inv_rope_fp8_quant
     from .ops.mla_decode import mla_decode as mla_decode
+    from .ops.o_a_proj import o_a_proj as o_a_proj
     from .spec import Spec as Spec
     from .tune import tunings as tunings
     from .tune import use_tunings as use_tunings

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from . import arch, compile, events, load, misses, prewarm, registry, schema, tune
+from . import OPS, arch, compile, events, load, misses, prewarm, registry, schema, tune
 from .errors import InvalidArgument
 from .key import Key
 from .misses import prewarm_command as prewarm_command
@@ -49,18 +48,36 @@ class Plan:
                 self.function(*args)
 
 
+class Remembered(dict[Any, Any]):
+    """What calls of an op do, by what of their arguments decides it. Bounded, and emptied by `forget`."""
+
+    MOST = 8192  # an engine has a few hundred
+
+    def __init__(self) -> None:
+        super().__init__()
+        _remembered.append(self)
+
+    def __setitem__(self, call: Any, value: Any) -> None:
+        if len(self) >= self.MOST:
+            self.clear()
+        super().__setitem__(call, value)
+
+
+_remembered: list[Remembered] = []
 _plans: dict[tuple[Spec, str, torch.device], Plan] = {}  # by what a call asks
 _loaded: dict[tuple[Spec, str, torch.device], Plan] = {}  # the same ones by Spec, "template/variant" and device
 
 
-def plan_for(spec: Spec, backend: str, device: torch.device) -> Plan:
+def plan_for(spec: Spec, backend: str, device: torch.device, **sizes: int) -> Plan:
     """The Plan that serves `spec` on `device`, compiled and loaded if this process has not done so yet.
 
+    sizes: those of the call, for an op that picks by them (jitmla.pick); the first such call also loads what later ones
+    can get, as far as the cache has it: they may be in a graph capture.
     Raises NoTemplate, MissNotAllowed, and what compiling and loading may raise.
     """
-    plan = _plans.get((spec, backend, device))
+    plan = None if sizes else _plans.get((spec, backend, device))
     if plan is None:
-        choice = registry.choose(spec, backend)
+        choice = registry.choose(spec, backend, sizes)
         plan = _loaded.get((spec, choice.name, device))
         if plan is None:
             if torch.cuda.is_current_stream_capturing():
@@ -69,8 +86,19 @@ def plan_for(spec: Spec, backend: str, device: torch.device) -> Plan:
             if misses.policy() == "error":
                 raise misses.not_loaded(spec, misses.reason(), _specs_on(device), "jitmla.warm its Key before serving")
             plan = _load(choice, _entry(choice), device)
-        _plans[spec, backend, device] = plan
+            if sizes:
+                _load_siblings(choice, backend, device)
+        if not sizes:
+            _plans[spec, backend, device] = plan
     return plan
+
+
+def _load_siblings(chosen: Choice, backend: str, device: torch.device) -> None:
+    store = Store()
+    for choice in registry.choices(chosen.spec, backend):
+        entry = None if (choice.spec, choice.name, device) in _loaded else store.find(choice.key)
+        if entry is not None:
+            _load(choice, entry, device)
 
 
 def _entry(choice: Choice) -> Entry:
@@ -118,10 +146,13 @@ def warm(keys: Iterable[Key], device: torch.device | str | int | None = None, jo
             _load(choice, entry, where)
     if lacking and misses.policy() != "compile":
         raise misses.not_stored(lacking[0].spec, str(store.root))
-    for outcome in prewarm.run(lacking, store, jobs or prewarm.cores(), must_store=False):
+
+    def take(outcome: prewarm.Outcome) -> None:
         if outcome.error:
             raise outcome.error
         _load(outcome.choice, outcome.entry, where)
+
+    prewarm.run(lacking, store, jobs or prewarm.cores(), take, must_store=False)
     for choice in chosen.values():
         for backend in ("auto", choice.template.backend):
             if registry.choose(choice.spec, backend).name == choice.name:
@@ -132,8 +163,9 @@ def freeze() -> None:
     """From now on use what is loaded and nothing else, for the life of this process: no compile, no dlopen, no driver
     load, no access to the file system. A call whose kernel is not loaded raises MissNotAllowed.
     """
-    for op in registry.ops():
+    for op in OPS:
         importlib.import_module(f"{__package__}.ops.{op}")
+    for op in registry.ops():
         registry.templates(op)  # so that even a miss reads no file
     schema.document(), tune.tunings()
     misses.set_frozen(True)
@@ -143,10 +175,8 @@ def freeze() -> None:
 def forget() -> None:
     """Have every call choose anew. What is loaded stays loaded."""
     _plans.clear()
-    for op in registry.ops():
-        module = sys.modules.get(f"jitmla.ops.{op}")
-        if module is not None:
-            module._prepared.clear()
+    for calls in _remembered:
+        calls.clear()
 
 
 tune.changed.append(forget)
@@ -154,12 +184,14 @@ tune.changed.append(forget)
 
 def _choice_of(key: Key) -> Choice:
     """The Choice behind a Key; raises InvalidArgument unless the same is chosen here."""
-    choice = registry.choose(key.spec)
-    if not choice.key.same_but_toolchain(key):
-        raise InvalidArgument(f"to warm {key.name} for {key.spec}", supported=f"the choice here: {choice.key.name}",
-                              differs="its template, variant or tunings are others than here",
-                              remedy="make the Keys where they are warmed, with the same version and tunings")
-    return choice
+    found = registry.choices(key.spec)
+    for choice in found:
+        if choice.key.same_but_toolchain(key):
+            return choice
+    raise InvalidArgument(f"to warm {key.name} for {key.spec}",
+                          supported=f"the choice here: {' or '.join(choice.key.name for choice in found)}",
+                          differs="its template, variant or tunings are others than here",
+                          remedy="make the Keys where they are warmed, with the same version and tunings")
 
 
 def _device(device: torch.device | str | int | None) -> torch.device:

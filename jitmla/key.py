@@ -40,9 +40,14 @@ class Key:
         return hashlib.sha256(canonical(self.as_dict()).encode()).hexdigest()
 
     @property
+    def choice(self) -> str:
+        """As tunings and the rules of jitmla.pick have it."""
+        return f"{self.template}/{self.variant}"
+
+    @property
     def name(self) -> str:
         """A name for people and profilers, not unique."""
-        return f"{self.spec.op}/{self.template}/{self.variant}"
+        return f"{self.spec.op}/{self.choice}"
 
     def as_dict(self) -> dict[str, Any]:
         if self.toolchain is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from . import arch as arches
 from . import registry
 from .errors import InvalidArgument, UnknownModel
 from .key import Key
-from .spec import Spec, mla_decode_spec
+from .spec import Spec, fp8_bmm_spec, inv_rope_fp8_quant_spec, mla_decode_spec
 
 PAGE_SIZES = (16, 32, 64, 128)
 MAX_S_Q = 4
@@ -20,7 +21,11 @@ MAX_S_Q = 4
 
 @dataclass(frozen=True)
 class MlaModel:
-    """What MLA needs to know of a model. Names and units are those of its Hugging Face config."""
+    """What MLA needs to know of a model. Names and units are those of its Hugging Face config.
+
+    o_groups, o_lora_rank: of an output projection in groups (DeepSeek-V4), else 0. Such a model has keys and values of
+    one latent row, whose last qk_rope_head_dim columns are rotated.
+    """
 
     name: str
     num_attention_heads: int
@@ -29,6 +34,8 @@ class MlaModel:
     qk_nope_head_dim: int
     v_head_dim: int
     dtype: str = "bf16"
+    o_groups: int = 0
+    o_lora_rank: int = 0
 
 
 KNOWN = {m.name: m for m in (
@@ -37,6 +44,8 @@ KNOWN = {m.name: m for m in (
     MlaModel("deepseek-v3", 128, 512, 64, 128, 128),
     MlaModel("kimi-k2", 64, 512, 64, 128, 128),
     MlaModel("mistral-small-4", 32, 256, 64, 64, 128),
+    MlaModel("deepseek-v4-flash", 64, 512, 64, 448, 512, o_groups=8, o_lora_rank=1024),
+    MlaModel("deepseek-v4-pro", 128, 512, 64, 448, 512, o_groups=16, o_lora_rank=1024),
 )}
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 
@@ -68,6 +77,10 @@ def _from_config(config: Any, path: Path, dtype: str | None) -> MlaModel:
     if not isinstance(text, dict):
         raise UnknownModel(f"model config {path}", supported="a Hugging Face config.json",
                            differs=f"it holds a {type(text).__name__} instead of an object")
+    if isinstance(text.get("o_groups"), int) and isinstance(text.get("head_dim"), int):  # DeepSeek-V4
+        width = text["head_dim"]
+        text = {"kv_lora_rank": width, "qk_nope_head_dim": width - text.get("qk_rope_head_dim", 0), "v_head_dim": width,
+                "o_lora_rank": 0, **text}
     fields = ("num_attention_heads", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
     missing = [f for f in fields if not isinstance(text.get(f), int)]
     if missing:
@@ -78,34 +91,73 @@ def _from_config(config: Any, path: Path, dtype: str | None) -> MlaModel:
         raise UnknownModel(f"model config {path}", supported=" or ".join(_DTYPES), differs=f"its dtype is {own!r}",
                            remedy="name the dtype that the kernels run in: dtype='bf16'")
     return MlaModel(str(config.get("model_type", path.parent.name)), *(text[f] for f in fields),
-                    dtype=dtype or _DTYPES[own])
+                    dtype=dtype or _DTYPES[own], o_groups=text.get("o_groups", 0),
+                    o_lora_rank=text.get("o_lora_rank", 0))
 
 
 def specs_for(name_or_path: str | Path, *, tp: int, arch: str, page_sizes: Iterable[int] = PAGE_SIZES,
               max_s_q: int = MAX_S_Q, dtype: str | None = None) -> list[Spec]:
-    """Every Spec that mla_decode can meet when serving the model: any batch and lengths, s_q up to max_s_q, causal or
-    not."""
+    """Every Spec that serving the model can meet: any batch and lengths, s_q up to max_s_q, causal or not; for
+    DeepSeek-V4 those of its output path (attention itself is not served yet), with positions of 32 or 64 bits and both
+    float32 scales."""
     arches.check(arch)
     dims = model(name_or_path, dtype)
     if tp < 1 or dims.num_attention_heads % tp:
         raise InvalidArgument(f"tp={tp} for {dims.name}",
                               supported=f"a divisor of its {dims.num_attention_heads} heads",
                               differs="heads cannot be split evenly")
-    heads = dims.num_attention_heads // tp
-    return list(dict.fromkeys(
-        mla_decode_spec(arch=arch, dtype=dims.dtype, kv_lora_rank=dims.kv_lora_rank,
-                        qk_rope_head_dim=dims.qk_rope_head_dim, page_size=page_size, s_q=s_q, heads=heads,
-                        causal=causal)
-        for page_size in page_sizes for s_q in range(1, max_s_q + 1) for causal in (True, False)))
+    serving = Serving(dims, dims.num_attention_heads // tp, tp, arch, tuple(page_sizes), max_s_q)
+    return list(dict.fromkeys(spec for part in PARTS for spec in part(serving)))
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a model is served: heads is what each of tp ranks has."""
+
+    dims: MlaModel
+    heads: int
+    tp: int
+    arch: str
+    page_sizes: tuple[int, ...]
+    max_s_q: int
+
+
+def _dense_decode(serving: Serving) -> Iterator[Spec]:
+    dims = serving.dims
+    if dims.o_groups:
+        return
+    for page_size, s_q, causal in itertools.product(serving.page_sizes, range(1, serving.max_s_q + 1), (True, False)):
+        yield mla_decode_spec(arch=serving.arch, dtype=dims.dtype, kv_lora_rank=dims.kv_lora_rank,
+                              qk_rope_head_dim=dims.qk_rope_head_dim, page_size=page_size, s_q=s_q,
+                              heads=serving.heads, causal=causal)
+
+
+def _output_path(serving: Serving) -> Iterator[Spec]:
+    dims = serving.dims
+    if not dims.o_groups:
+        return
+    if dims.o_groups % serving.tp:
+        raise InvalidArgument(f"tp={serving.tp} for {dims.name}", differs="a group is not split",
+                              supported=f"a divisor of its {dims.o_groups} output groups")
+    for positions, mode in itertools.product(("i64", "i32"), ("pow2_f32", "raw_f32")):
+        yield inv_rope_fp8_quant_spec(arch=serving.arch, dtype=dims.dtype, positions=positions,
+                                      nope_dim=dims.qk_nope_head_dim, rope_dim=dims.qk_rope_head_dim, group_size=128,
+                                      scale_mode=mode, neox=False)
+    yield fp8_bmm_spec(arch=serving.arch)
+
+
+PARTS = (_dense_decode, _output_path)  # what each part of a model meets
 
 
 def keys_for(model: str | Path, tp: int = 1, arch: str = "sm_90a", *, page_sizes: Iterable[int] = PAGE_SIZES,
              max_s_q: int = MAX_S_Q, dtype: str | None = None) -> list[Key]:
-    """Every Key that serving `model` can reach on `arch` with `tp` ranks, whatever the batch and the lengths.
+    """Every Key that serving `model` can reach on `arch` with `tp` ranks, whatever the batch and the lengths. Where the
+    host picks a variant for each call, all that it can pick are here.
 
-    model: a known name (deepseek-v2, deepseek-v2-lite, deepseek-v3, kimi-k2, mistral-small-4), or the path of a Hugging
-    Face config.json. page_sizes: those of the engine's cache. max_s_q: query tokens per request (1 + draft tokens).
-    dtype: "bf16" or "fp16", by default the config's. Raises UnknownModel, UnknownArch, InvalidArgument, NoTemplate.
+    model: a known name (deepseek-v2, deepseek-v2-lite, deepseek-v3, deepseek-v4-flash, deepseek-v4-pro, kimi-k2,
+    mistral-small-4), or the path of a Hugging Face config.json. page_sizes: those of the engine's cache. max_s_q: query
+    tokens per request (1 + draft tokens). dtype: "bf16" or "fp16", by default the config's. Raises UnknownModel,
+    UnknownArch, InvalidArgument, NoTemplate.
     """
     specs = specs_for(model, tp=tp, arch=arch, page_sizes=page_sizes, max_s_q=max_s_q, dtype=dtype)
-    return list(dict.fromkeys(registry.choose(spec).key for spec in specs))
+    return list(dict.fromkeys(choice.key for spec in specs for choice in registry.choices(spec)))

@@ -26,6 +26,7 @@ from .key import Key
 from .store import Store
 
 CLOSE_SECONDS = 1.0  # for a server to end by itself; while it imports the compiler it does not listen
+LISTENER_SECONDS = 5.0  # for its last words to be read once it has ended; threads stand still when the interpreter ends
 
 
 @dataclass
@@ -133,7 +134,7 @@ class _Server:
             self.process.wait(CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
             kill_group(self.process.pid)
-        self._listener.join()
+        self._listener.join(LISTENER_SECONDS)
 
     def _listen(self) -> None:
         for line in self.process.stdout:  # type: ignore[union-attr]

@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ from .spec import Spec
 from .store import LOCKS, Entry, Store
 
 STOP_SECONDS = 5.0  # for killed compilers to be cleaned up after
+# A signal that arrives when a thread is about to sleep on a lock does not wake it: CPython looks for signals before it
+# hands the interpreter to another thread, which takes a while on a busy machine. Ctrl-C is then seen this much later.
+WAKE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -54,21 +57,23 @@ def cores() -> int:
 
 
 def choices(specs: Iterable[Spec]) -> tuple[list[Choice], list[Outcome]]:
-    """Who serves each Spec, without repeated Keys, and the Specs that nobody serves."""
+    """All that calls of these Specs can get, without repeated Keys, and the Specs that nobody serves."""
     chosen: dict[Any, Choice] = {}
     unserved = []
     for spec in dict.fromkeys(specs):
         try:
-            choice = registry.choose(spec)
-            chosen[choice.key] = choice
+            chosen.update((choice.key, choice) for choice in registry.choices(spec))
         except NoTemplate as error:
             unserved.append(Outcome(spec, "unserved", error=error))
     return list(chosen.values()), unserved
 
 
-def run(wanted: list[Choice], store: Store, jobs: int, *, must_store: bool = True) -> Iterator[Outcome]:
-    """What became of each Key, as each is done. Interrupted, it stops the compilers; what is published stays.
+def run(wanted: list[Choice], store: Store, jobs: int, each: Callable[[Outcome], None] = lambda outcome: None, *,
+        must_store: bool = True) -> list[Outcome]:
+    """What became of each Key, in the order in which they are done. Interrupted, it stops the compilers; what is
+    published stays.
 
+    each: called with an outcome as soon as it is there, in this thread; what it raises ends the run.
     must_store: a kernel that is compiled and cannot be stored counts as failed.
     """
     todo: queue.SimpleQueue[Choice] = queue.SimpleQueue()
@@ -79,22 +84,27 @@ def run(wanted: list[Choice], store: Store, jobs: int, *, must_store: bool = Tru
     # daemons: an interrupted command must not wait for a thread that waits for another process's lock
     workers = [threading.Thread(target=_work, args=(todo, done, store, pool, stopping, must_store), daemon=True)
                for _ in range(min(jobs, len(wanted)))]
-    for worker in workers:
-        worker.start()
+    outcomes = []
     try:
-        for _ in wanted:
-            outcome = done.get()
+        for worker in workers:
+            worker.start()
+        while len(outcomes) < len(wanted):
+            try:
+                outcome = done.get(timeout=WAKE_SECONDS)
+            except queue.Empty:
+                continue
             if isinstance(outcome, BaseException):
                 raise outcome
-            yield outcome
+            outcomes.append(outcome)
+            each(outcome)
     finally:
         stopping.set()
         pool.close()
         deadline = time.monotonic() + STOP_SECONDS
-        while any(worker.is_alive() for worker in workers) and time.monotonic() < deadline:
+        while (alive := [worker for worker in workers if worker.is_alive()]) and time.monotonic() < deadline:
             compile.stop_all()  # again and again: a thread may have been about to start one
-            workers[0].join(0.02)
-            workers = [worker for worker in workers if worker.is_alive()]
+            alive[0].join(0.02)
+    return outcomes
 
 
 def _work(todo: queue.SimpleQueue[Choice], done: queue.SimpleQueue[Outcome | BaseException], store: Store, pool: Pool,

@@ -1,16 +1,20 @@
 """Reads the template cards and chooses who serves a Spec: `choose(spec)` -> Choice, or NoTemplate with the reason.
 
+Most Specs have one Choice. Ops with a rule (jitmla.pick) have one for each call: `choose(spec, sizes=...)`, and
+`choices(spec)` are all that their calls can get. Tunings go before the card and the rule, for both.
+
 A card (`templates/<op>/card.toml`) is the one statement of what exists. docs/templates.md describes its fields.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import render, toolchain, tune
+from . import pick, render, toolchain, tune
 from .errors import InvalidTemplate, NoTemplate
 from .events import emit
 from .key import Key
@@ -91,10 +95,11 @@ class Choice:
     spec: Spec
     template: Template
     variant: Variant
+    why: str = field(default="the first in the card", compare=False)
 
     @property
     def name(self) -> str:
-        """As a tunings file has it."""
+        """As tunings and the rules of jitmla.pick have it."""
         return f"{self.template.name}/{self.variant.name}"
 
     @functools.cached_property
@@ -152,21 +157,34 @@ def candidates(spec: Spec, backend: str = "auto") -> list[Choice]:
             for variant in template.fitting(spec)]
 
 
-def choose(spec: Spec, backend: str = "auto") -> Choice:
-    """Who serves `spec`: the tuned candidate, else the first one; raises NoTemplate.
+def choose(spec: Spec, backend: str = "auto", sizes: Mapping[str, int] | None = None) -> Choice:
+    """Who serves `spec`: the tuned candidate, else what the rule says, else the first one; raises NoTemplate.
 
+    sizes: those of a call, for an op with a rule in jitmla.pick; raises InvalidArgument when they are not its sizes.
     This is the only predicate there is: `auto` and a named backend use the same one.
     """
     found = candidates(spec, backend)
     if not found:
         raise _no_template(spec, backend, [t for t in templates(spec.op) if backend in ("auto", t.backend)])
-    picked = tune.pick(spec)
-    if picked is None:
+    if sizes:
+        fitting = pick.fitting(spec.op, [c.name for c in found], sizes)
+        found = [c for c in found if c.name in fitting]
+    tuned = tune.pick(spec, sizes or {})
+    for choice in found:
+        if choice.name == tuned:
+            return replace(choice, why="tuned")
+    if tuned is not None and backend == "auto":
+        emit("degrade", what="tuned variant", reason=f"{tuned} does not serve it", spec=str(spec))
+    if not sizes:
         return found[0]
-    tuned = next((c for c in found if c.name == picked), None)
-    if tuned is None and backend == "auto":
-        emit("degrade", what="tuned variant", reason=f"{picked} does not serve it", spec=str(spec))
-    return tuned or found[0]
+    best, why = pick.best(spec.op, [c.name for c in found], sizes)
+    return next(replace(c, why=why) for c in found if c.name == best)
+
+
+def choices(spec: Spec, backend: str = "auto") -> list[Choice]:
+    """Everything that calls of `spec` can get: one Choice, or with a rule each candidate. Raises NoTemplate."""
+    chosen = choose(spec, backend)
+    return candidates(spec, backend) if spec.op in pick.RULES else [chosen]
 
 
 def _no_template(spec: Spec, backend: str, candidates: list[Template]) -> NoTemplate:

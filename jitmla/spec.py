@@ -70,3 +70,15 @@ def mla_decode_spec(*, arch: str, dtype: str, kv_lora_rank: int, qk_rope_head_di
     return Spec.of("mla_decode", arch=arch, dtype=dtype, kv_dtype=dtype, kv_lora_rank=kv_lora_rank,
                    qk_rope_head_dim=qk_rope_head_dim, page_size=page_size,
                    rows=bucket("mla_decode", "rows", s_q * heads), causal=causal and s_q > 1)
+
+
+def inv_rope_fp8_quant_spec(*, arch: str, dtype: str, positions: str, nope_dim: int, rope_dim: int, group_size: int,
+                            scale_mode: str, neox: bool) -> Spec:
+    """The Spec of an inv_rope_fp8_quant call."""
+    return Spec.of("inv_rope_fp8_quant", arch=arch, dtype=dtype, positions=positions, nope_dim=nope_dim,
+                   rope_dim=rope_dim, group_size=group_size, scale_mode=scale_mode, neox=neox)
+
+
+def fp8_bmm_spec(*, arch: str) -> Spec:
+    """The Spec of an fp8_bmm call."""
+    return Spec.of("fp8_bmm", arch=arch, dtype="e4m3", scale_dtype="f32", out_dtype="bf16")

@@ -4,7 +4,8 @@ A tunings file is JSON that a person can diff: the GPU it was measured on, and o
 spread and date. `jitmla tune` writes one. Nothing here measures: a choice is an input, and the same on all ranks that
 were given the same tunings. Without any, the order of the card and the rules of jitmla.schedule decide.
 
-    variants   apply to every Spec of the arch they were measured on, so that a machine without a GPU lists those Keys
+    variants   apply to every Spec of the arch they were measured on, so that a machine without a GPU lists those Keys;
+               of an op that picks by the sizes of a call (jitmla.pick), where these are in the ranges under `sizes`
     launches   apply on a GPU of the same name and number of multiprocessors
 """
 
@@ -15,6 +16,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from . import env, misses
@@ -30,7 +32,7 @@ Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 _documents: list[dict[str, Any]] | None = None  # None: not asked for yet
 _explicit = False  # the caller or the environment named them
-_variants: dict[tuple[str, tuple[tuple[str, Any], ...]], str] = {}
+_variants: dict[tuple[str, tuple[tuple[str, Any], ...]], list[tuple[dict[str, list[int]], str]]] = {}
 _launches: dict[tuple[int, int], list[dict[str, Any]]] = {}  # (multiprocessors, latent) -> entries, of adopted GPUs
 _adopted: dict[tuple[str, int], None] = {}  # (name, multiprocessors) of the GPUs of this process
 changed: list[Callable[[], None]] = []  # called after another choice of tunings
@@ -56,9 +58,10 @@ def use_tunings(source: str | os.PathLike[str] | Mapping[str, Any] | Iterable[Ma
         found, explicit = [_checked(dict(d), "the tunings") for d in documents if d], True
     first, _documents, _explicit = _documents is None, found, explicit
     _variants.clear()
-    for document in reversed(found):  # the first one counts
-        _variants.update({(document["gpu"]["arch"], _facts(entry["spec"])): entry["variant"]
-                          for entry in document["variants"]})
+    for document in found:
+        for entry in document["variants"]:
+            at = document["gpu"]["arch"], _facts(entry["spec"])
+            _variants.setdefault(at, []).append((entry.get("sizes", {}), entry["variant"]))
     _launches.clear()
     for gpu in _adopted:
         _adopt(*gpu)
@@ -73,10 +76,19 @@ def tunings() -> list[dict[str, Any]]:
     return list(_documents or ())
 
 
-def pick(spec: Spec) -> str | None:
-    """The tuned choice for `spec`, as "template/variant", or None."""
+def pick(spec: Spec, sizes: Mapping[str, int] = MappingProxyType({})) -> str | None:
+    """The tuned choice for `spec` and these sizes of a call, as "template/variant", or None. The first entry counts."""
     tunings()
-    return _variants.get((spec.arch, _facts(spec.as_dict())))
+    for ranges, variant in _variants.get((spec.arch, _facts(spec.as_dict())), ()):
+        if all(name in sizes and low <= sizes[name] <= high for name, (low, high) in ranges.items()):
+            return variant
+    return None
+
+
+def naming(spec: Spec, variant: str) -> dict[str, Any]:
+    """Tunings by which `spec` runs this variant whatever the sizes of a call: for measuring it, and for tests."""
+    return {"format": FORMAT, "gpu": {"name": "any", "arch": spec.arch, "sms": 1}, "launches": [],
+            "variants": [{"spec": dict(_facts(spec.as_dict())), "variant": variant}]}
 
 
 def adopt(gpu: str, sms: int) -> None:
@@ -154,6 +166,9 @@ def _checked(document: Any, where: str) -> dict[str, Any]:
         for entry in document["variants"]:
             if not isinstance(entry["spec"]["op"], str) or len(entry["variant"].split("/")) != 2:
                 raise ValueError(f"not a choice of a variant: {entry}")
+            if not all(len(r) == 2 and type(r[0]) is type(r[1]) is int and r[0] <= r[1]
+                       for r in entry.get("sizes", {}).values()):
+                raise ValueError(f"not ranges of sizes: {entry}")
         for entry in document["launches"]:
             _check_launch(entry, sms)
         return document

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import failures, registry
+from . import failures, pick, registry
 from .key import Key, diff
 from .spec import Spec
 from .store import Store
 
 
-def explain(spec: Spec, backend: str = "auto", store: Store | None = None) -> dict[str, Any]:
+def explain(spec: Spec, backend: str = "auto", store: Store | None = None, **sizes: int) -> dict[str, Any]:
     """Which template and variant serve `spec` and why, under which Key, and which layer of the cache holds it.
 
-    On a miss: `nearest`, the stored Keys that differ least with the fields that differ, and `failed`, the error of a
-    compile that failed before. Raises NoTemplate with the reason when nothing serves it, and CacheUntrusted.
+    sizes: those of a call, for an op that picks by them (jitmla.pick); without them such an op also has `variants`, all
+    that its calls can get. On a miss: `nearest`, the stored Keys that differ least with the fields that differ, and
+    `failed`, the error of a compile that failed before. Raises NoTemplate with the reason when nothing serves it,
+    InvalidArgument for sizes that are not those of the op's rule, and CacheUntrusted.
     """
     store = store or Store()
-    choice = registry.choose(spec, backend)
+    choice = registry.choose(spec, backend, sizes)
+    by_call = spec.op in pick.RULES and not sizes
     template, variant = choice.template, choice.variant
     entry = store.find(choice.key)
     passed_over = {t.name: t.misses(spec) for t in registry.templates(spec.op)
@@ -25,6 +28,9 @@ def explain(spec: Spec, backend: str = "auto", store: Store | None = None) -> di
     known = choice.key.toolchain is not None
     failed = failures.recall(store, choice.key) if entry is None and known else None
     return {"spec": spec.as_dict(), "template": template.name, "variant": variant.name, "summary": template.summary,
+            "why": f"by {', '.join(pick.RULES[spec.op].sizes)} of the call" if by_call else choice.why,
+            **({"variants": {c.name: c.key.digest if known else None for c in registry.choices(spec, backend)}}
+               if by_call else {}),
             "supported": {"arch": template.archs, **template.supports, **variant.when}, "passed_over": passed_over,
             "key": entry.key.digest if entry else choice.key.digest if known else None,
             "cached": entry is not None, "path": str(entry.path) if entry else None,

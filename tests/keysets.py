@@ -1,8 +1,9 @@
-"""The Specs that tests compile and run, and a command that puts their kernels into the cache:
+"""What tests render, compile and run of each op, and a command that puts the kernels into the cache:
 
-    python -m tests.keysets [--all] [--jobs N]      (JITMLA_CACHE_DIR says where)
+    python -m tests.keysets [--op OP] [--all] [--jobs N]      (JITMLA_CACHE_DIR says where)
 
-GPU tests draw from these Specs alone, so that a prewarmed cache serves them on a machine without the compiler.
+GPU tests draw from `covering_choices` alone, so that a prewarmed cache serves them on a machine without the compiler.
+An op is in SETS, or test_registry.py fails.
 """
 
 from __future__ import annotations
@@ -11,12 +12,51 @@ import argparse
 import itertools
 import os
 import sys
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from jitmla import registry, schema
-from jitmla.spec import Spec
+from jitmla.layouts import SCALE_MODES
+from jitmla.registry import Choice
+from jitmla.spec import Spec, fp8_bmm_spec, inv_rope_fp8_quant_spec
 
 ARCH = "sm_90a"
+
+
+class Sets(NamedTuple):
+    """The Specs of an op. product: all that its card serves, of all archs. covering: those that are compiled by the
+    usual run of the tests. points: whose code is a golden file (the last one of each template).
+    wanted: which Choices of the covering Specs, for an op that picks by the sizes of a call; None: all."""
+
+    product: Callable[[], list[Spec]]
+    covering: Callable[[], list[Spec]]
+    points: Callable[[], list[Spec]]
+    wanted: Callable[[Choice], bool] | None = None
+
+
+def every_choice(*ops: str) -> list[Choice]:
+    """All that calls can get, of these ops or all."""
+    return _choices(spec for op in ops or SETS for spec in SETS[op].product())
+
+
+def covering_choices(*ops: str) -> list[Choice]:
+    """Every template and variant and value of each constant, of these ops or all."""
+    return [c for op in ops or SETS for c in _choices(SETS[op].covering()) if (SETS[op].wanted or bool)(c)]
+
+
+def golden_choices() -> list[Choice]:
+    """One of each template."""
+    found = _choices(spec for sets in SETS.values() for spec in sets.points())
+    return list({choice.template.name: choice for choice in found}.values())
+
+
+def _choices(specs: Iterable[Spec]) -> list[Choice]:
+    return [choice for spec in specs for choice in registry.choices(spec)]
+
+
+# ------------------------------------------------------------------------------------------------------- mla_decode
+
 DTYPES, LATENTS, PAGES, CAUSAL = ("bf16", "fp16"), (512, 256), (64, 16, 32, 128), (False, True)
 ROWS = tuple(schema.spec_fields("mla_decode")["rows"]["enum"])
 
@@ -53,38 +93,87 @@ def product() -> list[Spec]:
     return [spec(*values) for values in itertools.product(DTYPES, LATENTS, PAGES, ROWS, CAUSAL)]
 
 
+def points() -> list[Spec]:
+    return [spec("bf16", 512, 64, rows, rows == max(ROWS)) for rows in ROWS]  # causal: the code it adds is seen
+
+
+# ---------------------------------------------------------------------------------- DeepSeek-V4's output path
+
+USUAL_QUANT = {"scale_mode": "pow2_f32", "neox": False, "positions": "i64"}
+
+
+def quant_spec(arch: str, scale_mode: str, neox: bool, positions: str) -> Spec:
+    return inv_rope_fp8_quant_spec(arch=arch, dtype="bf16", positions=positions, nope_dim=448, rope_dim=64,
+                                   group_size=128, scale_mode=scale_mode, neox=neox)
+
+
+def quant_product(archs: Iterable[str] | None = None) -> list[Spec]:
+    (template,) = registry.templates("inv_rope_fp8_quant")
+    return [quant_spec(*values) for values in itertools.product(archs or template.archs, SCALE_MODES, CAUSAL,
+                                                                 ("i64", "i32"))]
+
+
+def quant_wanted(choice: Choice) -> bool:
+    """On Hopper the usual working point, and each variant with each scale mode, with one pairing and one type of
+    positions each. Elsewhere (an arch without the conversion to e4m3, one with it, and one behind Hopper) the smallest
+    and the largest variant, each with a scale mode."""
+    spec = dict(choice.spec)
+    row = [v.name for v in choice.template.variants].index(choice.variant.name)
+    mode = SCALE_MODES.index(spec["scale_mode"])
+    drawn = spec["neox"] == (row + mode) % 2 and spec["positions"] == ("i32", "i64")[(row + mode) // 2 % 2]
+    if spec["arch"] == ARCH:
+        return drawn or all(spec[name] == value for name, value in USUAL_QUANT.items())
+    return drawn and (row, mode) in ((0, 1), (len(choice.template.variants) - 1, 2))
+
+
+def bmm_product() -> list[Spec]:
+    templates = registry.templates("fp8_bmm")
+    return [fp8_bmm_spec(arch=arch) for arch in dict.fromkeys(itertools.chain(*(t.archs for t in templates)))]
+
+
+SETS = {
+    "mla_decode": Sets(product, covering, points),
+    "inv_rope_fp8_quant": Sets(quant_product, lambda: quant_product([ARCH, "sm_80", "sm_89", "sm_100a"]),
+                               lambda: [quant_spec(ARCH, **USUAL_QUANT)], quant_wanted),
+    "fp8_bmm": Sets(bmm_product, bmm_product, bmm_product),
+}
+
+
 def only_when_asked(config) -> None:
     """Skip the full product, which takes minutes, unless the -m of the command line names `slow`."""
     import pytest
 
     expression = config.getoption("markexpr") or ""
     if "slow" not in expression.replace("not slow", ""):
-        pytest.skip(f"the full product of {len(product())} Keys takes minutes: run it with -m slow")
+        pytest.skip(f"the full product of {len(every_choice())} Keys takes minutes: run it with -m slow")
 
 
-def prewarm(specs: list[Spec], jobs: int) -> int:
+def prewarm(choices: list[Choice], jobs: int) -> int:
     """Compile what the cache lacks; returns the number of failures."""
     from jitmla import compile
     from jitmla.errors import JitmlaError
     from jitmla.store import Store
 
-    def one(spec: Spec) -> int:
-        choice = registry.choose(spec)
+    def one(choice: Choice) -> int:
         try:
             compile.get_or_compile(choice.key, choice.source, Store())
         except JitmlaError as e:
-            print(f"FAILED {choice.key.name} {spec}\n{e}", flush=True)
+            print(f"FAILED {choice.key.name} {choice.spec}\n{e}", flush=True)
             return 1
-        print(f"{choice.key.digest[:12]} {choice.key.name} {spec}", flush=True)
+        print(f"{choice.key.digest[:12]} {choice.key.name} {choice.spec}", flush=True)
         return 0
 
     with ThreadPoolExecutor(jobs) as pool:
-        return sum(pool.map(one, specs))
+        return sum(pool.map(one, choices))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="the full product instead of the covering set")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--op", choices=SETS, action="append", default=[], help="only these; repeat it for several")
+    parser.add_argument("--arch", help="only this one")
     options = parser.parse_args()
-    sys.exit(1 if prewarm(product() if options.all else covering(), options.jobs) else 0)
+    wanted = (every_choice if options.all else covering_choices)(*options.op)
+    wanted = [c for c in wanted if options.arch in (None, c.spec.arch)]
+    sys.exit(1 if prewarm(wanted, options.jobs) else 0)

@@ -1,5 +1,6 @@
 """The command: what it prints for people and for scripts, its exit codes, and that it stops when it is told to."""
 
+import contextlib
 import gc
 import json
 import os
@@ -22,13 +23,14 @@ from jitmla.errors import CompileFailed
 from jitmla.store import Store
 
 from .support.keys import KERNELS, SO_BYTES, make_key, publish
-from .support.processes import alive, wait_until
+from .support.processes import PATIENCE, alive, program, wait_until
 
 SPEC = ["--op", "mla_decode", "--arch", "sm_90a", "--spec", "dtype=bf16", "--spec", "kv_dtype=bf16",
         "--spec", "kv_lora_rank=512", "--spec", "qk_rope_head_dim=64", "--spec", "page_size=64", "--spec", "rows=512",
         "--spec", "causal=false"]
 MODEL = ["--model", "deepseek-v3", "--tp", "8", "--arch", "sm_90a"]
 H100 = "print('{\"cuda\": \"12.8\", \"devices\": [[\"H100\", 9, 0]]}')"
+V100 = "print('{\"cuda\": \"12.8\", \"devices\": [[\"V100\", 7, 0]]}')"
 A100 = "print('{\"cuda\": \"12.8\", \"devices\": [[\"A100\", 8, 0]]}')"
 CPU_BUILD = "print('{\"cuda\": null, \"devices\": []}')"
 
@@ -237,27 +239,48 @@ def test_a_machine_without_compiler(builder, monkeypatch):
     assert by_page[32]["error"] == "ToolchainMissing" and by_page[32]["key"] is None
 
 
-def test_interrupt_stops_the_compilers_and_keeps_what_is_done(python_env, store, tmp_path):
-    ready = registry.choose(models.specs_for("deepseek-v3", tp=1, arch="sm_90a", page_sizes=[64], max_s_q=1)[0])
+@pytest.fixture
+def hanging(store, tmp_path):
+    """A program that runs the command with a compiler that hangs; the file in which that one writes its process; and
+    the one Key of MODEL that is in the cache."""
+    ready = registry.choose(models.specs_for("deepseek-v3", tp=8, arch="sm_90a", page_sizes=[64], max_s_q=1)[0])
     store.publish(ready.key, ready.source(), SO_BYTES, KERNELS)
-    stub = tmp_path / "python"
-    stub.write_text(f"#!/bin/sh\necho $$ >> {tmp_path}/pids\nexec sleep 120\n")
+    stub, pids = tmp_path / "python", tmp_path / "pids"
+    stub.write_text(f"#!/bin/sh\necho $$ >> {pids}\nexec sleep 600\n")
     stub.chmod(0o755)
-    program = f"import sys; sys.executable = {str(stub)!r}; from jitmla.cli import main; main()"
-    command = subprocess.Popen([sys.executable, "-c", program, "prewarm", "--model", "deepseek-v3", "--arch", "sm_90a",
-                                "--jobs", "3", "--max-s-q", "1", "--json"], env=python_env, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
-    pids = tmp_path / "pids"
-    try:
-        assert wait_until(lambda: pids.exists() and pids.read_text().split(), 20)
-        command.send_signal(signal.SIGINT)
-        out, err = command.communicate(timeout=20)
-    finally:
-        command.kill()
+    yield f"import sys; sys.executable = {str(stub)!r}\nfrom jitmla.cli import main, output\n", pids, ready.key
+    for pid in pids.read_text().split() if pids.exists() else ():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+
+
+INTERRUPTED_WHILE_IT_PRINTS = """
+import os, signal, time
+printed = output.json_line
+def json_line(value):
+    printed(value)
+    while not os.path.exists({pids!r}): time.sleep(0.01)
+    signal.raise_signal(signal.SIGINT)
+output.json_line = json_line
+"""
+
+
+@pytest.mark.parametrize("when", ["while it waits", "while it prints"])
+def test_interrupt_stops_the_compilers_and_keeps_what_is_done(python_env, store, hanging, when):
+    program_text, pids, ready = hanging
+    if when == "while it prints":
+        program_text += INTERRUPTED_WHILE_IT_PRINTS.format(pids=str(pids))
+    # as many jobs as Keys: the one that is there does not wait for those that hang
+    with program("-c", program_text + "main()", "prewarm", *MODEL, "--jobs", "32", "--json", env=python_env) as command:
+        first = command.stdout.readline()
+        if when == "while it waits":
+            assert wait_until(lambda: pids.exists() and pids.read_text().split())
+            command.send_signal(signal.SIGINT)
+        out, err = command.communicate(timeout=PATIENCE)
     assert command.returncode == 130 and "Traceback" not in err
-    assert [(o["status"], o["key"]) for o in objects(out)] == [("hit", ready.key.digest)]
+    assert [(o["status"], o["key"]) for o in objects(first + out)] == [("hit", ready.digest)]
     assert wait_until(lambda: not any(alive(int(pid)) for pid in pids.read_text().split()))
-    assert store.find(ready.key) is not None
+    assert store.find(ready) is not None
 
 
 # --------------------------------------------------------------------------------------------------------- errors
@@ -393,7 +416,8 @@ def test_doctor_without_gpu_asks_for_a_compile(machine):
 
 
 @pytest.mark.parametrize("gpus, probe, stopped, word", [
-    (1, H100, None, "sm_90a"), (1, A100, "GPU", "sm_80"), (1, CPU_BUILD, "GPU", "CUDA build"),
+    (1, H100, None, "sm_90a"), (1, A100, None, "sm_80: only inv_rope_fp8_quant"),
+    (1, V100, "GPU", "compute capability 7.0"), (1, CPU_BUILD, "GPU", "CUDA build"),
     (1, "import nothing_like_it", "torch", "nothing_like_it"),
 ])
 def test_doctor_with_gpu_asks_for_a_launch(machine, gpus, probe, stopped, word):

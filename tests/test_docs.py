@@ -131,7 +131,10 @@ def test_python_in_the_docs_runs(name):
         program = block.replace('"cuda" if torch.cuda.is_available() else "cpu"', '"cpu"')
         names = {}
         exec(compile(program, name, "exec"), names)
-        assert names["out"].shape == (2, 1, 16, 512) and names["lse"].isfinite().all()
+        if "jitmla.mla_decode(" in program:
+            assert names["out"].shape == (2, 1, 16, 512) and names["lse"].isfinite().all()
+        if "jitmla.o_a_proj(" in program:
+            assert names["z"].shape == (5, 2, 1024) and names["z"].isfinite().all()
 
 
 def test_the_matrix_names_every_template():

@@ -15,35 +15,47 @@ from jitmla.errors import SchemaViolation
 from jitmla.key import Key, canonical, diff, leaves
 
 from .documents import SOME_KEY, _valid, get, nearby, replaced, valid
-from .keysets import product
+from .keysets import every_choice
 
 DETERMINED = settings(deadline=None, derandomize=True, database=None, max_examples=50)
-FEW = settings(DETERMINED, max_examples=6)  # for each of the 18 fields
+FEW = settings(DETERMINED, max_examples=6)  # for each field
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
                     | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=12)
 
 
 
-def fields(form: dict, at: tuple = ()):
-    """(place, schema) of every leaf field of a definition, and of whole fields that hold free-form names."""
+def fields(form: dict, op: str, at: tuple = ()):
+    """(place, schema) of every leaf field of a definition, and of whole fields that hold free-form names; of the Specs,
+    that of `op`."""
     if "$ref" in form:
         form = {**schema.definition(form["$ref"].rpartition("/")[2]), **form}
     if "oneOf" in form:
-        for inner in form["oneOf"]:
-            yield from fields(inner, at)
+        (inner,) = [inner for inner in form["oneOf"] if inner["$ref"].endswith(f"spec_{op}")]
+        yield from fields(inner, op, at)
     elif "properties" in form:
         for name, inner in form["properties"].items():
-            yield from fields(inner, (*at, name))
+            yield from fields(inner, op, (*at, name))
     else:
         yield at, form
 
 
-KEY_FIELDS = dict(fields(schema.definition("key")))
-MANIFEST_FIELDS = {place: form for place, form in fields(schema.definition("manifest")) if place[0] != "key"}
+OPS = [name.removeprefix("spec_") for name in schema.document()["definitions"] if name.startswith("spec_")]
+KEY_FIELDS = {(op, *place): form for op in OPS for place, form in fields(schema.definition("key"), op)
+              if op == "mla_decode" or place[0] == "spec"}
+
+
+def varies(form: dict) -> bool:
+    """Whether the schema knows two values of a field."""
+    return "const" not in form and len(form.get("enum", (1, 2))) > 1
+
+
+MANIFEST_FIELDS = {place: form for place, form in fields(schema.definition("manifest"), OPS[0]) if place[0] != "key"}
 
 
 def test_the_schema_marks_every_field_of_a_key_and_no_other():
-    assert len(KEY_FIELDS) == 18 and ("spec", "rows") in KEY_FIELDS and ("variant", "constants") in KEY_FIELDS
+    assert {op for op, *_ in KEY_FIELDS} == set(registry.ops())
+    assert {("mla_decode", "spec", "rows"), ("mla_decode", "variant", "constants"), ("fp8_bmm", "spec", "arch"),
+            ("inv_rope_fp8_quant", "spec", "scale_mode")} <= set(KEY_FIELDS)
     assert [place for place, form in KEY_FIELDS.items() if form.get("identity") is not True] == []
     assert [place for place, form in MANIFEST_FIELDS.items() if "identity" in form] == []
     assert {("producer",), ("kernels",)} <= set(MANIFEST_FIELDS)
@@ -54,16 +66,17 @@ def test_the_schema_marks_every_field_of_a_key_and_no_other():
 @given(st.data())
 def test_an_identity_field_changes_the_digest(place, data):
     """And `diff` names it, and nothing else."""
-    document = data.draw(valid("key"))
+    form, op, place = KEY_FIELDS[place], place[0], place[1:]
+    document = replaced(data.draw(valid("key")), ("spec",), data.draw(valid(f"spec_{op}")))
     key = Key.from_dict(document)
-    if "const" in KEY_FIELDS[place]:  # the only value there is now; a later version would have another one
+    if not varies(form):  # the only value there is now; a later version would have another one
         other = replaced(document, place, 2 if place == ("schema",) else "mla_prefill")
         assert canonical(other) != canonical(document)
         with pytest.raises(SchemaViolation):
             Key.from_dict(other)
         return
     old = canonical(get(document, place))
-    value = data.draw(_valid(KEY_FIELDS[place]).filter(lambda v: canonical(v) != old))
+    value = data.draw(_valid(form).filter(lambda v: canonical(v) != old))
     other = Key.from_dict(replaced(document, place, value))
     assert other.digest != key.digest
     named = {name for name, _, _ in diff(key.as_dict(), other.as_dict())}
@@ -134,8 +147,8 @@ def test_the_digest_does_not_depend_on_the_process():
 
 
 def test_no_path_in_the_key_of_any_shipped_kernel():
-    for spec in product():
-        for name, value in leaves(registry.choose(spec).key.as_dict()):
+    for choice in every_choice():
+        for name, value in leaves(choice.key.as_dict()):
             assert "/" not in str(value) and "\\" not in str(value) and ".py" not in str(value), (name, value)
 
 
@@ -148,7 +161,7 @@ def test_a_key_without_a_toolchain_names_no_binary():
     assert key.same_but_toolchain(full) and full.same_but_toolchain(key)
 
 
-OTHER_FIELDS = [place for place, form in KEY_FIELDS.items() if "const" not in form and place[0] != "toolchain"]
+OTHER_FIELDS = [place for place, form in KEY_FIELDS.items() if varies(form) and place[1] != "toolchain"]
 
 
 @pytest.mark.parametrize("place", OTHER_FIELDS, ids=".".join)
@@ -156,11 +169,12 @@ OTHER_FIELDS = [place for place, form in KEY_FIELDS.items() if "const" not in fo
 @given(st.data())
 def test_same_but_toolchain(place, data):
     """Everything but the toolchain counts."""
-    document = data.draw(valid("key"))
+    form, op, place = KEY_FIELDS[place], place[0], place[1:]
+    document = replaced(data.draw(valid("key")), ("spec",), data.draw(valid(f"spec_{op}")))
     other = {**document, "toolchain": data.draw(valid("key"))["toolchain"]}
     assert Key.from_dict(document).same_but_toolchain(Key.from_dict(other))
     old = get(document, place)
-    value = data.draw(_valid(KEY_FIELDS[place]).filter(lambda v: v != old))
+    value = data.draw(_valid(form).filter(lambda v: v != old))
     assert not Key.from_dict(document).same_but_toolchain(Key.from_dict(replaced(other, place, value)))
 
 

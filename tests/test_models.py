@@ -12,7 +12,7 @@ from jitmla import models, registry
 from jitmla.errors import InvalidArgument, JitmlaError, NoTemplate, UnknownArch, UnknownModel
 from jitmla.models import KNOWN, PAGE_SIZES, MlaModel, keys_for, model, specs_for
 from jitmla.ops import checks
-from jitmla.spec import mla_decode_spec
+from jitmla.spec import fp8_bmm_spec, mla_decode_spec
 
 CONFIG = {"model_type": "deepseek_v3", "num_attention_heads": 128, "kv_lora_rank": 512, "qk_rope_head_dim": 64,
           "qk_nope_head_dim": 128, "v_head_dim": 128, "torch_dtype": "bfloat16"}
@@ -32,7 +32,8 @@ def test_known_models(name, dims):
 
 
 def test_no_other_model_is_known():
-    assert set(KNOWN) == {"deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "kimi-k2", "mistral-small-4"}
+    assert set(KNOWN) == {"deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "kimi-k2", "mistral-small-4",
+                          "deepseek-v4-flash", "deepseek-v4-pro"}
 
 
 @pytest.mark.parametrize("where", ["file", "folder", "str"])
@@ -137,13 +138,51 @@ def test_options_narrow():
     assert {k.spec["rows"] for k in keys} == {16, 32}
 
 
+# ------------------------------------------------------------------------------------------------- DeepSeek-V4
+
+
+V4 = {"model_type": "deepseek_v4", "num_attention_heads": 64, "head_dim": 512, "qk_rope_head_dim": 64, "o_groups": 8,
+      "o_lora_rank": 1024, "torch_dtype": "bfloat16"}
+
+
+def test_output_groups_of_a_config(tmp_path):
+    path = write(tmp_path / "config.json", V4)
+    assert model(path) == MlaModel("deepseek_v4", 64, 512, 64, 448, 512, "bf16", 8, 1024)
+    assert keys_for(path) == keys_for("deepseek-v4-flash") == keys_for("deepseek-v4-pro", tp=16)
+
+
+@pytest.mark.parametrize("name, tp", [("deepseek-v4-flash", 1), ("deepseek-v4-flash", 4), ("deepseek-v4-pro", 8)])
+def test_closure_of_the_output_path(name, tp):
+    """Whatever the number of tokens: what the host picks for a call is in the list, and nothing else is."""
+    dims = KNOWN[name]
+    groups, heads = dims.o_groups // tp, dims.num_attention_heads // tp
+    keys, met = keys_for(name, tp=tp), set()
+    quant, bmm = [s for s in specs_for(name, tp=tp, arch="sm_90a") if s.op != "fp8_bmm"], fp8_bmm_spec(arch="sm_90a")
+    for tokens in [*range(1, 300), *range(300, 20000, 97)]:
+        sizes = {"tokens": tokens, "heads": heads, "heads_per_group": heads // groups}
+        met |= {registry.choose(s, "auto", sizes).key for s in quant}
+        for sms in (78, 114, 132):
+            met.add(registry.choose(bmm, "auto", {"groups": groups, "tokens": tokens, "columns": dims.o_lora_rank,
+                                                  "k": heads // groups * 512, "sms": sms}).key)
+    assert met <= set(keys) and len(keys) == len(set(keys))
+    assert {k for k in keys if k.spec.op != "fp8_bmm"} <= met
+    assert {(k.spec["positions"], k.spec["scale_mode"]) for k in keys if k.spec.op != "fp8_bmm"} == {
+        (p, m) for p in ("i32", "i64") for m in ("pow2_f32", "raw_f32")}
+
+
+@pytest.mark.parametrize("tp", [3, 16])
+def test_groups_are_not_split(tp):
+    with pytest.raises(InvalidArgument, match=f"tp={tp}"):
+        keys_for("deepseek-v4-flash", tp=tp)
+
+
 # ------------------------------------------------------------------------------------------------- closure
 
 
 @st.composite
 def servings(draw):
     """A model and how it is served, and one call that the server makes."""
-    name = draw(st.sampled_from(sorted(KNOWN)))
+    name = draw(st.sampled_from(sorted(n for n in KNOWN if not KNOWN[n].o_groups)))
     tp = draw(st.sampled_from([t for t in (1, 2, 4, 8, 16, 32, 64, 128) if KNOWN[name].num_attention_heads % t == 0]))
     return (name, tp, draw(st.sampled_from(PAGE_SIZES)), draw(st.integers(1, 4)), draw(st.booleans()),
             draw(st.sampled_from([None, "bf16", "fp16"])), draw(st.integers(0, 3)), draw(st.integers(0, 3)))

@@ -1,5 +1,6 @@
 """Many Keys at once: several archs, Keys from a file, exit codes for a script, resuming, and how long it takes."""
 
+import _thread
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from jitmla.pool import Pool
 from jitmla.store import LOCKS, Store
 
 from .support.keys import KERNELS, SO_BYTES
-from .support.processes import alive, at_once, running, wait_until
+from .support.processes import PATIENCE, alive, at_once, program, running, wait_until
 from .support.tiny import SOURCE as TINY
 from .support.tiny import needs_compiler, tiny_key
 
@@ -153,24 +154,20 @@ def test_interrupted_it_keeps_what_is_done_and_goes_on_from_there(python_env, st
     note = tmp_path / "note"
     hang = (f"import os, pathlib, time\npathlib.Path({str(note)!r}).write_text(str(os.getpid()))\n"
             f"while not pathlib.Path({str(tmp_path / 'go')!r}).exists(): time.sleep(0.01)\n")
-    program = ("from jitmla import registry\nfrom jitmla.cli import main\nfrom tests.support.tiny import SOURCE\n"
-               f"registry.Choice.source = lambda self: ({hang!r} if self.spec['page_size'] == 64 else '') + SOURCE\n"
-               "main()\n")
-    command = [sys.executable, "-c", program, "prewarm", *MODEL, "--arch", "sm_90a", "--max-s-q", "1", "--json"]
-    first = subprocess.Popen([*command, "--jobs", "1"], env=python_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             text=True)
-    try:
-        assert wait_until(lambda: note.exists() and note.read_text(), 60)
+    text = ("from jitmla import registry\nfrom jitmla.cli import main\nfrom tests.support.tiny import SOURCE\n"
+            f"registry.Choice.source = lambda self: ({hang!r} if self.spec['page_size'] == 64 else '') + SOURCE\n"
+            "main()\n")
+    command = ["-c", text, "prewarm", *MODEL, "--arch", "sm_90a", "--max-s-q", "1", "--json"]
+    with program(*command, "--jobs", "1", env=python_env) as first:
+        assert wait_until(lambda: note.exists() and note.read_text())
         first.send_signal(signal.SIGINT)
-        out, err = first.communicate(timeout=20)
-    finally:
-        first.kill()
+        out, err = first.communicate(timeout=PATIENCE)
     assert first.returncode == 130 and "Traceback" not in err
     done = {o["key"] for o in objects(out)}
     assert len(done) == 2 and {found.digest for found in store.entries()} == done
     assert wait_until(lambda: not alive(int(note.read_text())))
     (tmp_path / "go").touch()
-    second = subprocess.run(command, env=python_env, capture_output=True, text=True)
+    second = subprocess.run([sys.executable, *command], env=python_env, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
     assert {o["key"] for o in objects(second.stdout) if o["status"] == "hit"} == done
     assert [o["status"] for o in objects(second.stdout)].count("compiled") == 2
@@ -195,7 +192,7 @@ def test_16_keys_on_2_cores_take_at_most_0_6_of_16_single_compiles(store, monkey
 
     before = single()
     start = time.perf_counter()
-    outcomes = list(prewarm.run(wanted[:16], store, 2))
+    outcomes = prewarm.run(wanted[:16], store, 2)
     together = time.perf_counter() - start
     assert [o.status for o in outcomes] == ["compiled"] * 16
     alone = 16 * max(before, single())
@@ -287,16 +284,89 @@ def test_64_processes_and_8_keys_with_the_real_compiler(store, tmp_path):
     assert wall <= 1.3 * max(before, after), (wall, before, after)
 
 
+class Hanging:
+    """A compiler in which every compile hangs until it is stopped. `begun` is set by the first, `gave_up` by one that
+    nobody stops."""
+
+    def __init__(self, monkeypatch):
+        self.begun, self.stopped, self.gave_up = threading.Event(), threading.Event(), threading.Event()
+        monkeypatch.setattr(Pool, "build", self.build)
+        monkeypatch.setattr(Pool, "close", lambda pool: self.stopped.set())
+
+    def build(self, *args, **options):
+        self.begun.set()
+        if not self.stopped.wait(PATIENCE):
+            self.gave_up.set()
+        raise CompileFailed("to compile", differs="it was stopped")
+
+    def was_stopped(self):
+        return self.stopped.is_set() and not self.gave_up.is_set()
+
+
+@pytest.fixture
+def hanging(monkeypatch):
+    return Hanging(monkeypatch)
+
+
+def test_a_signal_that_wakes_nobody_is_seen_all_the_same(store, hanging):
+    """One that arrives while the thread is about to fall asleep: noted, without an end to any system call. That is what
+    interrupt_main does."""
+    wanted, _ = prewarm.choices(models.specs_for("deepseek-v3", tp=8, arch="sm_90a", max_s_q=1))
+
+    def interrupt():
+        hanging.begun.wait(PATIENCE)
+        _thread.interrupt_main()
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        prewarm.run(wanted, store, 2)
+    thread.join()
+    assert hanging.was_stopped()
+
+
+def test_what_a_listener_raises_ends_the_run_at_once(store, hanging):
+    """While its traceback, and with it all frames, is kept."""
+    wanted, _ = prewarm.choices(models.specs_for("deepseek-v3", tp=8, arch="sm_90a", max_s_q=1))
+    store.publish(wanted[0].key, wanted[0].source(), SO_BYTES, KERNELS)
+
+    def listener(outcome):
+        assert outcome.status == "hit" and hanging.begun.wait(PATIENCE)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        prewarm.run(wanted, store, 2, listener)
+    assert hanging.was_stopped() and caught.tb is not None
+    assert wait_until(lambda: not any(thread.name.endswith("(_work)") for thread in threading.enumerate()))
+
+
+def test_interrupted_before_its_threads_have_started(store, hanging, monkeypatch):
+    wanted, _ = prewarm.choices(models.specs_for("deepseek-v3", tp=8, arch="sm_90a", max_s_q=1))
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        assert hanging.begun.wait(PATIENCE)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prewarm.run(wanted, store, 2)
+    assert hanging.was_stopped()
+
+
 @needs_compiler
-def test_a_pool_is_left_by_nobody(store, monkeypatch):
-    """Whoever stops reading the outcomes stops the compilers."""
-    monkeypatch.setattr(registry.Choice, "source", lambda self: "import time\ntime.sleep(600)\n")
+def test_interrupted_it_leaves_no_compiler(store, monkeypatch, tmp_path):
+    note = tmp_path / "note"
+    source = f"import pathlib, time\npathlib.Path({str(note)!r}).touch()\ntime.sleep(600)\n"
+    monkeypatch.setattr(registry.Choice, "source", lambda self: source)
     wanted, _ = prewarm.choices(models.specs_for("deepseek-v3", tp=8, arch="sm_90a", max_s_q=1))
     servers = []
     started = Pool._started
     monkeypatch.setattr(Pool, "_started", lambda self: servers.append(started(self)) or servers[-1])
-    outcomes = prewarm.run(wanted, store, 2)
-    threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    thread = threading.Thread(target=lambda: wait_until(note.exists) and os.kill(os.getpid(), signal.SIGINT))
+    thread.start()
     with pytest.raises(KeyboardInterrupt):
-        next(outcomes)
+        prewarm.run(wanted, store, 2)
+    thread.join()
     assert wait_until(lambda: not any(alive(s.process.pid) for s in servers if s))

@@ -5,23 +5,29 @@ import itertools
 import pytest
 from hypothesis import given, settings
 
-from jitmla import registry, render, schema
+from jitmla import pick, registry, render, schema
 from jitmla.errors import InvalidTemplate, NoTemplate
 from jitmla.registry import Template, Variant, choose, templates
-from jitmla.spec import Spec
+from jitmla.spec import Spec, fp8_bmm_spec
 
 from .documents import valid
-from .keysets import ROWS, product, spec
+from .keysets import ROWS, SETS, every_choice, product, spec
 
 DETERMINED = settings(deadline=None, derandomize=True, database=None)
 SHIPPED = [(op, t) for op in registry.ops() for t in templates(op)]
-SMEM_LIMIT = {"sm_90a": 232448}  # bytes that one block may have
+SMEM_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376, "sm_90a": 232448,  # of one block
+              "sm_100a": 232448, "sm_103a": 232448, "sm_120a": 101376, "sm_121a": 101376}
 REGISTER_FILE = 65536
 
 
 def test_ops():
-    assert registry.ops() == ["mla_decode"]
-    assert registry.backends("mla_decode") == ["sm90"]
+    assert {op: registry.backends(op) for op in registry.ops()} == {
+        "fp8_bmm": ["sm90"], "inv_rope_fp8_quant": ["simt"], "mla_decode": ["sm90"]}
+
+
+def test_each_op_has_its_sets():
+    """What tests render, compile and run: a card whose op is not there would go without."""
+    assert set(SETS) == set(registry.ops())
 
 
 @pytest.mark.parametrize("op, template", SHIPPED, ids=lambda x: getattr(x, "name", x))
@@ -71,12 +77,12 @@ class TestCards:
             schema.check(name, "name")
 
     def test_every_variant_is_reachable(self, op, template):
-        reached = {choose(s).variant.name for s in product() if choose(s).template.name == template.name}
+        reached = {c.variant.name for c in every_choice(op) if c.template.name == template.name}
         assert reached == {v.name for v in template.variants}
 
     def test_every_supported_value_is_reachable(self, op, template):
         """In the card's table no value stands that another template takes away in every case; `rows` is preference."""
-        served = [dict(s) for s in product() if choose(s).template.name == template.name]
+        served = [dict(c.spec) for c in every_choice(op) if c.template.name == template.name]
         for field, values in template.supports.items():
             if field != "rows":
                 assert {s[field] for s in served} == set(values), field
@@ -122,6 +128,27 @@ def test_any_spec_is_served_or_refused_with_a_reason(facts):
         expected.add(f"kv_dtype={wanted['kv_dtype']} with dtype={wanted['dtype']} (needs them equal)")
     assert missing == expected
     assert "backend='reference'" in error.remedy
+
+
+@pytest.mark.parametrize("op", pick.RULES)
+def test_rows_that_are_picked_by_call(op):
+    """All rows serve the same Spec, of all templates."""
+    for wanted in SETS[op].product():
+        found = registry.choices(wanted)
+        assert [c.name for c in found] == [f"{t.name}/{v.name}" for t in templates(op) for v in t.variants]
+        assert len({c.key for c in found}) == len(found)
+        assert choose(wanted) == found[0]
+
+
+def test_elsewhere_there_is_one_choice():
+    assert all(registry.choices(s) == [choose(s)] for s in product())
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_100a", "sm_120a"])
+def test_the_product_is_for_hopper_only(arch):
+    with pytest.raises(NoTemplate, match=f"arch={arch}") as caught:
+        choose(fp8_bmm_spec(arch=arch))
+    assert "nearest sm90_tiles: arch: sm_90a" in caught.value.supported
 
 
 def test_the_nearest_template_misses_least(monkeypatch):

@@ -14,7 +14,7 @@ from jitmla.registry import read_common
 from jitmla.render import BEGIN, END, constants_of, digest, inline, render
 
 from .golden import FOLDER, files, normalised
-from .keysets import covering, product
+from .keysets import covering_choices, every_choice
 
 DETERMINED = settings(deadline=None, derandomize=True, database=None)
 TEMPLATE = f'''"""A template."""
@@ -235,15 +235,14 @@ def test_normalised_text_is_the_same_code():
     assert normalised(source) == 'x = "# no comment"\ndef f():\n    return x\n'
 
 
-@pytest.mark.parametrize("spec", covering(), ids=str)
-def test_every_rendered_file(spec):
-    choice = registry.choose(spec)
+@pytest.mark.parametrize("choice", covering_choices(), ids=lambda c: f"{c.variant.name} {c.spec}")
+def test_every_rendered_file(choice):
     text = choice.source()
     tree = ast.parse(text)
     assert "from common" not in text and "import common" not in text
     assert constants_of(text) == dict(choice.key.constants)
     head = text.splitlines()[:3]
-    assert head == [f"# jitmla kernel {choice.key.name} for sm_90a", f"# Key {choice.key.digest}",
+    assert head == [f"# jitmla kernel {choice.key.name} for {choice.spec.arch}", f"# Key {choice.key.digest}",
                     f"# template {choice.template.digest}"]
     assert ast.get_docstring(tree), "the template's docstring stays the module's docstring"
     defined = [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
@@ -253,10 +252,10 @@ def test_every_rendered_file(spec):
 
 def test_every_source_is_another_one():
     """Keys that differ have sources that differ: no Key is compiled for nothing."""
-    choices = [registry.choose(spec) for spec in product()]
+    choices = every_choice()
     assert len({c.key.digest for c in choices}) == len({(c.template.name, c.key.constants) for c in choices})
-    assert len(choices) == len(set(product()))
-    some = [registry.choose(spec) for spec in covering()]
+    assert len(choices) == len({c.key.digest for c in choices})
+    some = covering_choices()
     assert len({normalised(c.source()) for c in some}) == len(some)
 
 

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from jitmla import compile, registry, toolchain
+from jitmla import compile, toolchain
 from jitmla.errors import JitmlaError
 from jitmla.store import Store
 
-from .keysets import covering, only_when_asked, product
+from .keysets import covering_choices, every_choice, only_when_asked
 
 pytestmark = pytest.mark.skipif(toolchain.current() is None or toolchain.linker() is None,
                                 reason="needs the compiler (CuTe DSL) and a C linker")
+COVERED = {choice.key for choice in covering_choices()}
 
 
 @pytest.fixture(scope="module")
@@ -34,34 +35,37 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def kernels(store, request):
-    """spec -> (choice, the entry or the error of its compile). Alone, this process compiles on all cores ahead of the
+    """choice -> the entry or the error of its compile. Alone, this process compiles on all cores ahead of the
     tests; beside others (xdist) each compiles what its own tests ask for."""
-    def one(spec):
-        choice = registry.choose(spec)
+    def one(choice):
         try:
-            return choice, compile.get_or_compile(choice.key, choice.source, store)
+            return compile.get_or_compile(choice.key, choice.source, store)
         except JitmlaError as e:
-            return choice, e
+            return e
 
     if "PYTEST_XDIST_WORKER" in os.environ:
         yield one
         return
-    asked = [item.callspec.params["spec"] for item in request.session.items if item.path == request.path]
+    asked = [item.callspec.params["choice"] for item in request.session.items if item.path == request.path]
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        waiting = {spec: pool.submit(one, spec) for spec in asked if spec in covering()}
-        yield lambda spec: (waiting.get(spec) or pool.submit(one, spec)).result()
+        waiting = {choice.key: pool.submit(one, choice) for choice in asked if choice.key in COVERED}
+        yield lambda choice: (waiting.get(choice.key) or pool.submit(one, choice)).result()
+
+
+def name(choice):
+    return f"{choice.variant.name} {choice.spec}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [s for s in product() if s not in covering()], ids=str)
-def test_every_other_kernel(spec, request):
+@pytest.mark.parametrize("choice", [c for c in every_choice() if c.key not in COVERED], ids=name)
+def test_every_other_kernel(choice, request):
     only_when_asked(request.config)
-    check(*request.getfixturevalue("kernels")(spec))
+    check(choice, request.getfixturevalue("kernels")(choice))
 
 
-@pytest.mark.parametrize("spec", covering(), ids=str)
-def test_covering_kernels(spec, kernels):
-    check(*kernels(spec))
+@pytest.mark.parametrize("choice", covering_choices(), ids=name)
+def test_covering_kernels(choice, kernels):
+    check(choice, kernels(choice))
 
 
 def check(choice, entry):
@@ -69,7 +73,7 @@ def check(choice, entry):
         raise entry  # wgmma that ptxas serialised is one of these
     assert entry.key == choice.key
     devices = entry.manifest["kernels"]
-    assert any("MlaDecode" in kernel["name"] for kernel in devices)
+    assert any(choice.spec.op.title().replace("_", "") in kernel["name"] for kernel in devices)
     for kernel in devices:
         assert (kernel["spill_bytes"], kernel["stack_bytes"]) == (0, 0), kernel
         assert kernel["registers"] <= choice.variant.max_registers, kernel

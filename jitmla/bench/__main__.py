@@ -38,6 +38,33 @@ def mla_decode(peers: bool, json_file: Path | None, commit: str | None, command:
     return result
 
 
+def o_proj(peers: bool, sweep: bool, json_file: Path | None, commit: str | None, command: str) -> dict[str, Any]:
+    """Measure the output path of DeepSeek-V4, print the table, and write the JSON file if asked to."""
+    import torch
+
+    from ..errors import NoTemplate
+    if not torch.cuda.is_available():
+        raise NoTemplate("jitmla bench on a machine without an NVIDIA GPU", supported="a CUDA device",
+                         differs="torch.cuda.is_available() is false", remedy="run it where the GPU is")
+    from . import o_proj as ours
+    if sweep:
+        return ours.sweep(report.environment(command, commit), json_file)
+    from .timing import ceilings
+    found, absent = ours.available() if peers else ({}, {})
+    result = report.environment(command, commit)
+    result |= {"op": "o_proj", "peers": {**found}, "absent": absent, "ceilings": ceilings(), "host": ours.host(),
+               "rows": []}
+    for row in ours.rows(list(found)):
+        result["rows"].append(row)
+        times = ", ".join(f"{name} {t['us']:.1f} us" for name, t in row["times"].items())
+        print(f"{report.case_name(row['case'])}: {times}", file=sys.stderr, flush=True)
+    result["toolchain"] = result["rows"][0]["toolchain"]
+    report.show(result)
+    if json_file:
+        report.write(result, json_file)
+    return result
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code of `python -m jitmla.bench ...`."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -47,9 +74,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     op.add_argument("--peers", action="store_true", help="measure FlashMLA and FlashInfer as well, where they are")
     op.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     op.add_argument("--commit", help="what to record as the commit, where this is a copy without its .git")
+    path = commands.add_parser("o_proj", help="DeepSeek-V4's output path: quantisation, grouped FP8 product, both")
+    path.add_argument("--peers", action="store_true", help="measure DeepGEMM and vLLM's quantisation, where they are")
+    path.add_argument("--sweep", action="store_true", help="all variants over numbers of tokens, and what is picked")
+    path.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    path.add_argument("--commit", help="what to record as the commit, where this is a copy without its .git")
     options = parser.parse_args(argv)
+    command = " ".join(["jitmla bench", *argv])
     try:
-        mla_decode(options.peers, options.json, options.commit, " ".join(["jitmla bench", *argv]))
+        if options.op == "o_proj":
+            o_proj(options.peers, options.sweep, options.json, options.commit, command)
+        else:
+            mla_decode(options.peers, options.json, options.commit, command)
     except JitmlaError as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
         return 1

@@ -60,3 +60,50 @@ MLA_DECODE = [DecodeCase(*shape) for shape in (
     DecodeCase(4, 1, 32, 4096, kv_lora_rank=256, page_size=32),
 ]
 HOST = [DecodeCase(128, 1, 1, 1024), DecodeCase(16, 1, 1, 1024)]
+
+
+@dataclass(frozen=True)
+class OProjCase:
+    """A call of DeepSeek-V4's output path. part: "quantise", "product" or "chain"."""
+
+    part: str
+    tokens: int
+    groups: int
+    heads: int
+    rows: int = 1024
+    scale_mode: str = "pow2_f32"
+    neox: bool = False
+
+    @property
+    def columns(self) -> int:
+        """Of a group: K of the product."""
+        return self.heads // self.groups * 512
+
+    def flops(self) -> int:
+        """Of the product; the quantisation has a few per value and is never limited by them."""
+        return 0 if self.part == "quantise" else 2 * self.tokens * self.groups * self.rows * self.columns
+
+    def bytes(self) -> int:
+        """Each input and each result once; what passes between the two parts of the chain is not counted."""
+        values = self.tokens * self.heads * 512
+        scales = values // 128 * (1 if self.scale_mode == "ue8m0_i32" else 4)
+        inputs, table = 2 * values, self.tokens * (64 * 4 + 8)
+        weights = self.groups * self.rows * self.columns
+        out = 2 * self.tokens * self.groups * self.rows
+        return {"quantise": inputs + table + values + scales, "product": values + scales + weights + out,
+                "chain": inputs + table + weights + out}[self.part]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+TOKENS = (1, 3, 16, 64, 128, 256, 257, 512, 1024, 1500, 2048, 2049, 4096, 4097, 8192)
+GROUPED = ((8, 128), (8, 64), (16, 128))  # groups, heads: K 8192 and 4096
+O_PROJ = ([OProjCase("quantise", m, 8, 128) for m in TOKENS]
+          + [OProjCase("quantise", 8192, 8, 128, scale_mode=mode) for mode in ("raw_f32", "ue8m0_i32")]
+          + [OProjCase("quantise", m, 8, 128, neox=True) for m in (256, 8192)]
+          + [OProjCase("product", m, g, h) for g, h in GROUPED for m in TOKENS]
+          + [OProjCase("chain", m, g, h) for g, h in GROUPED for m in (1, 64, 257, 1024, 1500, 8192)])
+O_PROJ_HOST = [OProjCase("quantise", 1, 8, 128), OProjCase("product", 1, 8, 128), OProjCase("chain", 1, 8, 128)]
+# powers of two and the points between
+SWEEP = sorted({m for e in range(15) for m in (2**e, 3 * 2**e // 2) if 1 <= m <= 16384} | {17, 33, 65, 129, 257, 1025})

@@ -19,6 +19,11 @@ profile; median of 20. Each contender's result is compared with float64 before i
 rows, q and out once. Ratio: time of the better peer over ours. What peers plan anew for each step is not in their
 times: FlashMLA's metadata kernel, FlashInfer's plan() on the host with a copy from the device."""
 
+O_PROJ_METHOD = """\
+Output path of DeepSeek-V4 (`o_proj`): the same method. M tokens, G groups, h heads of 512 columns, 1024 rows of weights
+per group. GB/s count each input and result once. Peers, where they are installed: DeepGEMM's fp8_einsum, vLLM's Triton
+quantisation, and for the chain one after the other."""
+
 INTRODUCTION = """\
 Generated from the files `*.json` in this folder by `make docs`; `jitmla bench mla_decode --peers --json FILE` makes
 such a file. It holds the machine, the date, the commit, the exact command, and the raw samples beside the medians."""
@@ -66,7 +71,10 @@ def rounded(value: Any) -> Any:
 
 
 def case_name(case: dict[str, Any]) -> str:
-    """Short: what differs from bf16, 512 + 64, pages of 64."""
+    """Short: what differs from bf16, 512 + 64, pages of 64; for the output path, from powers of two in float32."""
+    if "part" in case:
+        name = f"{case['part']} G{case['groups']} h{case['heads']} M {case['tokens']}"
+        return name + f", {case['scale_mode']}" * (case["scale_mode"] != "pow2_f32") + ", neox" * case["neox"]
     name = f"h{case['heads']}" + (f" s_q{case['s_q']}" if case["s_q"] > 1 else "") + f" B{case['batch']}"
     name += f" kv {'1..' if case['ragged'] else ''}{case['kv']}"
     usual = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "page_size": 64, "dtype": "bf16"}
@@ -88,7 +96,7 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
         lines.append([case_name(row["case"]), f"{ours['us']:.1f}", f"{ours['tflops']:.0f}", f"{ours['gbps']:.0f}",
                       *(f"{row['times'][p]['us']:.1f}" if p in row["times"] else "-" for p in peers), ratio,
-                      row["kernel"].removeprefix("mla_decode/")])
+                      " + ".join(key.partition("/")[2] for key in row["kernel"].split(" + "))])
     return lines
 
 
@@ -109,7 +117,7 @@ def show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
     console = Console()
-    table = Table(title=f"mla_decode on {result['gpu']}, {result['date']}")
+    table = Table(title=f"{result['op']} on {result['gpu']}, {result['date']}")
     for i, name in enumerate(header(result)):
         table.add_column(name, justify="left" if i == 0 or name == "kernel" else "right")
     for line in cells(result):
@@ -140,7 +148,8 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     """docs/benchmarks/README.md: all results, newest first."""
     newest = sorted(results, key=lambda r: (r["date"], r["command"]), reverse=True)
     sections = [markdown(r) for r in newest] or ["There are no results yet.\n"]
-    return "\n".join(["# Benchmarks", "", INTRODUCTION, "", METHOD, "", *sections])
+    methods = [METHOD, *([O_PROJ_METHOD] if any(r["op"] == "o_proj" for r in results) else [])]
+    return "\n".join(["# Benchmarks", "", INTRODUCTION, "", "\n\n".join(methods), "", *sections])
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

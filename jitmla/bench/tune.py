@@ -224,7 +224,7 @@ def merged(old: Document, new: Document) -> Document:
     if [old["gpu"][f] for f in ("name", "sms")] != [new["gpu"][f] for f in ("name", "sms")]:
         raise InvalidTunings(f"tunings of {old['gpu']['name']}", supported=f"a file of {new['gpu']['name']}",
                              differs="they were measured on another kind of GPU", remedy="write to another file")
-    both = {name: {json.dumps([e.get(f) for f in ("spec", "kv_lora_rank", "rows", "batch")]): e
+    both = {name: {json.dumps([e.get(f) for f in ("spec", "sizes", "kv_lora_rank", "rows", "batch")]): e
                    for e in [*old[name], *new[name]]} for name in ("variants", "launches")}
     return {**new, **{name: [entries[k] for k in sorted(entries)] for name, entries in both.items()}}
 

@@ -37,7 +37,7 @@ def export(
         entries = _all(store, arch)
     else:
         specs = requests.of_model(model, tp, arch or "", page_size or models.PAGE_SIZES, max_s_q, dtype)
-        keys = dict.fromkeys(registry.choose(spec).key for spec in specs)
+        keys = dict.fromkeys(choice.key for spec in specs for choice in registry.choices(spec))
         entries = [entry for entry in map(store.find, keys) if entry is not None]
         if len(entries) < len(keys):
             raise InvalidArgument(f"the {len(keys)} kernels of {model}", supported="those that are stored",

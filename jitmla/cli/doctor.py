@@ -213,11 +213,15 @@ def _torch(probe: subprocess.Popen[str], drivers: int) -> Iterator[Check]:
         yield Check("GPU", f"{drivers}, but torch sees none", [LAUNCH],
                     "install a CUDA build of torch that fits the driver" if not seen["cuda"] else
                     "check CUDA_VISIBLE_DEVICES, and that the driver is new enough for this build of torch")
-    served = {name for op in registry.ops() for template in registry.templates(op) for name in template.archs}
+    served: dict[str, list[str]] = {}  # arch -> the ops that have kernels for it
+    for op in registry.ops():
+        for name in dict.fromkeys(name for template in registry.templates(op) for name in template.archs):
+            served.setdefault(name, []).append(op)
     for name, major, minor in seen["devices"]:
         known = arch.BY_CAPABILITY.get((major, minor))
         if known in served:
-            yield Check("GPU", f"{name}, {known}")
+            some = served[known]
+            yield Check("GPU", f"{name}, {known}" + ("" if some == registry.ops() else f": only {', '.join(some)}"))
         else:
             yield Check("GPU", f"{name}, {known or f'compute capability {major}.{minor}'}: no kernel for it", [LAUNCH],
                         f"there are kernels for {', '.join(sorted(served))}; backend='reference' runs anywhere")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,8 +76,14 @@ def prewarm(
     outcomes: list[Outcome] = []
     total = len(wanted) + len(unserved)
     try:
-        for outcome in _shown(chain(unserved, run(wanted, Store(), jobs or cores())), total, as_json):
-            outcomes.append(outcome)
+        with _shown(total, as_json) as show:
+            def each(outcome: Outcome) -> None:
+                outcomes.append(outcome)
+                show(outcome)
+
+            for outcome in unserved:
+                each(outcome)
+            run(wanted, Store(), jobs or cores(), each)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     finally:
@@ -95,12 +101,11 @@ def _refuse(options: dict[str, Any], why: str) -> None:
             raise typer.BadParameter(f"{name} {why}")
 
 
-def _shown(outcomes: Iterator[Outcome], total: int, as_json: bool) -> Iterator[Outcome]:
-    """The same outcomes, each printed when it is done: a JSON object on stdout, or a step of a bar on stderr."""
+@contextmanager
+def _shown(total: int, as_json: bool) -> Iterator[Callable[[Outcome], None]]:
+    """What shows an outcome when it is done: as a JSON object on stdout, or as a step of a bar on stderr."""
     if as_json:
-        for outcome in outcomes:
-            output.json_line(outcome.as_dict())
-            yield outcome
+        yield lambda outcome: output.json_line(outcome.as_dict())
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -111,9 +116,7 @@ def _shown(outcomes: Iterator[Outcome], total: int, as_json: bool) -> Iterator[O
         end = events.subscribe(lambda event: bar.console.print(str(event), markup=False, highlight=False)
                                if event.kind in ("wait", "degrade", "refuse") else None)
         try:
-            for outcome in outcomes:
-                bar.advance(task)
-                yield outcome
+            yield lambda outcome: bar.advance(task)
         finally:
             end()
 

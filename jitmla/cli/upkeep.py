@@ -73,8 +73,7 @@ def _rebuilt(entry: Entry) -> dict[str, str]:
     if toolchain.current(dict(key.toolchain or ())["options"]) != key.toolchain:
         return {"status": "skipped", "reason": "made by another toolchain than the one installed here"}
     try:
-        choice = registry.choose(key.spec)
-        if choice.key == key and choice.source() != entry.source:
+        if any(choice.key == key and choice.source() != entry.source for choice in registry.choices(key.spec)):
             return {"status": "differs", "reason": "the template gives another source now"}
     except NoTemplate:  # of a template that is gone: its source is in the entry
         pass

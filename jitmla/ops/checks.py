@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import registry
 from ..errors import InvalidArgument, InvalidArgumentType
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -37,16 +38,17 @@ def dtype(name: str, value: Tensor, allowed: Sequence[torch.dtype]) -> None:
                                   remedy=f"convert it: {name}.to({allowed[0]})")
 
 
-def shape(name: str, value: Tensor, layout: str, expected: Sequence[int]) -> None:
+def shape(name: str, value: Tensor, layout: str, expected: Sequence[int], follows: str = "q and kv_lora_rank") -> None:
     if tuple(value.shape) != tuple(expected):
         raise InvalidArgument(f"{name}: {describe(value)}", supported=f"{name} {layout} = {list(expected)}",
                               differs=f"its shape is {list(value.shape)}",
-                              remedy=f"pass {name} with that shape; its sizes follow from q and kv_lora_rank")
+                              remedy=f"pass {name} with that shape; its sizes follow from {follows}")
 
 
-def device(name: str, value: Tensor, expected: torch.device) -> None:
+def device(name: str, value: Tensor, expected: torch.device, of: str = "q") -> None:
     if value.device != expected:
-        raise InvalidArgument(f"{name} on {value.device}", supported=f"all tensors on one device; q is on {expected}",
+        raise InvalidArgument(f"{name} on {value.device}",
+                              supported=f"all tensors on one device; {of} is on {expected}",
                               differs=f"{name} is not there", remedy=f"move it: {name}.to('{expected}')")
 
 
@@ -84,3 +86,18 @@ def finite_number(name: str, value: Any) -> float:
         raise InvalidArgument(f"{name}={value}", supported="a finite number", differs="it is not finite",
                               remedy=f"look where {name} is computed")
     return float(value)
+
+
+def takes_reference(op: str, backend: Any, tensor: Tensor) -> bool:
+    """Whether the reference serves a call on this tensor's device; raises InvalidArgument for a backend that cannot."""
+    known = ["auto", "reference", *registry.backends(op)]
+    if backend not in known:
+        raise InvalidArgument(f"backend={backend!r}", supported=", ".join(known), differs="there is no such backend",
+                              remedy="see `jitmla kernels`")
+    if tensor.device.type == "cuda" or backend == "reference":
+        return backend == "reference"
+    if backend == "auto":
+        return True
+    raise InvalidArgument(f"backend={backend!r} on {tensor.device} tensors",
+                          supported="CUDA tensors, or backend='reference'", differs=f"they are on {tensor.device}",
+                          remedy="move the tensors to the GPU, or use backend='auto'")

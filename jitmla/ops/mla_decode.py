@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, events, schedule, torch_ops
-from ..errors import InvalidArgument
 from ..spec import mla_decode_spec
 from ..workspace import scratch
 from . import checks, reference
 from .mla_decode_arguments import REQUIRED, check, check_layout, rope_dim
 
 OP = "mla_decode"
-PREPARED_MAX = 8192  # call shapes remembered; an engine has a few hundred
 HAS_SINKS, WANTS_LSE, COOPERATIVE = 1, 2, 4  # bits of the kernels' flags (templates/common/mla_combine.py)
 INF = float("inf")
 
@@ -164,7 +162,7 @@ class Empty:
         pass
 
 
-_prepared: dict[Any, OnGpu] = {}
+_prepared = dispatch.Remembered()
 
 
 def _prepare(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_rank: Any, sm_scale: Any, causal: Any,
@@ -174,7 +172,7 @@ def _prepare(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_ran
     joined = q_pe is q_nope
     batch, s_q, heads, _ = q_nope.shape
     out_shape = (batch, s_q, heads, int(kv_lora_rank))
-    if _takes_reference(backend, q_nope):
+    if checks.takes_reference(OP, backend, q_nope):
         events.emit("choose", op=OP, backend="reference", device=str(q_nope.device),
                     why="asked for" if backend == "reference" else "CPU tensors")
         return OnReference(out_shape, bool(causal) and s_q > 1, joined)
@@ -191,8 +189,6 @@ def _prepare(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_ran
                      torch.cuda.device_count() > 1, kv_lora_rank if joined else 0,
                      schedule.workspace_floats(launch.parts, s_q * heads, kv_lora_rank),
                      schedule.semaphore_count(launch.parts, s_q * heads), tuple(launch), _no_lse(device))
-    if len(_prepared) >= PREPARED_MAX:
-        _prepared.clear()
     _prepared[q_nope.shape, q_nope.dtype, q_nope.get_device(), joined, q_pe.size(3), kv_cache.size(1), kv_lora_rank,
               causal, backend] = prepared
     return prepared
@@ -201,17 +197,3 @@ def _prepare(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_ran
 @functools.cache
 def _no_lse(device: torch.device) -> Tensor:
     return torch.empty(1, 1, 1, dtype=torch.float32, device=device)
-
-
-def _takes_reference(backend: Any, q: Tensor) -> bool:
-    if backend not in ("auto", "reference", *dispatch.backends(OP)):
-        raise InvalidArgument(f"backend={backend!r}",
-                              supported=", ".join(["auto", "reference", *dispatch.backends(OP)]),
-                              differs="there is no such backend", remedy="see `jitmla kernels`")
-    if q.device.type == "cuda" or backend == "reference":
-        return backend == "reference"
-    if backend == "auto":
-        return True
-    raise InvalidArgument(f"backend={backend!r} on {q.device} tensors",
-                          supported="CUDA tensors, or backend='reference'", differs=f"q is on {q.device}",
-                          remedy="move the tensors to the GPU, or use backend='auto'")

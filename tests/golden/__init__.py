@@ -1,7 +1,7 @@
 """Rendered sources as they were when last looked at. `python -m tests.golden` writes them; git shows what changed.
 
     <template>.txt   the code of one Key of each template, without comments, docstrings and empty lines
-    constants.txt    the constants of every Key that the cards can give
+    constants.txt    the constants of every Key that the cards can give on Hopper
 
 So a change of a helper, of rendering, or of a card shows up as a change of generated code; a comment does not.
 """
@@ -13,12 +13,11 @@ import io
 import tokenize
 from pathlib import Path
 
-from jitmla import registry
+from jitmla.registry import Choice
 
-from ..keysets import ROWS, product, spec
+from ..keysets import ARCH, every_choice, golden_choices
 
 FOLDER = Path(__file__).parent
-WORKING_POINTS = [spec("bf16", 512, 64, rows, rows == max(ROWS)) for rows in ROWS]  # causal: the code it adds is seen
 
 
 def normalised(source: str) -> str:
@@ -38,13 +37,11 @@ def normalised(source: str) -> str:
 
 def files() -> dict[str, str]:
     """Name and text of each golden file, as of now."""
-    choices = {choice.template.name: choice for choice in map(registry.choose, WORKING_POINTS)}
-    found = {f"{name}.txt": normalised(choice.source()) for name, choice in choices.items()}
-    found["constants.txt"] = "".join(_constants(s) for s in product())
+    found = {f"{choice.template.name}.txt": normalised(choice.source()) for choice in golden_choices()}
+    found["constants.txt"] = "".join(_constants(c) for c in every_choice() if c.spec.arch == ARCH)
     return found
 
 
-def _constants(s) -> str:
-    choice = registry.choose(s)
-    facts = " ".join(f"{k}={v}" for k, v in s if k not in ("op", "arch", "kv_dtype", "qk_rope_head_dim"))
+def _constants(choice: Choice) -> str:
+    facts = " ".join(f"{k}={v}" for k, v in choice.spec if k not in ("op", "arch", "kv_dtype", "qk_rope_head_dim"))
     return f"{facts}\n    {choice.key.name}: " + " ".join(f"{k}={v!r}" for k, v in choice.key.constants) + "\n"

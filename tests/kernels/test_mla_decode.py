@@ -550,8 +550,8 @@ def test_mistakes_in_a_shape_that_is_known(name):
 
 
 def test_what_is_remembered_is_bounded(monkeypatch):
-    monkeypatch.setattr(op, "_prepared", {})
-    monkeypatch.setattr(op, "PREPARED_MAX", 4)
+    monkeypatch.setattr(dispatch.Remembered, "MOST", 4)
+    monkeypatch.setattr(op, "_prepared", dispatch.Remembered())
     for heads in range(1, 9):
         problem = mla_decode_problem([3], heads=heads, device="cuda")
         for _ in range(2):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,5 +56,4 @@ class Gpu:
     def close(self):
         """The process is as it was, frozen no more; the patches are undone by whoever made them."""
         self._forget()
-        if "jitmla.ops.mla_decode" in sys.modules:
-            sys.modules["jitmla.ops.mla_decode"]._prepared.clear()
+        dispatch.forget()

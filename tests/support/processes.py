@@ -4,7 +4,11 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+
+PATIENCE = 120.0  # seconds for what must happen at some time: only a test that fails takes that long
 
 
 @contextlib.contextmanager
@@ -23,6 +27,17 @@ def running(action):
             os.kill(child, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(child, 0)
+
+
+@contextlib.contextmanager
+def program(*arguments, env):
+    """A Python process during the block, its output in pipes. Afterwards it is dead, and they are closed."""
+    with subprocess.Popen([sys.executable, *map(str, arguments)], env=env, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def at_once(count, action, folder):
@@ -45,7 +60,7 @@ def at_once(count, action, folder):
     return [json.loads((folder / f"result-{i}.json").read_text()) for i in range(count)]
 
 
-def wait_until(condition, seconds=5.0):
+def wait_until(condition, seconds=PATIENCE):
     """Whether `condition()` holds before the time is over."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -1,0 +1,136 @@
+"""Which variant a call runs, for the ops that decide it by the sizes of a call: pure functions of these.
+
+Such an op has a Rule here; registry.choose applies it, after tunings. All that a rule can give is in `keys_for`, so a
+server that has prewarmed meets no new Key when a batch grows, and `jitmla.explain(spec, **sizes)` shows what a rule
+says, and why. Variants go by "template/variant". The numbers were measured on an H200.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from .errors import InvalidArgument, NoTemplate
+
+
+class Rule(NamedTuple):
+    """sizes: names of the sizes of a call. fits(variant, **sizes): whether it can be launched with them.
+    best(variants that fit, **sizes) -> (variant, reason)."""
+
+    sizes: tuple[str, ...]
+    fits: Callable[..., bool]
+    best: Callable[..., tuple[str, str]]
+
+
+def fitting(op: str, variants: Sequence[str], sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Those that a call of these sizes can run; raises InvalidArgument unless they are the sizes of the op's rule, and
+    NoTemplate when none fits."""
+    rule = RULES.get(op)
+    if rule is None:
+        raise InvalidArgument(f"sizes {', '.join(sizes)} of {op}", supported=", ".join(RULES),
+                              differs="a Spec of this op has one variant, whatever the sizes")
+    if set(sizes) != set(rule.sizes):
+        raise InvalidArgument(f"sizes {', '.join(sizes)} of {op}", supported=", ".join(rule.sizes),
+                              differs=f"not the same: {', '.join(sorted(set(sizes) ^ set(rule.sizes)))}")
+    found = tuple(v for v in variants if rule.fits(v, **sizes))
+    if not found:
+        raise NoTemplate(f"{op} with {', '.join(f'{n}={v}' for n, v in sizes.items())}", supported=", ".join(variants),
+                         differs="none can be launched with these sizes")
+    return found
+
+
+def best(op: str, variants: Sequence[str], sizes: Mapping[str, int]) -> tuple[str, str]:
+    """(variant, reason): the one of `variants`, which fit, that the rule expects to be the fastest."""
+    return RULES[op].best(tuple(variants), **sizes)
+
+
+# ----------------------------------------------------------------------------------------------- inv_rope_fp8_quant
+
+
+class Rows(NamedTuple):
+    """A variant. heads: of a block. most: (token, head) rows up to which it is the best."""
+
+    heads: int
+    most: float
+
+
+QUANT = {
+    "warp_rows/t4h1": Rows(1, 32 * 128),
+    "warp_rows/t8h2": Rows(2, 96 * 128),
+    "warp_rows/t8h4": Rows(4, 512 * 128),
+    "warp_rows/t8h8": Rows(8, float("inf")),
+}
+
+
+def _quant_fits(variant: str, *, tokens: int, heads: int, heads_per_group: int) -> bool:
+    return heads_per_group % QUANT[variant].heads == 0
+
+
+def _quant_best(variants: tuple[str, ...], *, tokens: int, heads: int, heads_per_group: int) -> tuple[str, str]:
+    """Small blocks while they do not fill the GPU; then large ones, which load the sines once for more heads."""
+    chosen = next((v for v in variants if tokens * heads <= QUANT[v].most), variants[-1])
+    limit = "no limit" if chosen == variants[-1] else f"up to {int(QUANT[chosen].most)}"
+    return chosen, f"{tokens * heads} (token, head) rows ({limit}), {heads_per_group} heads per group"
+
+
+# ---------------------------------------------------------------------------------------------------------- fp8_bmm
+
+
+class Cost(NamedTuple):
+    """What a variant takes: `waves` times blocks of K of a CTA times `block` us, plus `fixed` us.
+
+    tokens, columns: of a tile. ctas: that share a tile (and its blocks of K). share: columns of a cluster / columns.
+    """
+
+    tokens: int
+    columns: int
+    ctas: int
+    share: int
+    block: float
+    fixed: float
+
+
+BMM = {
+    "sm90_tiles/m128n256": Cost(128, 256, 1, 1, 0.78, 3.0),
+    "sm90_tiles/m128n128": Cost(128, 128, 1, 1, 0.50, 5.0),
+    "sm90_stream/t16r64": Cost(16, 64, 1, 1, 0.20, 3.0),
+    "sm90_stream/t64r64": Cost(64, 64, 1, 1, 0.25, 3.0),
+    "sm90_stream/t64r128": Cost(64, 128, 1, 1, 0.33, 3.0),
+    "sm90_stream/t64r128x2": Cost(64, 128, 2, 1, 0.33, 4.5),
+    "sm90_stream/t128r128x2": Cost(128, 128, 2, 1, 0.60, 4.5),
+}
+BYTES_PER_US = 4.4e6  # what the memory of an H200 gives to a kernel that reads
+
+
+def _bmm_fits(variant: str, *, groups: int, tokens: int, columns: int, k: int, sms: int) -> bool:
+    return columns % (BMM[variant].columns * BMM[variant].share) == 0
+
+
+@lru_cache(maxsize=65536)
+def _bmm_best(variants: tuple[str, ...], *, groups: int, tokens: int, columns: int, k: int, sms: int
+              ) -> tuple[str, str]:
+    """The variant that takes the least by this model: the longer of its waves and of the memory traffic."""
+    times = {v: _bmm_us(BMM[v], groups, tokens, columns, k, sms) for v in variants}
+    ranked = sorted(times, key=times.__getitem__)
+    return ranked[0], "estimated us: " + ", ".join(f"{v} {times[v]:.1f}" for v in ranked)
+
+
+def _bmm_us(cost: Cost, groups: int, tokens: int, columns: int, k: int, sms: int) -> float:
+    tiles_m = -(-tokens // cost.tokens)
+    waves = -(-groups * tiles_m * (columns // cost.columns) * cost.ctas // sms)
+    blocks = -(-k // 128 // cost.ctas)
+    moved = groups * (columns * k + tokens * k + 2 * tokens * columns)
+    return max(waves * blocks * cost.block, moved / BYTES_PER_US) + cost.fixed
+
+
+def fp8_bmm_ctas(variant: str, groups: int, tokens: int, columns: int, sms: int) -> int:
+    """The CTAs of a persistent variant: no more than multiprocessors or tiles. The others do not look at it."""
+    cost = BMM[variant]
+    return min(sms, groups * -(-tokens // cost.tokens) * (columns // cost.columns))
+
+
+RULES = {
+    "inv_rope_fp8_quant": Rule(("tokens", "heads", "heads_per_group"), _quant_fits, _quant_best),
+    "fp8_bmm": Rule(("groups", "tokens", "columns", "k", "sms"), _bmm_fits, _bmm_best),
+}

@@ -1,0 +1,141 @@
+"""The rules that pick a variant by the sizes of a call: they give what the cards have, and fit what they are given."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jitmla
+from jitmla import pick, registry, tune
+from jitmla.errors import InvalidArgument, InvalidTunings
+from jitmla.spec import Spec, fp8_bmm_spec
+
+from .keysets import quant_spec
+
+DRAWN = settings(max_examples=300, deadline=None, derandomize=True, database=None)
+QUANT, BMM = quant_spec("sm_90a", "pow2_f32", False, "i64"), fp8_bmm_spec(arch="sm_90a")
+TOKENS = st.one_of(st.integers(1, 300), st.integers(1, 65536))
+
+
+@pytest.fixture(autouse=True)
+def no_tunings():
+    jitmla.use_tunings({})
+    yield
+    jitmla.use_tunings({})
+
+
+def constants(spec, name):
+    return next(dict(c.key.constants) for c in registry.choices(spec) if c.name == name)
+
+
+def replace_fact(spec, **facts):
+    return Spec.from_dict({**spec.as_dict(), **facts})
+
+
+def picked(spec, **sizes):
+    """(variant, reason)"""
+    choice = registry.choose(spec, "auto", sizes)
+    return choice.name, choice.why
+
+
+def test_the_rules_are_of_ops():
+    assert set(pick.RULES) <= set(registry.ops())
+
+
+def test_the_tables_say_what_the_cards_say():
+    assert list(pick.QUANT) == [c.name for c in registry.choices(QUANT)]
+    assert all(q.heads == constants(QUANT, name)["HEADS"] for name, q in pick.QUANT.items())
+    most = [q.most for q in pick.QUANT.values()]
+    assert most == sorted(most) and min(q.heads for q in pick.QUANT.values()) == 1
+    assert list(pick.BMM) == [c.name for c in registry.choices(BMM)]
+    for name, cost in pick.BMM.items():
+        c = constants(BMM, name)
+        if "BLOCKS_N" in c:
+            assert cost[:4] == (128, 128 * c["BLOCKS_N"], 1, 1)
+        else:
+            assert cost[:4] == (c["TOKENS"], c["ROWS"], c["SPLIT"], c["SHARE"])
+    assert any(c.columns * c.share <= 128 for c in pick.BMM.values()), "some variant takes any N"
+
+
+@given(TOKENS, st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16]))
+@DRAWN
+def test_blocks_of_heads_fit_the_groups(tokens, groups, heads_per_group):
+    name, why = picked(QUANT, tokens=tokens, heads=groups * heads_per_group, heads_per_group=heads_per_group)
+    assert heads_per_group % constants(QUANT, name)["HEADS"] == 0 and why
+
+
+@given(TOKENS, st.sampled_from([1, 2, 8, 16, 128]), st.sampled_from([128, 256, 384, 1024, 1536]),
+       st.sampled_from([128, 4096, 8192]), st.sampled_from([78, 114, 132]))
+@DRAWN
+def test_tiles_fit_the_columns(tokens, groups, columns, k, sms):
+    name, why = picked(BMM, groups=groups, tokens=tokens, columns=columns, k=k, sms=sms)
+    cost = pick.BMM[name]
+    assert columns % (cost.columns * cost.share) == 0 and name in why
+    ctas = pick.fp8_bmm_ctas(name, groups, tokens, columns, sms)
+    assert 1 <= ctas <= sms
+
+
+def test_few_tokens_are_for_swapped_operands_and_many_for_tiles():
+    for groups, k in ((8, 8192), (8, 4096), (16, 4096)):
+        names = [picked(BMM, groups=groups, tokens=tokens, columns=1024, k=k, sms=132)[0]
+                 for tokens in (1, 64, 1024, 8192)]
+        assert [n.partition("/")[0] for n in names] == ["sm90_stream", "sm90_stream", "sm90_tiles", "sm90_tiles"]
+
+
+def test_tunings_go_before_the_rule():
+    """Where the sizes are in the ranges, and the variant can be launched with them."""
+    sizes = {"tokens": 64, "heads": 64, "heads_per_group": 8}
+    ruled, _ = picked(QUANT, **sizes)
+    assert ruled != "warp_rows/t8h8"
+    document = tune.naming(QUANT, "warp_rows/t8h8")
+    document["variants"][0]["sizes"] = {"tokens": [33, 64], "heads": [1, 64]}
+    jitmla.use_tunings(document)
+    assert picked(QUANT, **sizes) == ("warp_rows/t8h8", "tuned")
+    for other in ({"tokens": 65}, {"tokens": 32}, {"heads": 128}, {"heads_per_group": 4}):
+        assert picked(QUANT, **{**sizes, **other})[0] != "warp_rows/t8h8", other
+    assert registry.choose(QUANT).name == "warp_rows/t4h1", "without sizes"
+    assert picked(replace_fact(QUANT, neox=True), **sizes)[0] == ruled
+    assert [c.name for c in registry.choices(QUANT)] == list(pick.QUANT), "and all rows stay reachable"
+
+
+def test_a_variant_for_all_sizes():
+    """As benchmarks and tests name one."""
+    jitmla.use_tunings(tune.naming(BMM, "sm90_stream/t64r64"))
+    for tokens in (1, 100, 10000):
+        assert picked(BMM, groups=8, tokens=tokens, columns=128, k=128, sms=132) == ("sm90_stream/t64r64", "tuned")
+
+
+@pytest.mark.parametrize("sizes", [{"tokens": [2, 1]}, {"tokens": [1]}, {"tokens": [1, "2"]}, {"tokens": 3}])
+def test_ranges_that_are_none(sizes):
+    document = tune.naming(BMM, "sm90_stream/t64r64")
+    document["variants"][0]["sizes"] = sizes
+    with pytest.raises(InvalidTunings):
+        jitmla.use_tunings(document)
+
+
+def test_explain_shows_what_is_picked(tmp_path, monkeypatch):
+    monkeypatch.setenv("JITMLA_CACHE_DIR", str(tmp_path))
+    sizes = dict(tokens=1500, heads=128, heads_per_group=16)
+    told = jitmla.explain(QUANT, **sizes)
+    assert (f"{told['template']}/{told['variant']}", told["why"]) == picked(QUANT, **sizes)
+    every = jitmla.explain(QUANT)
+    assert list(every["variants"]) == list(pick.QUANT) and "variants" not in told
+    assert told["key"] == every["variants"]["warp_rows/t8h8"] and told["cached"] is False
+    assert every["why"] == "by tokens, heads, heads_per_group of the call"
+    told = jitmla.explain(BMM, groups=8, tokens=1, columns=1024, k=8192, sms=132)
+    assert told["template"] == "sm90_stream" and "estimated us" in told["why"]
+
+
+@pytest.mark.parametrize("op, sizes, word", [
+    ("mla_decode", {"tokens": 1}, "one variant"), ("fp8_bmm", {"tokens": 1}, "groups"),
+    ("inv_rope_fp8_quant", {"tokens": 1, "heads": 1, "heads_per_group": 1, "color": 3}, "color")])
+def test_sizes_of_another_rule(op, sizes, word):
+    with pytest.raises(InvalidArgument) as caught:
+        pick.fitting(op, [], sizes)
+    assert word in caught.value.differs
+
+
+def test_other_ops_are_explained_as_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("JITMLA_CACHE_DIR", str(tmp_path))
+    spec = Spec.of("mla_decode", arch="sm_90a", dtype="bf16", kv_dtype="bf16", kv_lora_rank=512, qk_rope_head_dim=64,
+                   page_size=64, rows=16, causal=False)
+    assert "variants" not in jitmla.explain(spec) and jitmla.explain(spec)["why"] == "the first in the card"
