@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-OPS = ("mla_decode", "inv_rope_fp8_quant", "fp8_bmm", "o_a_proj")  # modules of jitmla.ops, each with that function
+# modules of jitmla.ops, each with that function
+OPS = ("mla_decode", "inv_rope_fp8_quant", "fp8_bmm", "o_a_proj", "indexer_prologue", "cat_quant_fp8",
+       "indexer_k_scatter", "indexer_k_gather", "kv_row_pack", "fp8_mqa_logits", "fp8_paged_mqa_logits", "topk_indices",
+       "local_to_global")
 _WHERE = {
     **{op: f"jitmla.ops.{op}" for op in OPS},
     "keys_for": "jitmla.models",
@@ -37,10 +40,19 @@ if TYPE_CHECKING:
     from .events import subscribe as subscribe
     from .key import Key as Key
     from .models import keys_for as keys_for
+    from .ops.cat_quant_fp8 import cat_quant_fp8 as cat_quant_fp8
     from .ops.fp8_bmm import fp8_bmm as fp8_bmm
+    from .ops.fp8_mqa_logits import fp8_mqa_logits as fp8_mqa_logits
+    from .ops.fp8_paged_mqa_logits import fp8_paged_mqa_logits as fp8_paged_mqa_logits
+    from .ops.indexer_k_gather import indexer_k_gather as indexer_k_gather
+    from .ops.indexer_k_scatter import indexer_k_scatter as indexer_k_scatter
+    from .ops.indexer_prologue import indexer_prologue as indexer_prologue
     from .ops.inv_rope_fp8_quant import inv_rope_fp8_quant as inv_rope_fp8_quant
+    from .ops.kv_row_pack import kv_row_pack as kv_row_pack
+    from .ops.local_to_global import local_to_global as local_to_global
     from .ops.mla_decode import mla_decode as mla_decode
     from .ops.o_a_proj import o_a_proj as o_a_proj
+    from .ops.topk_indices import topk_indices as topk_indices
     from .spec import Spec as Spec
     from .tune import tunings as tunings
     from .tune import use_tunings as use_tunings

@@ -131,11 +131,46 @@ def bmm_product() -> list[Spec]:
     return [fp8_bmm_spec(arch=arch) for arch in dict.fromkeys(itertools.chain(*(t.archs for t in templates)))]
 
 
+# ------------------------------------------------------------------------------------- DeepSeek Sparse Attention
+
+
+def card_product(op: str, archs: Iterable[str] | None = None) -> list[Spec]:
+    """Every combination of what the templates of `op` support."""
+    return list(dict.fromkeys(
+        Spec.of(op, arch=arch, **dict(zip(template.supports, values, strict=True)))
+        for template in registry.templates(op) for arch in archs or template.archs
+        for values in itertools.product(*template.supports.values())))
+
+
+USUAL_PROLOGUE = {"heads": 64, "rope_interleave": False, "scale_mode": "pow2_f32", "hadamard": False,
+                  "k_dtype": "bf16", "w_dtype": "fp32", "ln_dtype": "fp32", "positions": "i64"}
+OTHER_PROLOGUE = {"heads": 32, "rope_interleave": True, "scale_mode": "raw_f32", "hadamard": True, "k_dtype": "fp32",
+                  "w_dtype": "bf16", "ln_dtype": "bf16", "positions": "i32"}
+
+
+def prologue_covering() -> list[Spec]:
+    """The usual point, its opposite, and two with half of the values of each."""
+    fields = list(USUAL_PROLOGUE)
+    points = [lambda i: False, lambda i: True, lambda i: i % 2 == 0, lambda i: i % 4 in (1, 2)]
+    return [Spec.of("indexer_prologue", arch=ARCH, **{f: (OTHER_PROLOGUE if other(i) else USUAL_PROLOGUE)[f]
+                                                      for i, f in enumerate(fields)}) for other in points]
+
+
+def simple(op: str) -> Sets:
+    """An op all of whose Specs for Hopper are compiled by the usual run."""
+    return Sets(lambda: card_product(op), lambda: card_product(op, [ARCH]), lambda: card_product(op, [ARCH])[:1])
+
+
 SETS = {
     "mla_decode": Sets(product, covering, points),
     "inv_rope_fp8_quant": Sets(quant_product, lambda: quant_product([ARCH, "sm_80", "sm_89", "sm_100a"]),
                                lambda: [quant_spec(ARCH, **USUAL_QUANT)], quant_wanted),
     "fp8_bmm": Sets(bmm_product, bmm_product, bmm_product),
+    "indexer_prologue": Sets(lambda: card_product("indexer_prologue"), prologue_covering,
+                             lambda: prologue_covering()[:1]),
+    **{op: simple(op) for op in (
+        "cat_quant_fp8", "indexer_k_scatter", "indexer_k_gather", "kv_row_pack", "fp8_mqa_logits",
+        "fp8_paged_mqa_logits", "topk_indices", "local_to_global")},
 }
 
 

@@ -8,11 +8,13 @@ import jitmla
 from jitmla import pick, registry, tune
 from jitmla.errors import InvalidArgument, InvalidTunings
 from jitmla.spec import Spec, fp8_bmm_spec
+from jitmla.spec_indexer import topk_indices_spec
 
 from .keysets import quant_spec
 
 DRAWN = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 QUANT, BMM = quant_spec("sm_90a", "pow2_f32", False, "i64"), fp8_bmm_spec(arch="sm_90a")
+TOPK = topk_indices_spec(arch="sm_90a", rows="windows")
 TOKENS = st.one_of(st.integers(1, 300), st.integers(1, 65536))
 
 
@@ -79,6 +81,16 @@ def test_few_tokens_are_for_swapped_operands_and_many_for_tiles():
         names = [picked(BMM, groups=groups, tokens=tokens, columns=1024, k=k, sms=132)[0]
                  for tokens in (1, 64, 1024, 8192)]
         assert [n.partition("/")[0] for n in names] == ["sm90_stream", "sm90_stream", "sm90_tiles", "sm90_tiles"]
+
+
+@given(st.integers(1, 5000), st.integers(1, 200000), st.sampled_from([78, 114, 132]))
+@DRAWN
+def test_rows_of_topk_share_what_multiprocessors_there_are(rows, columns, sms):
+    name, why = picked(TOPK, rows=rows, columns=columns, sms=sms)
+    ctas = pick.TOPK[name]
+    assert ctas == constants(TOPK, name)["CLUSTER"] and f"{rows} rows" in why
+    assert ctas == 1 or rows * ctas <= sms
+    assert ctas == max(pick.TOPK.values()) or rows * 2 * ctas > sms or ctas == 1, "no more would have fitted"
 
 
 def test_tunings_go_before_the_rule():

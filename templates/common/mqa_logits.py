@@ -2,14 +2,15 @@
 
 One kernel class and two ways to find K: ragged windows over flat rows, and the pages of a block table.
 
-Tiling. K rows are the M of the MMA (64 a warpgroup and step), and `tokens` query rows times all heads its N (128 or 256).
-So the weights stay in registers for a whole tile of queries, and the sum over heads stays inside a quad of lanes: one max
-and one FMA a product, then a transposing butterfly over 4 lanes, the scale of K, and a plain store.
+Tiling. K rows are the M of the MMA (64 a warpgroup and step), and `tokens` query rows times all heads its N (128 or
+256). So the weights stay in registers for a whole tile of queries, and the sum over heads stays inside a quad of lanes:
+one max and one FMA a product, then a transposing butterfly over 4 lanes, the scale of K, and a plain store.
 
     warps 0 .. 4G - 1    G math warpgroups, each 64 of the ROWS = 64 G rows of K of a stage
-    warp  4G             loads stages of K (rows and scales), and tiles of q with their work item (tile, first block, blocks)
-    warps 4G .. 4G + 3   at first: prefix sum over all tiles, from which each CTA takes its equal share of all blocks of K
-                         (no metadata from the host, no scratch); then warps 4G + 1 .. fill what CLEAN wants filled
+    warp  4G             loads stages of K (rows and scales), and tiles of q with their work item (tile, first block of
+                         K, blocks)
+    warps 4G .. 4G + 3   at first: prefix sum over all tiles, from which each CTA takes its equal share of all blocks
+                         (no metadata from the host, no scratch); then warps 4G + 1 .. fill what "clean" wants filled
 
     wg 0    | wgmma s | reduce s      | wgmma s+1 |              ordered: named barriers pass the tensor core round the
     wg 1              | wgmma s       | reduce s  | wgmma s+1    warpgroups, one multiplies while the others reduce
@@ -155,11 +156,14 @@ class MqaLogits:
                 self.fill(x0, x1, mOut, limit, tiles, tid - 128 * G - 32, cta, ctas)
         else:
             cute.arch.setmaxregister_increase(self.registers[0])
-            self.multiply(mma, sQ, sK, sW, sS, sItem, full, empty, q_full, q_empty, x0, x1, mOut, tid, warp_idx)
+            self.multiply(
+                mma, sQ, sK, sW, sS, sItem, full, empty, q_full, q_empty, x0, x1, mK.shape[0], mOut, tid, warp_idx
+            )
 
     @cute.jit
     def split(self, sSplit, x0, x1, limit, tiles, t, cta, ctas):
-        """Where this CTA's equal share of all blocks begins, into sSplit[4:6] (tile, block of it); returns its blocks."""
+        """Where this CTA's equal share of all blocks begins, into sSplit[4:6] (tile, block of it); returns its
+        blocks."""
         lane = t % 32
         w = t // 32
         each = cute.ceil_div(tiles, 128)
@@ -304,7 +308,7 @@ class MqaLogits:
                     (line + j).store(-Float32.inf)
 
     @cute.jit
-    def multiply(self, mma, sQ, sK, sW, sS, sItem, full, empty, q_full, q_empty, x0, x1, mOut, tid, warp_idx):
+    def multiply(self, mma, sQ, sK, sW, sS, sItem, full, empty, q_full, q_empty, x0, x1, limit, mOut, tid, warp_idx):
         """A math warpgroup: its 64 rows of every stage."""
         H, T, G, S, QS, ROWS, N = (
             self.heads, self.tokens, self.groups, self.stages, self.q_stages, self.rows, self.n
@@ -354,7 +358,7 @@ class MqaLogits:
                 for i in cutlass.range_constexpr(max(PER_LANE // 2, 1)):
                     at = cutlass.min(token + i, x0.shape[0] - 1)
                     rWindow[0, i] = x0[at]
-                    rWindow[1, i] = x1[at]
+                    rWindow[1, i] = cutlass.min(x1[at], limit)
             steps = n
             if const_expr(self.paged):
                 steps = cute.ceil_div(n, G)
@@ -392,7 +396,8 @@ class MqaLogits:
 
     @cute.jit
     def inside(self, n, it, wg):
-        """Paged: whether this warpgroup's page of step `it` is one of the work item (its last stage may be half full)."""
+        """Paged: whether this warpgroup's page of step `it` is one of the work item (its last stage may be half
+        full)."""
         if const_expr(self.paged):
             return it * self.groups + wg < n
         else:

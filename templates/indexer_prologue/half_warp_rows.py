@@ -4,8 +4,8 @@
     k_raw [T, 128]             layer norm, RoPE, [Hadamard], FP8              -> k_fp8 [T, 128], k_scale [T, 1]
     w_raw [T, HEADS]           times the scale of q, HEADS^-0.5 * 128^-0.5    -> weights [T, HEADS]
 
-RoPE turns the first 64 of the 128 columns: pairs (i, i + 32), or with INTERLEAVE (2 i, 2 i + 1). The layer norm's result,
-the turned values and those after the Hadamard transform are rounded to bf16, and computed from in float32.
+RoPE turns the first 64 of the 128 columns: pairs (i, i + 32), or with INTERLEAVE (2 i, 2 i + 1). The layer norm's
+result, the turned values and those after the Hadamard transform are rounded to bf16, and computed from in float32.
 
 Tiling. A block takes a token: 8 warps for the heads of q, one for k. Sixteen lanes hold a row, 8 columns each:
 

@@ -12,22 +12,22 @@ A cluster of CLUSTER CTAs takes a row; chunks of 128 values go round its warps.
     sample    4096 values spread over the row -> a bound L that about 1.2 to 2 K values reach, rarely fewer than K
     collect   one pass over the row: each warp appends (key, position) of what reaches L to a segment of its own
     gather    CLUSTER > 1: all segments into the first CTA, which goes on alone
-    narrow    histogram of 2048 bins of the keys, the bin that holds the Kth, again within it ..., until at most 32 items
-              are left; those are ranked by one warp, by value and then position
+    narrow    histogram of 2048 bins of the keys, the bin that holds the Kth, again within it ..., until at most 32
+              items are left; those are ranked by value and then position
     emit      what is above the Kth item, in the order of the list: a count per warp, a prefix sum, stores
 
 Rows of up to some thousand values skip the sample and collect all. When the sample misled (fewer than K values reach L,
-or a segment overflows: very many equal values, or values ordered against the sample), the first CTA does narrow and emit
-on the row itself, some six reads of it.
+or a segment overflows: very many equal values, or values ordered against the sample), the first CTA does narrow and
+emit on the row itself, some six reads of it.
 
-Keys are the float's bits as unsigned integers in the order of the values. Items are compared as (key, back), where back =
-n - 1 - position, so that larger is better for both.
+Keys are the float's bits as unsigned integers in the order of the values. Items are compared as (key, back), where
+back = n - 1 - position, so that larger is better for both.
 
 Cannot: values other than float32; rows of 2^31 values.
 """
 
 # --- constants: replaced when rendered ---
-WINDOWS = True
+ROWS = "windows"
 CLUSTER = 1
 THREADS = 512
 SEGMENT = 384
@@ -40,6 +40,7 @@ import cutlass.cute.runtime as rt
 from cutlass import Float32, Int32, Int64, Uint32, const_expr
 from cutlass.memory import SmemAllocator
 
+WINDOWS = ROWS == "windows"
 WARPS = THREADS // 32
 CHUNK = 128  # values that a warp loads at once
 SAMPLED = 4096  # values; 4 neighbours at a time
@@ -48,7 +49,9 @@ BINS, DIGIT = 2048, 11
 LIST = WARPS * SEGMENT if CLUSTER == 1 else 8192  # items that the last phases can hold
 FEW = 32  # items that one warp ranks
 LOWEST = 0x007FFFFF  # key of -infinity
+NEAR = 1 << 27  # keys below the largest one, 16 octaves, that the sample resolves at once
 
+assert ROWS in ("windows", "lengths")
 assert QUADS * 4 * THREADS == SAMPLED and SEGMENT % CHUNK == 0 and BINS % THREADS == 0 and CLUSTER in (1, 2, 4, 8)
 
 
@@ -87,6 +90,16 @@ def load16(pointer):
 
 
 @cute.jit
+def store_item(pointer, bits, position, hit):
+    """Store a value's bits, and its position where the positions of the segments are, if `hit`."""
+    cute.arch.inline_ptx(
+        "{ .reg .pred p; setp.ne.s32 p, {$r3}, 0; @p st.shared.b32 [{$r0}], {$r1}; "
+        f"@p st.shared.b32 [{{$r0}} + {4 * WARPS * SEGMENT}], {{$r2}}; }}",
+        read_only_args=[pointer.to_llvm_ptr(), bits, position, Int32(1) if hit else Int32(0)],
+    )
+
+
+@cute.jit
 def store_remote(pointer, rank, value):
     """Store 4 bytes where `pointer` is in the shared memory of CTA `rank` of the cluster."""
     cute.arch.inline_ptx(
@@ -116,8 +129,9 @@ class TopkIndices:
         r = bid // CLUSTER
         rank = bid - r * CLUSTER
         smem = SmemAllocator()
-        sKey = smem.allocate_tensor(Uint32, cute.make_layout((WARPS * SEGMENT,)), 16)
-        sPos = smem.allocate_tensor(Int32, cute.make_layout((WARPS * SEGMENT,)), 16)
+        sItems = smem.allocate_tensor(Uint32, cute.make_layout((WARPS * SEGMENT, 2)), 16)
+        sKey = sItems[None, 0]  # the values' bits, until the items are gathered
+        sPos = cute.make_tensor(cute.recast_ptr(sItems[None, 1].iterator, dtype=Int32), sKey.layout)
         if const_expr(CLUSTER > 1):
             sAllKey = smem.allocate_tensor(Uint32, cute.make_layout((LIST,)), 16)
             sAllPos = smem.allocate_tensor(Int32, cute.make_layout((LIST,)), 16)
@@ -164,13 +178,16 @@ class TopkIndices:
         bad = Int32(0)
         base = w * SEGMENT
         count = Int32(0)
+        place = (first, shift, n, quads)
+        rX = cute.make_rmem_tensor((4, UNROLL), Float32)
+        self.load_batch(rX, place, rank * WARPS + w, lane)  # on its way while the sample is looked at
         if chunks <= CLUSTER * WARPS * (SEGMENT // CHUNK) and n <= LIST:
-            count = self.collect(sm, True, first, shift, n, quads, chunks, Float32(0.0), rank, w, lane)
+            count = self.collect(sKey, True, rX, place, chunks, Float32(0.0), rank, w, lane)
         else:
             bound = self.sample(sm, first, quads, n, K, tid, w)
             bad = Int32(1) if bound <= Uint32(LOWEST) else Int32(0)
             if bad == 0:
-                count = self.collect(sm, False, first, shift, n, quads, chunks, value_of(bound), rank, w, lane)
+                count = self.collect(sKey, False, rX, place, chunks, value_of(bound), rank, w, lane)
         bad = Int32(1) if count > SEGMENT else bad
         before, total, bad = self.block_sum(sWarp, count, bad, w, lane)
         if const_expr(CLUSTER > 1):
@@ -190,12 +207,15 @@ class TopkIndices:
             if bad == 0:
                 for i in cutlass.range(lane, count, 32, unroll=1):
                     at = mine + before + i
-                    store_remote(sAllKey.iterator + at, 0, sKey[base + i])
+                    store_remote(sAllKey.iterator + at, 0, key_of(sKey[base + i].bitcast(Float32)))
                     store_remote(sAllPos.iterator + at, 0, sPos[base + i])
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
             base = total * w // WARPS
             count = total * (w + 1) // WARPS - base
+        else:
+            for i in cutlass.range(lane, cutlass.min(count, SEGMENT), 32, unroll=1):
+                sKey[base + i] = key_of(sKey[base + i].bitcast(Float32))
         bad = Int32(1) if total < K else bad
         if rank == 0:
             if bad == 0:
@@ -232,14 +252,15 @@ class TopkIndices:
             x = load16(first + 4 * v)
             for c in cutlass.range_constexpr(4):
                 rX[c, u] = x[c]
-        low = Uint32(0xFFFFFFFF)
-        high = Uint32(0)
         for u in cutlass.range_constexpr(QUADS):
             for c in cutlass.range_constexpr(4):
-                key = key_of(rX[c, u])
-                rKey[4 * u + c] = key
-                low = cutlass.min(low, key)
-                high = cutlass.max(high, key)
+                rKey[4 * u + c] = key_of(rX[c, u])
+        # not from constants: with one, the compiler takes the signed minimum
+        low = rKey[0]
+        high = rKey[0]
+        for i in cutlass.range_constexpr(1, 4 * QUADS):
+            low = cutlass.min(low, rKey[i])
+            high = cutlass.max(high, rKey[i])
         low = cute.arch.warp_redux_sync(low, kind="umin")
         high = cute.arch.warp_redux_sync(high, kind="umax")
         if lane == 0:
@@ -254,9 +275,19 @@ class TopkIndices:
         bound = Uint32(0)
         if rank < SAMPLED:
             enough = rank + rank // 4
-            mask = smear(high - low)
-            above = Int32(0)
-            here = Int32(SAMPLED)
+            # at first only near the largest one, with all that is further below in the lowest bin
+            near = high - cutlass.min(high - low, Uint32(NEAR - 1))
+            shift = self.digit_shift(smear(high - near))
+            for i in cutlass.range_constexpr(4 * QUADS):
+                self.bump(sHist, (cutlass.max(rKey[i], near) - near) >> shift)
+            digit, above, here = self.find(sm, rank, tid, w, lane)
+            mask = (Uint32(1) << shift) - 1
+            if digit == 0 and near > low:  # further below: all over again
+                mask = smear(high - low)
+                above = Int32(0)
+                here = Int32(SAMPLED)
+            else:
+                low = near + (Uint32(digit) << shift)
             while mask != Uint32(0) and above + here > enough:
                 shift = self.digit_shift(mask)
                 for i in cutlass.range_constexpr(4 * QUADS):
@@ -326,35 +357,59 @@ class TopkIndices:
                     rX[c, u] = (first + (4 * v + c)).load()
 
     @cute.jit
-    def collect(self, sm, everything: cutlass.Constexpr, first, shift, n, quads, chunks, bound, rank, w, lane):
-        """Append what reaches `bound` to this warp's segment; returns how many that were, also when they did not fit."""
-        sKey, sPos, sAllKey, sAllPos, sHist, sWarp, sFound, sFewKey, sFewBack, sShare = sm
-        base = w * SEGMENT
-        count = Int32(0)
-        below = (Uint32(1) << Uint32(lane)) - 1
-        for j in cutlass.range(rank * WARPS + w, chunks, CLUSTER * WARPS * UNROLL, unroll=1):
-            rX = cute.make_rmem_tensor((4, UNROLL), Float32)
+    def load_batch(self, rX, place, j, lane):
+        """rX = the values of this lane in the chunks j, j + step, ..; NaN where there are none."""
+        first, shift, n, quads = place
+        STEP = CLUSTER * WARPS
+        if j > 0 and (j + (UNROLL - 1) * STEP) * 32 + 32 < quads:
             for u in cutlass.range_constexpr(UNROLL):
-                self.load_quad(rX, u, first, shift, n, quads, (j + u * (CLUSTER * WARPS)) * 32 + lane)
-            for u in cutlass.range_constexpr(UNROLL):
-                v = (j + u * (CLUSTER * WARPS)) * 32 + lane
+                x = load16(first + 4 * ((j + u * STEP) * 32 + lane))
                 for c in cutlass.range_constexpr(4):
-                    at = 4 * v - shift + c
+                    rX[c, u] = x[c]
+        else:
+            for u in cutlass.range_constexpr(UNROLL):
+                self.load_quad(rX, u, first, shift, n, quads, (j + u * STEP) * 32 + lane)
+
+    @cute.jit
+    def collect(self, sKey, everything: cutlass.Constexpr, rX, place, chunks, bound, rank, w, lane):
+        """Append what reaches `bound` to this warp's segment; returns how many that were, also when they did not fit.
+        rX: the first batch. The values of a lane in a batch come one behind the other."""
+        first, shift, n, quads = place
+        STEP = CLUSTER * WARPS
+        count = Int32(0)
+        for j in cutlass.range(rank * WARPS + w, chunks, STEP * UNROLL, unroll=1):
+            at = [4 * ((j + u * STEP) * 32 + lane) - shift for u in range(UNROLL)]
+            rHit = cute.make_rmem_tensor((4, UNROLL), Int32)
+            mine = Int32(0)
+            for u in cutlass.range_constexpr(UNROLL):
+                for c in cutlass.range_constexpr(4):
                     if const_expr(everything):
-                        hit = at >= 0 and at < n
+                        rHit[c, u] = Int32(1) if at[u] + c >= 0 and at[u] + c < n else Int32(0)
                     else:
-                        hit = rX[c, u] >= bound
-                    votes = Uint32(cute.arch.vote_ballot_sync(hit))
-                    slot = count + Int32(cute.arch.popc(votes & below))
-                    if hit and slot < SEGMENT:
-                        sKey[base + slot] = key_of(rX[c, u])
-                        sPos[base + slot] = at
-                    count = count + Int32(cute.arch.popc(votes))
+                        rHit[c, u] = Int32(1) if rX[c, u] >= bound else Int32(0)
+                    mine = mine + rHit[c, u]
+            inclusive = mine
+            for d in cutlass.range_constexpr(5):
+                v = cute.arch.shuffle_sync_up(inclusive, offset=1 << d, mask_and_clamp=0)
+                inclusive = inclusive + (v if lane >= (1 << d) else Int32(0))
+            total = cute.arch.shuffle_sync(inclusive, offset=31)
+            if count + total <= SEGMENT:
+                slot = w * SEGMENT + count + inclusive - mine
+                for u in cutlass.range_constexpr(UNROLL):
+                    for c in cutlass.range_constexpr(4):
+                        store_item(sKey.iterator + slot, rX[c, u].bitcast(Uint32), at[u] + c, rHit[c, u] != 0)
+                        slot = slot + rHit[c, u]
+            else:
+                count = count + SEGMENT  # too many, whatever comes
+            count = count + total
+            self.load_batch(rX, place, j + STEP * UNROLL, lane)
         return count
 
     # ---------------------------------------------------------------- narrow and emit
     @cute.jit
-    def finish(self, sm, from_row: cutlass.Constexpr, first, shift, n, quads, chunks, base, count, K, mOut, r, tid, w, lane):
+    def finish(
+        self, sm, from_row: cutlass.Constexpr, first, shift, n, quads, chunks, base, count, K, mOut, r, tid, w, lane
+    ):
         """Find the Kth item, and write the positions of all that are not below it."""
         sKey, sPos, sAllKey, sAllPos, sHist, sWarp, sFound, sFewKey, sFewBack, sShare = sm
         cute.arch.sync_threads()
@@ -365,8 +420,8 @@ class TopkIndices:
         mask = Uint32(0xFFFFFFFF)
         if const_expr(not from_row):
             # a tight range makes the first bins small
-            least = Uint32(0xFFFFFFFF)
-            most = Uint32(0)
+            least = sAllKey[base + cutlass.min(lane, cutlass.max(count - 1, 0))]
+            most = least
             for i in cutlass.range(lane, count, 32, unroll=1):
                 key = sAllKey[base + i]
                 least = cutlass.min(least, key)
@@ -415,13 +470,17 @@ class TopkIndices:
             at = 31 - Int32(cute.arch.clz(Uint32(cute.arch.vote_ballot_sync(is_it))))
             low = cute.arch.shuffle_sync(key, offset=at)
             back_low = cute.arch.shuffle_sync(back, offset=at)
-        selected = self.visit(sm, "count", from_row, source, low, mask, back_low, back_mask, Uint32(0), Int32(0), mOut, r)
+        selected = self.visit(
+            sm, "count", from_row, source, low, mask, back_low, back_mask, Uint32(0), Int32(0), mOut, r
+        )
         before, _, _ = self.block_sum(sWarp, selected, Int32(0), w, lane)
         self.visit(sm, "emit", from_row, source, low, mask, back_low, back_mask, Uint32(0), before, mOut, r)
 
     @cute.jit
-    def visit(self, sm, what: cutlass.Constexpr, from_row: cutlass.Constexpr, source, low, mask, back_low, back_mask, step,
-              total, mOut, r):
+    def visit(
+        self, sm, what: cutlass.Constexpr, from_row: cutlass.Constexpr, source, low, mask, back_low, back_mask, step,
+        total, mOut, r,
+    ):
         """Do `what` with every item of the list, or of the row; returns `total` plus how many were selected."""
         sKey, sPos, sAllKey, sAllPos, sHist, sWarp, sFound, sFewKey, sFewBack, sShare = sm
         first, shift, n, quads, chunks, base, count, w, lane = source
@@ -445,7 +504,8 @@ class TopkIndices:
     @cute.jit
     def act(self, sm, what: cutlass.Constexpr, inside, key, back, n, low, mask, back_low, back_mask, step, total, lane,
             mOut, r):
-        """keys, backs: count the item in its bin. few: append it to the few that are left. count, emit: the selected."""
+        """keys, backs: count the item in its bin. few: append it to the few that are left. count, emit: the
+        selected."""
         sKey, sPos, sAllKey, sAllPos, sHist, sWarp, sFound, sFewKey, sFewBack, sShare = sm
         if const_expr(what in ("keys", "backs", "few")):
             inside = inside and key - low <= mask

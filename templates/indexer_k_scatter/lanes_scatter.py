@@ -2,7 +2,8 @@
 
     token t with slot s = slot_mapping[t] >= 0:  codes to page s / 64, row s % 64; scale behind the page's 64 rows
 
-Eight lanes move a token's codes, 16 bytes each, and the first one the scale. Negative slots are skipped. Two tokens with
+Eight lanes move a token's codes, 16 bytes each, and the first one the scale. Negative slots are skipped. Two tokens
+with
 one slot: either of them.
 """
 

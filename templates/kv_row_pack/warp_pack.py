@@ -3,8 +3,8 @@
     fp8    512 e4m3 | 4 float32 scales, one per 128 columns | 64 bf16     scale = 2^ceil(log2(max(amax / 448, 1e-4)))
     bf16   512 bf16 | 64 bf16
 
-A warp moves a token: lane l has columns 16 l .. 16 l + 15 of the latent row, so that 8 lanes share a scale. Negative slots
-are skipped. Two tokens with one slot: either of them.
+A warp moves a token: lane l has columns 16 l .. 16 l + 15 of the latent row, so that 8 lanes share a scale. Negative
+slots are skipped. Two tokens with one slot: either of them.
 """
 
 # --- constants: replaced when rendered ---
@@ -12,10 +12,9 @@ FORMAT = "fp8"
 WARPS = 4
 # --- end of constants ---
 
-import cutlass
 import cutlass.cute as cute
 import cutlass.cute.runtime as rt
-from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass import BFloat16, Float32, Int64, Uint8, Uint32, const_expr
 
 from common.fp8_rows import E4M3_MAX, lanes_amax, load_words, quantise, store_words, unpack
 

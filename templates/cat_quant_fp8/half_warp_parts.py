@@ -16,7 +16,7 @@ SCALE = "pow2_f32"
 import cutlass
 import cutlass.cute as cute
 import cutlass.cute.runtime as rt
-from cutlass import BFloat16, Float8E4M3FN, Float32, Int64, const_expr
+from cutlass import BFloat16, Float8E4M3FN, Float32, Int64
 
 from common.fp8_rows import AMAX_FLOOR, E4M3_MAX, lanes_amax, load_words, quantise, store_words, unpack
 

@@ -2,8 +2,8 @@
 
     row i, cu_seq_lens[r] <= i < cu_seq_lens[r + 1], is token i - cu_seq_lens[r] of request r
 
-Eight lanes move a token's codes, 16 bytes each, and the first one the scale; the request is found by bisection. Rows from
-cu_seq_lens[R] on, and those of pages with a negative number, are not written.
+Eight lanes move a token's codes, 16 bytes each, and the first one the scale; the request is found by bisection. Rows
+from cu_seq_lens[R] on, and those of pages with a negative number, are not written.
 """
 
 # --- constants: replaced when rendered ---

@@ -90,8 +90,8 @@ class LocalToGlobal:
 
 
 def fake_args():
-    """Stand-ins with the promises of the op: contiguous rows; all sizes dynamic. table: [requests, pages], or [requests,
-    1] with starts."""
+    """Stand-ins with the promises of the op: contiguous rows; all sizes dynamic. table: [requests, pages], or
+    [requests, 1] with starts."""
 
     def stride():
         return cute.sym_int64()
