@@ -40,8 +40,9 @@ def gather(**change):
 
 
 def pack(**change):
-    return jitmla.kv_row_pack(**{"kv_c": z(3, 512, dtype=BF16), "k_pe": z(3, 64, dtype=BF16),
-                                 "cache": z(2, 8, 1, 656, dtype=torch.uint8), "slot_mapping": z(3, dtype=I64), **change})
+    return jitmla.kv_row_pack(**{
+        "kv_c": z(3, 512, dtype=BF16), "k_pe": z(3, 64, dtype=BF16), "cache": z(2, 8, 1, 656).byte(),
+        "slot_mapping": z(3, dtype=I64), **change})
 
 
 def ragged(**change):
@@ -86,7 +87,8 @@ CASES = [
     (cat_quant, VALUE, "strides", {"pe": z(3, 65, dtype=BF16)[:, :64]}),
     (scatter, TYPE, "k_fp8", {"k_fp8": z(3, 128)}), (scatter, VALUE, "k_fp8", {"k_fp8": z(3, 64, dtype=FP8)}),
     (scatter, VALUE, "k_scale", {"k_scale": z(2, 1)}), (scatter, VALUE, "cache", {"cache": z(2, 32, 1, 132).byte()}),
-    (scatter, VALUE, "cache", {"cache": z(2, 64, 1, 128).byte()}), (scatter, TYPE, "cache", {"cache": z(2, 64, 1, 132)}),
+    (scatter, VALUE, "cache", {"cache": z(2, 64, 1, 128).byte()}),
+    (scatter, TYPE, "cache", {"cache": z(2, 64, 1, 132)}),
     (scatter, VALUE, "multiple of 16", {"cache": index_pool(2, 8)}),
     (scatter, TYPE, "slot_mapping", {"slot_mapping": z(3, dtype=I32)}),
     (scatter, VALUE, "at most 3 slots", {"slot_mapping": z(4, dtype=I64)}),

@@ -36,7 +36,8 @@ BF16, FP32 = torch.bfloat16, torch.float32
     {}, {"rope_interleave": True}, {"scale_mode": "raw_f32"}, {"hadamard": True},
     {"rope_interleave": True, "hadamard": True, "scale_mode": "raw_f32"}], ids=str)
 @pytest.mark.parametrize("inputs", [
-    {}, {"heads": 32, "k_dtype": FP32, "w_dtype": BF16, "ln_dtype": BF16, "positions": torch.int32}], ids=["usual", "other"])
+    {}, {"heads": 32, "k_dtype": FP32, "w_dtype": BF16, "ln_dtype": BF16, "positions": torch.int32}],
+    ids=["usual", "other"])
 def test_prologue(options, inputs):
     problem = prologue_problem(70, **inputs)
     check_prologue(problem, jitmla.indexer_prologue(*problem.args, **options), **options)

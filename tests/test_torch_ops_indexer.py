@@ -55,9 +55,8 @@ def gather(tokens=5):
 
 
 def mqa(tokens=5):
-    p = logits_problem(tokens, 70, heads=32)
-    return p.q, p.k, p.k_scale, p.weights, torch.zeros(tokens, dtype=I32), torch.full((tokens,), 70, dtype=I32), True, 0, \
-        "auto"
+    p, zero = logits_problem(tokens, 70, heads=32), torch.zeros(tokens, dtype=I32)
+    return p.q, p.k, p.k_scale, p.weights, zero, zero + 70, True, 0, "auto"
 
 
 def paged(tokens=2):
@@ -174,7 +173,8 @@ def test_compiled_is_bitwise_eager(backend):
 def test_one_graph_for_all_numbers_of_tokens():
     torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda *args: jitmla.indexer_prologue(*args), fullgraph=True, dynamic=True, backend=counter)
+    compiled = torch.compile(lambda *args: jitmla.indexer_prologue(*args), fullgraph=True, dynamic=True,
+                             backend=counter)
     compiled(*prologue_problem(5).args)
     compiles = counter.frame_count
     for tokens in (5, 7, 33):
