@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 # modules of jitmla.ops, each with that function
 OPS = ("mla_decode", "inv_rope_fp8_quant", "fp8_bmm", "o_a_proj", "indexer_prologue", "cat_quant_fp8",
        "indexer_k_scatter", "indexer_k_gather", "kv_row_pack", "fp8_mqa_logits", "fp8_paged_mqa_logits", "topk_indices",
-       "local_to_global")
+       "local_to_global", "sparse_mla_decode", "sparse_mla_prefill")
 _WHERE = {
     **{op: f"jitmla.ops.{op}" for op in OPS},
     "keys_for": "jitmla.models",
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from .ops.local_to_global import local_to_global as local_to_global
     from .ops.mla_decode import mla_decode as mla_decode
     from .ops.o_a_proj import o_a_proj as o_a_proj
+    from .ops.sparse_mla_decode import sparse_mla_decode as sparse_mla_decode
+    from .ops.sparse_mla_prefill import sparse_mla_prefill as sparse_mla_prefill
     from .ops.topk_indices import topk_indices as topk_indices
     from .spec import Spec as Spec
     from .tune import tunings as tunings

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import pick, render, toolchain, tune
+from . import pick, render, schema, toolchain, tune
 from .errors import InvalidTemplate, NoTemplate
 from .events import emit
 from .key import Key
@@ -37,6 +37,7 @@ class Variant:
     threads: int
     smem_bytes: int
     max_registers: int
+    max_spill_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Template:
     equal: list[list[str]]
     from_spec: dict[str, str]
     variants: list[Variant]
+    arguments: str = "plain"
 
     @property
     def path(self) -> Path:
@@ -71,7 +73,11 @@ class Template:
         found = [] if spec.arch in self.archs else [f"arch={spec.arch} (has {', '.join(self.archs)})"]
         found += [f"{field}={spec[field]} (has {', '.join(map(str, values))})"
                   for field, values in self.supports.items() if spec[field] not in values]
-        found += [f"{a}={spec[a]} with {b}={spec[b]} (needs them equal)" for a, b in self.equal if spec[a] != spec[b]]
+        found += [f"{name}={spec[name]} (has {field['default']})"
+                  for name, field in schema.spec_fields(spec.op).items()
+                  if "default" in field and name not in self.supports and spec[name] != field["default"]]
+        found += [f"{a}={spec[a]} with {b}={spec[b]} (needs them equal)" for a, b, *other in self.equal
+                  if spec[a] != spec[b] and spec[a] not in other]
         if not found and self.variant(spec) is None:
             found = ["no row of its config table fits"]
         return found

@@ -14,6 +14,8 @@ from .tune import tuned
 BLOCK_TOKENS = 64  # the unit of work, whatever the page size
 MAX_PARTS = 160  # of one request: what a warp of the combine has weights for
 SWAP_ROWS = 16  # most query rows (s_q * heads) of the swap kernel
+WHOLE = 1 << 20  # a bias that makes every split aligned
+INVARIANT_TOKENS = 2048  # of a piece of the batch-invariant split (PIECE_BLOCKS of the portable template)
 TILE_ROWS = 64  # query rows of a CTA of the relay kernel, which has no more, and of the seesaw kernel
 
 
@@ -56,14 +58,26 @@ def launch_args(rows: int, batch: int, sms: int, latent: int = 512) -> Launch:
     return Launch(parts - idle if idle * 20 <= parts else parts, 2, 1, 3)
 
 
+def gather_launch(rows: int, batch: int, sms: int, tile_rows: int) -> Launch:
+    """Launch arguments of the portable kernel: its CTAs have `tile_rows` query rows and do not wait for each other."""
+    parts = max(1, sms // _ceil_div(rows, tile_rows))
+    return Launch(parts, 4, 6, 8) if batch >= parts else Launch(parts, 2, 2, 3)
+
+
+def invariant_slots(batch: int, max_tokens: int) -> int:
+    """Pieces that requests of at most `max_tokens` tokens can have under the batch-invariant split."""
+    return batch * max(1, _ceil_div(max_tokens, INVARIANT_TOKENS))
+
+
 def row_tiles(rows: int) -> int:
     """CTAs that share a part, each with some of the query rows."""
     return 1 if rows <= SWAP_ROWS else _ceil_div(rows, TILE_ROWS)
 
 
-def workspace_floats(parts: int, rows: int, latent: int) -> int:
-    """fp32 elements of the workspace: partial outputs (2 * parts, rows, latent), then their log-sum-exps."""
-    return 2 * parts * rows * (latent + 1)
+def workspace_floats(parts: int, rows: int, latent: int, slots: int = 0) -> int:
+    """fp32 elements of the workspace: partial outputs (slots, rows, latent), then their log-sum-exps. slots: 2 * parts,
+    unless given."""
+    return (slots or 2 * parts) * rows * (latent + 1)
 
 
 def semaphore_count(parts: int, rows: int) -> int:
@@ -73,3 +87,29 @@ def semaphore_count(parts: int, rows: int) -> int:
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+@lru_cache(maxsize=4096)
+def sparse_launch_args(tokens: int, heads: int, sms: int, whole: bool = False) -> Launch:
+    """Launch arguments of sparse_mla for `tokens` query tokens, which mla_split takes for requests. whole: no token is
+    split, so that a GPU with more multiprocessors than tokens has some idle. Measured on an H200."""
+    if tokens < 1 or heads < 1 or sms < 1:
+        raise ValueError(f"tokens, heads and sms must be at least 1, got {tokens}, {heads}, {sms}")
+    parts = min(max(1, sms // row_tiles(heads)), MAX_PARTS)
+    if whole:
+        return Launch(min(parts, tokens), 4, 6, WHOLE)
+    if tokens >= parts:  # hardly any token is split
+        return Launch(parts, 4, 6, 8)
+    return Launch(parts, 1, 2, 3)
+
+
+@lru_cache(maxsize=4096)
+def divisor(d: int) -> tuple[int, int]:
+    """(magic, shift) with x // d == (x * magic >> 32) >> shift for 0 <= x < 2^31, as two int32; magic 0 for d = 1.
+
+    The error of magic, below d, times x stays below 2^(31 + bits), where 2^bits is the power of two at or above d."""
+    if not 1 <= d < 2**31:
+        raise ValueError(f"d must be from 1 to 2^31 - 1, got {d}")
+    bits = (d - 1).bit_length()
+    magic = _ceil_div(1 << (31 + bits), d)
+    return (magic - (1 << 32) if magic >= 1 << 31 else magic, bits - 1) if d > 1 else (0, 0)

@@ -15,7 +15,7 @@ from typing import Any
 from .errors import SchemaViolation
 from .resources import SCHEMA
 
-ANNOTATIONS = {"$schema", "title", "description", "identity", "definitions"}
+ANNOTATIONS = {"$schema", "title", "description", "default", "identity", "definitions"}
 KEYWORDS = {"$ref", "oneOf", "const", "enum", "type", "pattern", "minimum", "maximum", "minItems", "items",
             "properties", "required", "additionalProperties", "patternProperties"}
 _TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float)}

@@ -1,6 +1,7 @@
 """Spec: what a call asks, as static facts. No batch size, no length, no stride: those are launch arguments.
 
-Which facts an op has, and which values each may take, is said in cache_schema.json (`spec_<op>`), and only there.
+Which facts an op has, and which values each may take, is said in cache_schema.json (`spec_<op>`), and only there. A
+fact that has a default there is left out of a Spec when it has that value: there is one way to say a thing.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ class Spec:
     def from_dict(cls, facts: dict[str, Any]) -> Spec:
         fields = schema.spec_fields(str(facts.get("op")))
         schema.check(facts, f"spec_{facts['op']}")
-        return cls(tuple((name, facts[name]) for name in fields))
+        return cls(tuple((name, facts[name]) for name, field in fields.items()
+                         if name in facts and ("default" not in field or facts[name] != field["default"])))
 
     def __getitem__(self, name: str) -> Any:
         for key, value in self.facts:
             if key == name:
                 return value
-        raise KeyError(name)
+        return schema.spec_fields(self.op)[name]["default"]
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         return iter(self.facts)
@@ -44,7 +46,7 @@ class Spec:
 
     @property
     def op(self) -> str:
-        return self["op"]
+        return self.facts[0][1]
 
     @property
     def arch(self) -> str:
@@ -65,11 +67,16 @@ def bucket(op: str, field: str, value: int) -> int:
 
 
 def mla_decode_spec(*, arch: str, dtype: str, kv_lora_rank: int, qk_rope_head_dim: int, page_size: int, s_q: int,
-                    heads: int, causal: bool) -> Spec:
-    """The Spec of an mla_decode call: the one place where launch sizes become static facts."""
-    return Spec.of("mla_decode", arch=arch, dtype=dtype, kv_dtype=dtype, kv_lora_rank=kv_lora_rank,
-                   qk_rope_head_dim=qk_rope_head_dim, page_size=page_size,
-                   rows=bucket("mla_decode", "rows", s_q * heads), causal=causal and s_q > 1)
+                    heads: int, causal: bool, kv_dtype: str | None = None, compact: bool = False,
+                    batch_invariant: bool = False) -> Spec:
+    """The Spec of an mla_decode call: the one place where launch sizes become static facts.
+
+    kv_dtype: of the cache, when it is not that of q. s_q: with `compact`, the most query tokens of a request."""
+    pages = schema.spec_fields("mla_decode")["page_size"]["enum"]
+    return Spec.of("mla_decode", arch=arch, dtype=dtype, kv_dtype=kv_dtype or dtype, kv_lora_rank=kv_lora_rank,
+                   qk_rope_head_dim=qk_rope_head_dim, page_size=page_size if page_size in pages else 0,
+                   rows=bucket("mla_decode", "rows", s_q * heads), causal=causal and s_q > 1, compact=compact,
+                   batch_invariant=batch_invariant)
 
 
 def inv_rope_fp8_quant_spec(*, arch: str, dtype: str, positions: str, nope_dim: int, rope_dim: int, group_size: int,
@@ -82,3 +89,9 @@ def inv_rope_fp8_quant_spec(*, arch: str, dtype: str, positions: str, nope_dim: 
 def fp8_bmm_spec(*, arch: str) -> Spec:
     """The Spec of an fp8_bmm call."""
     return Spec.of("fp8_bmm", arch=arch, dtype="e4m3", scale_dtype="f32", out_dtype="bf16")
+
+
+def sparse_mla_spec(*, arch: str, kv_format: str, kv_lora_rank: int, qk_rope_head_dim: int, heads: int) -> Spec:
+    """The Spec of a sparse_mla_decode or sparse_mla_prefill call."""
+    return Spec.of("sparse_mla", arch=arch, dtype="bf16", kv_format=kv_format, kv_lora_rank=kv_lora_rank,
+                   qk_rope_head_dim=qk_rope_head_dim, heads=bucket("sparse_mla", "heads", heads))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jitmla import bounds, compile, events, layers
+from jitmla import bounds, compile, events, layers, registry
 from jitmla.store import Store
 
 from .support.keys import make_key, publish
@@ -24,6 +24,13 @@ def pytest_runtest_setup(item):
         torch = pytest.importorskip("torch")
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
+
+
+@pytest.fixture
+def without_portable(monkeypatch):
+    """As if the portable template, which serves whatever a call can make, did not exist."""
+    templates = registry.templates
+    monkeypatch.setattr(registry, "templates", lambda op: tuple(t for t in templates(op) if t.backend != "portable"))
 
 
 @pytest.fixture(autouse=True)

@@ -47,8 +47,10 @@ def _valid(form: dict) -> st.SearchStrategy:
         if "patternProperties" in form:
             ((pattern, inner),) = form["patternProperties"].items()
             return st.dictionaries(st.from_regex(pattern.replace("$", r"\Z")), _valid(inner), max_size=4)
-        assert set(form["required"]) == set(form["properties"]), "every field of the schema is required"
-        return st.fixed_dictionaries({name: _valid(inner) for name, inner in form["properties"].items()})
+        optional = {name for name, inner in form["properties"].items() if "default" in inner}
+        assert set(form["required"]) == set(form["properties"]) - optional, "a field is required, or has a default"
+        return st.fixed_dictionaries({n: _valid(f) for n, f in form["properties"].items() if n not in optional},
+                                     optional={n: _valid(form["properties"][n]) for n in optional})
     if form["type"] == "array":
         return st.lists(_valid(form["items"]), min_size=form.get("minItems", 0), max_size=3)
     if form["type"] == "integer":

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from jitmla import registry, schema
 from jitmla.layouts import SCALE_MODES
 from jitmla.registry import Choice
-from jitmla.spec import Spec, fp8_bmm_spec, inv_rope_fp8_quant_spec
+from jitmla.spec import Spec, fp8_bmm_spec, inv_rope_fp8_quant_spec, sparse_mla_spec
 
 ARCH = "sm_90a"
 
@@ -89,12 +89,51 @@ def _pairs_of_rows() -> list[tuple[int, ...]]:
 
 
 def product() -> list[Spec]:
-    """Every Spec that the shipped cards serve."""
+    """Every Spec that the shipped cards serve with an sm90 template."""
     return [spec(*values) for values in itertools.product(DTYPES, LATENTS, PAGES, ROWS, CAUSAL)]
 
 
+def portable(arch: str, dtype: str, kv_dtype: str, latent: int, rope: int, page: int, rows: int, causal: bool,
+             **features: bool) -> Spec:
+    return Spec.of("mla_decode", arch=arch, dtype=dtype, kv_dtype=kv_dtype, kv_lora_rank=latent,
+                   qk_rope_head_dim=rope, page_size=page, rows=rows, causal=causal, **features)
+
+
+PORTABLE_ON_GPU = [  # what tests/kernels/test_mla_decode_portable.py runs
+    portable(ARCH, "bf16", "bf16", 512, 64, 0, 16, False), portable(ARCH, "bf16", "bf16", 512, 64, 0, 32, False),
+    portable(ARCH, "bf16", "bf16", 512, 64, 0, 512, True), portable(ARCH, "fp16", "fp16", 256, 64, 0, 8, False),
+    portable(ARCH, "fp16", "fp16", 128, 16, 0, 16, True), portable(ARCH, "bf16", "bf16", 64, 0, 0, 512, False),
+    portable(ARCH, "bf16", "bf16", 256, 32, 0, 64, True), portable(ARCH, "bf16", "e4m3", 512, 64, 0, 16, False),
+    portable(ARCH, "fp16", "e4m3", 128, 0, 0, 32, True), portable(ARCH, "e4m3", "e4m3", 512, 64, 0, 512, True),
+    portable(ARCH, "bf16", "bf16", 512, 64, 64, 32, True, compact=True),
+    portable(ARCH, "bf16", "bf16", 512, 64, 64, 16, False, batch_invariant=True),
+    portable(ARCH, "bf16", "e4m3", 512, 64, 16, 512, True, compact=True, batch_invariant=True),
+]
+PORTABLE_ELSEWHERE = [  # compiled by every run of the tests
+    portable("sm_80", "bf16", "bf16", 512, 64, 32, 512, True),
+    portable("sm_80", "fp16", "e4m3", 256, 16, 0, 16, False),
+    portable("sm_89", "bf16", "e4m3", 512, 0, 64, 16, True),
+    portable("sm_100a", "bf16", "bf16", 512, 64, 128, 512, True),
+    portable("sm_103a", "e4m3", "e4m3", 512, 64, 16, 32, False),
+    portable("sm_120a", "bf16", "bf16", 512, 64, 64, 64, False, batch_invariant=True),
+]
+PORTABLE_MORE = [  # the other rows of the config table, and the archs that have the same machine as one above
+    portable(arch, "bf16", kv, 512, 64, 64, rows, True)
+    for arch, kv, rows in itertools.product(
+        ("sm_80", "sm_86", "sm_87", "sm_89", "sm_100a", "sm_103a", "sm_120a", "sm_121a"), ("bf16", "e4m3"),
+        (16, 32, 512))
+]
+
+
+def every_portable() -> list[Spec]:
+    """Specs with each row of the config table and each value of each constant. The full product, of a hundred thousand,
+    is nobody's."""
+    return list(dict.fromkeys(PORTABLE_ON_GPU + PORTABLE_ELSEWHERE + PORTABLE_MORE))
+
+
 def points() -> list[Spec]:
-    return [spec("bf16", 512, 64, rows, rows == max(ROWS)) for rows in ROWS]  # causal: the code it adds is seen
+    return [*(spec("bf16", 512, 64, rows, rows == max(ROWS)) for rows in ROWS),  # causal: the code it adds is seen
+            PORTABLE_ON_GPU[-1]]
 
 
 # ---------------------------------------------------------------------------------- DeepSeek-V4's output path
@@ -131,6 +170,14 @@ def bmm_product() -> list[Spec]:
     return [fp8_bmm_spec(arch=arch) for arch in dict.fromkeys(itertools.chain(*(t.archs for t in templates)))]
 
 
+# ------------------------------------------------------------------------------------------------------ sparse_mla
+
+
+def sparse_points() -> list[Spec]:
+    return [sparse_mla_spec(arch=ARCH, kv_format=fmt, kv_lora_rank=512, qk_rope_head_dim=rope, heads=heads)
+            for heads in (8, 16, 128) for fmt, rope in (("bf16", 0), ("bf16", 64), ("fp8", 64))]
+
+
 # ------------------------------------------------------------------------------------- DeepSeek Sparse Attention
 
 
@@ -162,10 +209,12 @@ def simple(op: str) -> Sets:
 
 
 SETS = {
-    "mla_decode": Sets(product, covering, points),
+    "mla_decode": Sets(lambda: product() + every_portable(),
+                       lambda: covering() + PORTABLE_ON_GPU + PORTABLE_ELSEWHERE, points),
     "inv_rope_fp8_quant": Sets(quant_product, lambda: quant_product([ARCH, "sm_80", "sm_89", "sm_100a"]),
                                lambda: [quant_spec(ARCH, **USUAL_QUANT)], quant_wanted),
     "fp8_bmm": Sets(bmm_product, bmm_product, bmm_product),
+    "sparse_mla": Sets(sparse_points, sparse_points, sparse_points),
     "indexer_prologue": Sets(lambda: card_product("indexer_prologue"), prologue_covering,
                              lambda: prologue_covering()[:1]),
     **{op: simple(op) for op in (

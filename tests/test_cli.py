@@ -292,7 +292,6 @@ def test_interrupt_stops_the_compilers_and_keeps_what_is_done(python_env, store,
     (["prewarm", "--model", "deepseek-v3", "--arch", "sm_80"], "NoTemplate"),
     (["prewarm", "--model", "deepseek-v3", "--arch", "sm_90a", "--tp", "3"], "InvalidArgument"),
     (["prewarm", "--model", "deepseek-v3", "--arch", "sm_90a", "--dtype", "fp8"], "InvalidArgument"),
-    (["prewarm", "--model", "deepseek-v3", "--arch", "sm_90a", "--page-size", "1000"], "InvalidArgument"),
     (["prewarm", "--model", "deepseek-v3", "--arch", "sm_90a", "--page-size", "48"], "NoTemplate"),
     (["prewarm", "--op", "conv", "--arch", "sm_90a"], "InvalidArgument"),
     (["prewarm", *SPEC, "--spec", "rows=7"], "InvalidArgument"),
@@ -301,7 +300,7 @@ def test_interrupt_stops_the_compilers_and_keeps_what_is_done(python_env, store,
     (["prewarm", *SPEC[:-2]], "InvalidArgument"),
     (["cache", "show", "abc"], "InvalidArgument"),
 ])
-def test_a_request_that_cannot_be_served(args, error):
+def test_a_request_that_cannot_be_served(without_portable, args, error):
     """Four parts on stderr, or one object on stdout; exit code 2."""
     done = cli(*args, "--json")
     [problem] = objects(done.stdout)
@@ -416,7 +415,7 @@ def test_doctor_without_gpu_asks_for_a_compile(machine):
 
 
 @pytest.mark.parametrize("gpus, probe, stopped, word", [
-    (1, H100, None, "sm_90a"), (1, A100, None, "sm_80: only inv_rope_fp8_quant"),
+    (1, H100, None, "sm_90a"), (1, A100, None, "sm_80: only inv_rope_fp8_quant, mla_decode"),
     (1, V100, "GPU", "compute capability 7.0"), (1, CPU_BUILD, "GPU", "CUDA build"),
     (1, "import nothing_like_it", "torch", "nothing_like_it"),
 ])

@@ -75,7 +75,7 @@ def test_an_identity_field_changes_the_digest(place, data):
         with pytest.raises(SchemaViolation):
             Key.from_dict(other)
         return
-    old = canonical(get(document, place))
+    old = canonical(get(document, place[:-1]).get(place[-1], form.get("default")))
     value = data.draw(_valid(form).filter(lambda v: canonical(v) != old))
     other = Key.from_dict(replaced(document, place, value))
     assert other.digest != key.digest
@@ -107,6 +107,7 @@ def test_other_manifest_fields_do_not(place, data):
 @given(valid("key"))
 def test_round_trip(document):
     key = Key.from_dict(document)
+    document = {**document, "spec": dict(key.spec)}  # without facts at their default
     assert key.as_dict() == document
     again = Key.from_dict(json.loads(canonical(key.as_dict())))
     assert again == key and hash(again) == hash(key) and again.digest == key.digest
@@ -173,7 +174,7 @@ def test_same_but_toolchain(place, data):
     document = replaced(data.draw(valid("key")), ("spec",), data.draw(valid(f"spec_{op}")))
     other = {**document, "toolchain": data.draw(valid("key"))["toolchain"]}
     assert Key.from_dict(document).same_but_toolchain(Key.from_dict(other))
-    old = get(document, place)
+    old = get(document, place[:-1]).get(place[-1], form.get("default"))
     value = data.draw(_valid(form).filter(lambda v: v != old))
     assert not Key.from_dict(document).same_but_toolchain(Key.from_dict(replaced(other, place, value)))
 

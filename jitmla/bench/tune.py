@@ -134,7 +134,7 @@ def _sized(case: DecodeCase, batch: int, lengths: Iterable[int]) -> list[DecodeC
 def _variant(spec: Spec, case: DecodeCase, document: Document, lengths: Sequence[int], measure: Measure,
              progress: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """At most one entry: the candidate that beats the card's first one."""
-    names = [choice.name for choice in registry.candidates(spec)]
+    names = [choice.name for choice in registry.candidates(spec) if choice.template.arguments == "plain"]
     if not names:
         raise NoTemplate(str(spec), supported="see `jitmla kernels`", differs="no template serves it")
     if len(names) == 1:

@@ -10,14 +10,16 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .. import dispatch, events, schedule, torch_ops
+from .. import dispatch, events, registry, schedule, torch_ops
+from ..errors import InvalidArgument
 from ..spec import mla_decode_spec
 from ..workspace import scratch
 from . import checks, reference
-from .mla_decode_arguments import REQUIRED, check, check_layout, rope_dim
+from .mla_decode_arguments import DTYPE_NAMES, PLAIN, REQUIRED, Features, check, check_layout, out_dtype, rope_dim
 
 OP = "mla_decode"
 HAS_SINKS, WANTS_LSE, COOPERATIVE = 1, 2, 4  # bits of the kernels' flags (templates/common/mla_combine.py)
+HAS_Q_DESCALE, HAS_KV_DESCALE = 8, 16  # and more of those with the `full` arguments
 INF = float("inf")
 
 Query = Tensor | tuple[Tensor, Tensor]
@@ -26,34 +28,48 @@ Query = Tensor | tuple[Tensor, Tensor]
 @overload
 def mla_decode(q: Query, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, *, kv_lora_rank: int, sm_scale: float,
                causal: bool = ..., sinks: Tensor | None = ..., out: Tensor | None = ..., lse: Tensor | None = ...,
-               return_lse: Literal[False] = ..., backend: str = ...) -> Tensor: ...
+               return_lse: Literal[False] = ..., cu_seqlens_q: Tensor | None = ..., max_q_len: int | None = ...,
+               q_descale: Tensor | float | None = ..., kv_descale: Tensor | float | None = ...,
+               batch_invariant: bool = ..., backend: str = ...) -> Tensor: ...
 @overload
 def mla_decode(q: Query, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, *, kv_lora_rank: int, sm_scale: float,
                causal: bool = ..., sinks: Tensor | None = ..., out: Tensor | None = ..., lse: Tensor | None = ...,
-               return_lse: Literal[True], backend: str = ...) -> tuple[Tensor, Tensor]: ...
+               return_lse: Literal[True], cu_seqlens_q: Tensor | None = ..., max_q_len: int | None = ...,
+               q_descale: Tensor | float | None = ..., kv_descale: Tensor | float | None = ...,
+               batch_invariant: bool = ..., backend: str = ...) -> tuple[Tensor, Tensor]: ...
 
 
 def mla_decode(q: Any, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, *, kv_lora_rank: int,
                sm_scale: Any = REQUIRED, causal: bool = True, sinks: Tensor | None = None, out: Tensor | None = None,
-               lse: Tensor | None = None, return_lse: bool = False, backend: str = "auto") -> Any:
+               lse: Tensor | None = None, return_lse: bool = False, cu_seqlens_q: Tensor | None = None,
+               max_q_len: int | None = None, q_descale: Any = None, kv_descale: Any = None,
+               batch_invariant: bool = False, backend: str = "auto") -> Any:
     """Attention of a few new query tokens per request over a paged cache of latent rows (absorbed MLA, one KV head).
 
     For request b, token i, head h, over the keys j < seq_lens[b] (with `causal`, j <= seq_lens[b] - s_q + i):
     x_j = sm_scale * <q[b,i,h], row_j>, lse = ln sum_j exp(x_j), out = sum_j exp(x_j - lse) * row_j[:kv_lora_rank].
     The formula is that of DeepSeek-V2 (arXiv 2405.04434, section 2.1) with W_UK absorbed into q.
 
-    q: [batch, s_q, heads, kv_lora_rank + qk_rope_head_dim], bf16 or fp16, or the pair (q_nope, q_pe) of its two parts.
-        Any strides whose rows are 16-byte aligned; with s_q > 1 the (token, head) rows must be one stride apart.
-    kv_cache: [pages, page_size, kv_lora_rank + qk_rope_head_dim], dtype of q. The values are its first kv_lora_rank
-        columns. Rows at or behind seq_lens[b] and pages that no request uses are never read (they may hold NaN).
+    q: [batch, s_q, heads, kv_lora_rank + qk_rope_head_dim], bf16, fp16 or e4m3, or the pair (q_nope, q_pe).
+        Any strides whose rows are 16-byte aligned; the sm90 kernels want the (token, head) rows one stride apart.
+    kv_cache: [pages, page_size, kv_lora_rank + qk_rope_head_dim], dtype of q, or e4m3. The values are its first
+        kv_lora_rank columns. Rows at or behind seq_lens[b] and pages that no request uses are never read (they may hold
+        NaN). page_size is 1 to 128, or anything where each request has one page (a slot cache).
     block_table: [batch, max_pages] int32: the page of each page_size tokens. Entries behind the last page are not read.
     seq_lens: [batch] int32, tokens in the cache, the s_q new ones included. 0 is allowed. Read on the device only.
     sm_scale: positive factor of the raw dot product. It is never inferred: for DeepSeek-V3 it is
         192**-0.5 * mscale**2 = 0.1352, not 576**-0.5.
     causal: query token i does not see the s_q - 1 - i last keys.
     sinks: [heads] float32: logits (natural units, not scaled) of one more key with a zero value.
-    out: [batch, s_q, heads, kv_lora_rank], dtype of q; written. lse: [batch, s_q, heads] float32, any strides; written
-        when given or asked for: natural logarithm, sinks excluded, -inf (and a zero out row) where no key is seen.
+    out: [batch, s_q, heads, kv_lora_rank], dtype of q (bf16 when that is e4m3); written.
+    lse: [batch, s_q, heads] float32, any strides; written when given or asked for: natural logarithm, sinks excluded,
+        -inf (and a zero out row) where no key is seen.
+    cu_seqlens_q: [batch + 1] int32: q, out and lse are [tokens, heads, ...], and the query tokens of request b are
+        cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1, at most max_q_len of them. Rows behind the last are not written.
+    q_descale, kv_descale: what an e4m3 q or cache is to be multiplied by: a positive float, or a float32 tensor [1]
+        that is read on the device.
+    batch_invariant: split requests into pieces of 2048 tokens whatever else is in the batch: equal requests get equal
+        bits. The workspace grows with the width of the block table.
     backend: "auto", a backend of `jitmla kernels` such as "sm90", or "reference". A named one is strict; auto takes the
         reference on CPU tensors and says so in an event.
 
@@ -66,7 +82,13 @@ def mla_decode(q: Any, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, 
     """
     if torch.compiler.is_compiling():
         return torch_ops.call_mla_decode(q, kv_cache, block_table, seq_lens, kv_lora_rank, sm_scale, causal, sinks,
-                                         out, lse, return_lse, backend)
+                                         out, lse, return_lse, backend,
+                                         Features(cu_seqlens_q, max_q_len, q_descale, kv_descale, batch_invariant))
+    if (cu_seqlens_q is not None or kv_descale is not None or batch_invariant is not False or q_descale is not None
+            or max_q_len is not None):
+        return _with_features(q, kv_cache, block_table, seq_lens, kv_lora_rank, sm_scale, causal, sinks, out, lse,
+                              return_lse, backend,
+                              Features(cu_seqlens_q, max_q_len, q_descale, kv_descale, batch_invariant))
     try:
         q_nope, q_pe = q if type(q) is tuple else (q, q)
         prepared = _prepared[q_nope.shape, q_nope.dtype, q_nope.get_device(), q_pe is q_nope, q_pe.size(3),
@@ -89,8 +111,30 @@ def mla_decode(q: Any, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, 
     except Exception:
         # The compiled wrapper refuses a wrong layout before it launches anything; these checks say what is wrong.
         check(q, kv_cache, block_table, seq_lens, kv_lora_rank, sm_scale, sinks, out, lse)
-        check_layout(q_nope, q_pe, kv_cache, out)
+        check_layout(q_nope, q_pe, kv_cache, out, isinstance(prepared, OnGpu))
         raise
+    return (out, lse) if return_lse else out
+
+
+def _with_features(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_rank: Any, sm_scale: Any,
+                   causal: Any, sinks: Any, out: Any, lse: Any, return_lse: bool, backend: Any,
+                   features: Features) -> Any:
+    """mla_decode for calls with any of the features: every call is checked, which takes a few us more."""
+    q_nope, q_pe = check(q, kv_cache, block_table, seq_lens, kv_lora_rank, sm_scale, sinks, out, lse, features)
+    at = (q_nope.shape, q_nope.dtype, q_nope.get_device(), q_pe is q_nope, q_pe.shape[-1], kv_cache.shape[1],
+          kv_lora_rank, causal, backend, kv_cache.dtype, block_table.shape, features.cu_seqlens_q is None,
+          features.max_q_len, features.batch_invariant)
+    prepared = _prepared.get(at)
+    if prepared is None:
+        prepared = _prepare(q, kv_cache, block_table, seq_lens, kv_lora_rank, sm_scale, causal, sinks, out, lse,
+                            backend, features, at)
+    if isinstance(prepared, (OnGpu, OnGpuFull)):
+        check_layout(q_nope, q_pe, kv_cache, out, isinstance(prepared, OnGpu))
+    if out is None:
+        out = torch.empty(prepared.out_shape, dtype=out_dtype(q_nope), device=q_nope.device)
+    if lse is None and return_lse:
+        lse = torch.empty(prepared.out_shape[:-1], dtype=torch.float32, device=q_nope.device)
+    prepared.run(q_nope, q_pe, kv_cache, block_table, seq_lens, sinks, out, lse, sm_scale, features)
     return (out, lse) if return_lse else out
 
 
@@ -110,7 +154,7 @@ class OnGpu:
     no_lse: Tensor  # stands in where none is wanted; not written
 
     def run(self, q: Tensor, q_pe: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
-            sinks: Tensor | None, out: Tensor, lse: Tensor | None, sm_scale: float) -> None:
+            sinks: Tensor | None, out: Tensor, lse: Tensor | None, sm_scale: float, _: Features = PLAIN) -> None:
         if self.out_shape[1] > 1:
             for name, value in (("q", q), ("q_pe", q_pe), ("out", out)):
                 checks.uniform_rows(name, value)
@@ -136,27 +180,76 @@ class OnGpu:
 
 
 @dataclass(frozen=True)
+class OnGpuFull:
+    """The same for templates with the `full` arguments."""
+
+    out_shape: tuple[int, ...]
+    function: Callable[..., None]
+    device: torch.device
+    pe_offset: int
+    workspace: int
+    rows: int
+    launch: tuple[int, ...]
+    no_lse: Tensor
+
+    def run(self, q: Tensor, q_pe: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
+            sinks: Tensor | None, out: Tensor, lse: Tensor | None, sm_scale: float,
+            features: Features = PLAIN) -> None:
+        if torch.cuda.current_device() != self.device.index:
+            with torch.cuda.device(self.device):
+                return self.run(q, q_pe, kv_cache, block_table, seq_lens, sinks, out, lse, sm_scale, features)
+        workspace, semaphores = scratch(self.device.index, self.workspace, 1)
+        if sinks is not None and sinks.shape[0] != self.out_shape[-2]:
+            raise ValueError("sinks")  # `check` says it in full
+        if lse is not None and lse.shape != self.out_shape[:-1]:
+            raise ValueError("lse")
+        flags = (HAS_SINKS if sinks is not None else 0) | (WANTS_LSE if lse is not None else 0)
+        v_scale, descales = 1.0, []
+        for name, bit in (("q_descale", HAS_Q_DESCALE), ("kv_descale", HAS_KV_DESCALE)):
+            value = getattr(features, name)
+            if isinstance(value, Tensor):
+                flags |= bit
+            elif value is not None:
+                sm_scale, v_scale = sm_scale * value, v_scale * value if name == "kv_descale" else v_scale
+            descales.append(value if isinstance(value, Tensor) else workspace)
+        lse = self.no_lse if lse is None else lse
+        cu_seqlens_q = features.cu_seqlens_q
+        if cu_seqlens_q is None:
+            cu_seqlens_q = semaphores
+        else:
+            q, q_pe, out = q.unsqueeze(0), q_pe.unsqueeze(0), out.unsqueeze(0)
+            lse = lse if lse is self.no_lse else lse.unsqueeze(0)
+        self.function(q, q_pe, kv_cache, block_table, seq_lens, cu_seqlens_q, *descales,
+                      workspace if sinks is None else sinks, out, lse, workspace, semaphores, sm_scale, v_scale,
+                      self.pe_offset, flags, self.rows, *self.launch)
+
+
+@dataclass(frozen=True)
 class OnReference:
     """A call that the reference serves; every call is checked anew."""
 
-    out_shape: tuple[int, int, int, int]
+    out_shape: tuple[int, ...]
     causal: bool
     joined: bool
 
     def run(self, q: Tensor, q_pe: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
-            sinks: Tensor | None, out: Tensor, lse: Tensor | None, sm_scale: float) -> None:
-        rank = self.out_shape[3]
+            sinks: Tensor | None, out: Tensor, lse: Tensor | None, sm_scale: float,
+            features: Features = PLAIN) -> None:
+        rank = self.out_shape[-1]
         if lse is None:
-            lse = torch.empty(self.out_shape[:3], dtype=torch.float32, device=q.device)
+            lse = torch.empty(self.out_shape[:-1], dtype=torch.float32, device=q.device)
         reference.mla_decode(q[..., :rank], q[..., rank:] if self.joined else q_pe, kv_cache, block_table, seq_lens,
-                             sm_scale=sm_scale, causal=self.causal, sinks=sinks, out=out, lse=lse)
+                             sm_scale=sm_scale, causal=self.causal, sinks=sinks, out=out, lse=lse,
+                             cu_seqlens_q=features.cu_seqlens_q,
+                             q_descale=1.0 if features.q_descale is None else features.q_descale,
+                             kv_descale=1.0 if features.kv_descale is None else features.kv_descale)
 
 
 @dataclass(frozen=True)
 class Empty:
     """A call of an empty batch: nothing to do."""
 
-    out_shape: tuple[int, int, int, int]
+    out_shape: tuple[int, ...]
 
     def run(self, *_: Any) -> None:
         pass
@@ -166,32 +259,63 @@ _prepared = dispatch.Remembered()
 
 
 def _prepare(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_rank: Any, sm_scale: Any, causal: Any,
-             sinks: Any, out: Any, lse: Any, backend: Any) -> OnGpu | OnReference | Empty:
-    """Check every argument, choose who serves the call, and remember it when that is a kernel."""
-    q_nope, q_pe = check(q, kv_cache, block_table, seq_lens, kv_lora_rank, sm_scale, sinks, out, lse)
-    joined = q_pe is q_nope
-    batch, s_q, heads, _ = q_nope.shape
-    out_shape = (batch, s_q, heads, int(kv_lora_rank))
+             sinks: Any, out: Any, lse: Any, backend: Any, features: Features = PLAIN, at: Any = None
+             ) -> OnGpu | OnGpuFull | OnReference | Empty:
+    """Check every argument, choose who serves the call, and remember it (as `at`) when that is a kernel."""
+    q_nope, q_pe = check(q, kv_cache, block_table, seq_lens, kv_lora_rank, sm_scale, sinks, out, lse, features)
+    joined, compact = q_pe is q_nope, features.cu_seqlens_q is not None
+    batch, s_q, heads = seq_lens.shape[0], features.max_q_len if compact else q_nope.shape[1], q_nope.shape[-2]
+    out_shape = (*q_nope.shape[:-1], int(kv_lora_rank))
     if checks.takes_reference(OP, backend, q_nope):
         events.emit("choose", op=OP, backend="reference", device=str(q_nope.device),
                     why="asked for" if backend == "reference" else "CPU tensors")
         return OnReference(out_shape, bool(causal) and s_q > 1, joined)
-    check_layout(q_nope, q_pe, kv_cache, out)
-    spec = mla_decode_spec(arch=dispatch.arch_of(q_nope.device), dtype=checks.DTYPE_NAMES[q_nope.dtype],
+    spec = mla_decode_spec(arch=dispatch.arch_of(q_nope.device), dtype=DTYPE_NAMES[q_nope.dtype],
+                           kv_dtype=DTYPE_NAMES[kv_cache.dtype],
                            kv_lora_rank=kv_lora_rank, qk_rope_head_dim=rope_dim(q_nope, q_pe, kv_lora_rank),
-                           page_size=kv_cache.shape[1], s_q=s_q, heads=heads, causal=bool(causal))
+                           page_size=kv_cache.shape[1], s_q=s_q, heads=heads, causal=bool(causal), compact=compact,
+                           batch_invariant=features.batch_invariant)
+    full = registry.choose(spec, backend).template.arguments == "full"
+    check_layout(q_nope, q_pe, kv_cache, out, not full)
     if batch == 0:
         return Empty(out_shape)
     device = q_nope.device
     plan = dispatch.plan_for(spec, backend, device)
+    if full:
+        found = _full(plan, features, out_shape, batch, s_q * heads, joined, kv_cache.shape[1] * block_table.shape[1])
+        return _remember(at or _plain_key(q_nope, q_pe, kv_cache, kv_lora_rank, causal, backend), found)
     launch = schedule.launch_args(s_q * heads, batch, dispatch.sm_count(device), kv_lora_rank)
     prepared = OnGpu(out_shape, plan.function, q_nope.get_device(),
                      torch.cuda.device_count() > 1, kv_lora_rank if joined else 0,
                      schedule.workspace_floats(launch.parts, s_q * heads, kv_lora_rank),
                      schedule.semaphore_count(launch.parts, s_q * heads), tuple(launch), _no_lse(device))
-    _prepared[q_nope.shape, q_nope.dtype, q_nope.get_device(), joined, q_pe.size(3), kv_cache.size(1), kv_lora_rank,
-              causal, backend] = prepared
+    return _remember(at or _plain_key(q_nope, q_pe, kv_cache, kv_lora_rank, causal, backend), prepared)
+
+
+def _plain_key(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, kv_lora_rank: int, causal: Any, backend: str) -> Any:
+    return (q_nope.shape, q_nope.dtype, q_nope.get_device(), q_pe is q_nope, q_pe.size(3), kv_cache.size(1),
+            kv_lora_rank, causal, backend)
+
+
+def _remember(at: Any, prepared: OnGpu | OnGpuFull) -> OnGpu | OnGpuFull:
+    _prepared[at] = prepared
     return prepared
+
+
+def _full(plan: dispatch.Plan, features: Features, out_shape: tuple[int, ...], batch: int, rows: int, joined: bool,
+          max_tokens: int) -> OnGpuFull:
+    """max_tokens: of a request, by the width of the block table."""
+    rank = out_shape[-1]
+    launch = schedule.gather_launch(rows, batch, dispatch.sm_count(plan.device), dict(plan.key.constants)["TILE_ROWS"])
+    slots = schedule.invariant_slots(batch, max_tokens) if features.batch_invariant else 0
+    floats = schedule.workspace_floats(launch.parts, rows, rank, slots)
+    if floats >= 1 << 31:
+        raise InvalidArgument(f"batch_invariant=True with {batch} requests of up to {max_tokens} tokens",
+                              supported="a workspace below 8 GiB", differs=f"it would need {floats * 4 >> 30} GiB, "
+                              f"{schedule.INVARIANT_TOKENS} tokens of each of {rows} rows at a time",
+                              remedy="pass a block table that is no wider than the longest request needs")
+    return OnGpuFull(out_shape, plan.function, plan.device, rank if joined else 0, floats, rows, tuple(launch),
+                     _no_lse(plan.device))
 
 
 @functools.cache

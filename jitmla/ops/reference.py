@@ -17,13 +17,19 @@ def latent_rows(kv_cache: Tensor, block_table: Tensor, length: int) -> Tensor:
 
 
 def mla_decode(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, *,
-               sm_scale: float, causal: bool, sinks: Tensor | None, out: Tensor, lse: Tensor) -> None:
-    """Writes `out` [batch, s_q, heads, kv_lora_rank] and `lse` [batch, s_q, heads]. See jitmla.mla_decode."""
-    kv_lora_rank, s_q = q_nope.shape[-1], q_nope.shape[1]
-    q = torch.cat([q_nope, q_pe], -1).float()
+               sm_scale: float, causal: bool, sinks: Tensor | None, out: Tensor, lse: Tensor,
+               cu_seqlens_q: Tensor | None = None, q_descale: Tensor | float = 1.0,
+               kv_descale: Tensor | float = 1.0) -> None:
+    """Writes `out` [batch, s_q, heads, kv_lora_rank] and `lse` [batch, s_q, heads], or with cu_seqlens_q
+    [tokens, heads, ...]. See jitmla.mla_decode."""
+    kv_lora_rank = q_nope.shape[-1]
+    q = torch.cat([q_nope.float(), q_pe.float()], -1) * q_descale
+    starts = None if cu_seqlens_q is None else cu_seqlens_q.tolist()
     for b, length in enumerate(seq_lens.tolist()):
-        rows = latent_rows(kv_cache, block_table[b], length).float()
-        logits = sm_scale * torch.einsum("ihd,kd->ihk", q[b], rows)
+        mine = b if starts is None else slice(starts[b], starts[b + 1])  # its query tokens
+        s_q = q[mine].shape[0]
+        rows = latent_rows(kv_cache, block_table[b], length).float() * kv_descale
+        logits = sm_scale * torch.einsum("ihd,kd->ihk", q[mine], rows)
         if causal:
             last = length - s_q + torch.arange(s_q, device=q.device)  # token i sees keys 0 .. last[i]
             hidden = torch.arange(length, device=q.device) > last[:, None]
@@ -32,5 +38,5 @@ def mla_decode(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, block_table: Tens
         # a sink is one more key with a zero value: it takes part in the sum of the weights, not in lse
         total = row_lse if sinks is None else torch.logaddexp(row_lse, sinks.expand_as(row_lse))
         weights = torch.exp(logits - total[..., None].clamp_min(torch.finfo(torch.float32).min))
-        out[b].copy_(torch.einsum("ihk,kd->ihd", weights, rows[:, :kv_lora_rank]))
-        lse[b].copy_(row_lse)
+        out[mine].copy_(torch.einsum("ihk,kd->ihd", weights, rows[:, :kv_lora_rank]))
+        lse[mine].copy_(row_lse)

@@ -59,11 +59,12 @@ HAS_SINKS, WANTS_LSE, COOPERATIVE = 1, 2, 4  # bits of the flags
 
 
 class MlaCombine:
-    def __init__(self, latent, dtype, column, pairs, barrier, teams=True):
-        """column, pairs: see above; barrier: a named barrier for the 8 warps; teams: whether warps may share a unit."""
+    def __init__(self, latent, dtype, column, pairs, barrier, teams=True, empty_lse=-INF):
+        """column, pairs: see above; barrier: a named barrier for the 8 warps; teams: whether warps may share a unit;
+        empty_lse: the log-sum-exp of a row without a key."""
         assert latent in (128, 256, 512)
         self.latent, self.dtype, self.column, self.pairs = latent, cutlass_dtype(dtype), column, pairs
-        self.barrier, self.teams = barrier, teams
+        self.barrier, self.teams, self.empty_lse = barrier, teams, empty_lse
         self.log_slices = (latent // 128).bit_length() - 1
         self.ring = latent // 16  # slots of a lane: what it reads when all sharers have a piece
 
@@ -393,7 +394,7 @@ class MlaCombine:
                     sW[e, w] = sW[e, w] * inv
                 if (flags & WANTS_LSE) != 0 and wants_lse != 0 and sub == 0 and (at & ((1 << log_slices) - 1)) == 0:
                     value = (cute.math.log2(total, fastmath=True) + top) * (1.0 / LOG2E)
-                    lse[req, row // heads, row % heads] = value if total > 0.0 else -Float32(INF)
+                    lse[req, row // heads, row % heads] = value if total > 0.0 else Float32(self.empty_lse)
 
     @cute.jit
     def store(self, out: cute.Tensor, req: Int32, row: Int32, part: Int32, rO: cute.Tensor, lane: Int32):

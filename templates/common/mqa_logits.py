@@ -6,7 +6,7 @@ Tiling. K rows are the M of the MMA (64 a warpgroup and step), and `tokens` quer
 256). So the weights stay in registers for a whole tile of queries, and the sum over heads stays inside a quad of lanes:
 one max and one FMA a product, then a transposing butterfly over 4 lanes, the scale of K, and a plain store.
 
-    warps 0 .. 4G - 1    G math warpgroups, each 64 of the ROWS = 64 G rows of K of a stage
+    warps 0 .. 4G - 1    G math warpgroups, each 64 of the 64 G rows of K of a stage
     warp  4G             loads stages of K (rows and scales), and tiles of q with their work item (tile, first block of
                          K, blocks)
     warps 4G .. 4G + 3   at first: prefix sum over all tiles, from which each CTA takes its equal share of all blocks
@@ -108,19 +108,17 @@ class MqaLogits:
         mOut: cute.Tensor,
         mma: cute.TiledMma,
     ):
-        H, T, G, S, QS, ROWS, N = (
-            self.heads, self.tokens, self.groups, self.stages, self.q_stages, self.rows, self.n
-        )
+        H, T, G, S, QS, N = self.heads, self.tokens, self.groups, self.stages, self.q_stages, self.n
         tid, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         smem = SmemAllocator()
-        layout_q, layout_k = ring(N, QS), ring(ROWS, S)
+        layout_q, layout_k = ring(N, QS), ring(self.rows, S)
         sQ = smem.allocate_tensor(Float8E4M3FN, layout_q.outer, 1024, swizzle=layout_q.inner)
         sK = smem.allocate_tensor(Float8E4M3FN, layout_k.outer, 1024, swizzle=layout_k.inner)
         sW = smem.allocate_tensor(Float32, cute.make_layout((H, T, QS)), 128)
-        sS = smem.allocate_tensor(Float32, cute.make_layout((ROWS, S)), 128)
+        sS = smem.allocate_tensor(Float32, cute.make_layout((self.rows, S)), 128)
         sItem = smem.allocate_tensor(Int32, cute.make_layout((4, QS)), 16)
         sSplit = smem.allocate_tensor(Int32, cute.make_layout((8,)), 16)
         full, empty = smem.allocate_array(Int64, S), smem.allocate_array(Int64, S)
@@ -210,9 +208,7 @@ class MqaLogits:
         x0, x1, limit, left,
     ):
         """The load warp: K stage by stage, and q with its work item whenever a tile begins. No blocks: the end."""
-        H, T, G, S, QS, ROWS, N = (
-            self.heads, self.tokens, self.groups, self.stages, self.q_stages, self.rows, self.n
-        )
+        H, T, G, S, QS, N = self.heads, self.tokens, self.groups, self.stages, self.q_stages, self.n
         lane = cute.arch.lane_idx()
         one = cute.make_layout(1)
         hint = dict(cache_policy=Int64(self.hint)) if self.hint else {}
@@ -227,17 +223,17 @@ class MqaLogits:
             tKsK, tKgK = cpasync.tma_partition(
                 tma_k, 0, one, tile_of(sK, (PAGE, DIM), (None, 0, None)), tile_of(mK, (PAGE, DIM), (0, 0, None))
             )
-            sPages = cute.make_tensor(sS.iterator, cute.make_layout((PAGE, 1, G, S), stride=(1, 0, PAGE, ROWS)))
+            sPages = cute.make_tensor(sS.iterator, cute.make_layout((PAGE, 1, G, S), stride=(1, 0, PAGE, self.rows)))
             tSsS, tSgS = cpasync.tma_partition(
                 tma_s, 0, one, cute.group_modes(sPages, 0, 2), tile_of(mS, (PAGE, 1), (0, None))
             )
         else:
             tKsK, tKgK = cpasync.tma_partition(
-                tma_k, 0, one, cute.group_modes(sK, 0, 2), tile_of(mK, (ROWS, DIM), (None, 0))
+                tma_k, 0, one, cute.group_modes(sK, 0, 2), tile_of(mK, (self.rows, DIM), (None, 0))
             )
             tSsS, tSgS = cpasync.tma_partition(
                 tma_s, 0, one, cute.group_modes(sS, 0, 1),
-                cute.group_modes(cute.local_tile(mS, (ROWS,), (None,)), 0, 1),
+                cute.group_modes(cute.local_tile(mS, (self.rows,), (None,)), 0, 1),
             )
         tile = sSplit[4]
         offset = sSplit[5]
@@ -280,7 +276,7 @@ class MqaLogits:
                     for p in cutlass.range(take, unroll=1):
                         cute.arch.mbarrier_wait(empty + s, phase)
                         with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive_and_expect_tx(full + s, ROWS * (DIM + 4))
+                            cute.arch.mbarrier_arrive_and_expect_tx(full + s, self.rows * (DIM + 4))
                         cute.copy(tma_k, tKgK[None, first + offset + p], tKsK[None, s], tma_bar_ptr=full + s, **hint)
                         cute.copy(tma_s, tSgS[None, first + offset + p], tSsS[None, s], tma_bar_ptr=full + s, **hint)
                         s, phase = self.advance(s, phase, S)
@@ -295,11 +291,11 @@ class MqaLogits:
     @cute.jit
     def fill(self, x0, x1, mOut, limit, tiles, t, cta, ctas):
         """-inf in the columns that no block of a tile covers; t: thread of 96."""
-        T, ROWS = self.tokens, self.rows
+        T = self.tokens
         for tile in cutlass.range(cta, tiles, ctas, unroll=1):
             first, n = self.blocks(tile, x0, x1, limit)
-            head = cutlass.min(first * ROWS, limit) if n > 0 else limit
-            tail = (first + n) * ROWS if n > 0 else limit
+            head = cutlass.min(first * self.rows, limit) if n > 0 else limit
+            tail = (first + n) * self.rows if n > 0 else limit
             for r in cutlass.range(tile * T, cutlass.min(tile * T + T, x0.shape[0]), 1, unroll=1):
                 line = mOut.iterator + Int64(r) * mOut.stride[0]
                 for j in cutlass.range(t, head, 96, unroll=1):
@@ -310,9 +306,7 @@ class MqaLogits:
     @cute.jit
     def multiply(self, mma, sQ, sK, sW, sS, sItem, full, empty, q_full, q_empty, x0, x1, limit, mOut, tid, warp_idx):
         """A math warpgroup: its 64 rows of every stage."""
-        H, T, G, S, QS, ROWS, N = (
-            self.heads, self.tokens, self.groups, self.stages, self.q_stages, self.rows, self.n
-        )
+        H, T, G, S, QS, N = self.heads, self.tokens, self.groups, self.stages, self.q_stages, self.n
         wg = cute.arch.make_warp_uniform(warp_idx // 4)
         t = tid % 128
         lane = tid % 32
@@ -356,9 +350,9 @@ class MqaLogits:
             dst = mOut.iterator + (Int64(token) * mOut.stride[0] + column)
             if const_expr(self.windows):
                 for i in cutlass.range_constexpr(max(PER_LANE // 2, 1)):
-                    at = cutlass.min(token + i, x0.shape[0] - 1)
-                    rWindow[0, i] = x0[at]
-                    rWindow[1, i] = cutlass.min(x1[at], limit)
+                    own = cutlass.min(token + i, x0.shape[0] - 1)
+                    rWindow[0, i] = x0[own]
+                    rWindow[1, i] = cutlass.min(x1[own], limit)
             steps = n
             if const_expr(self.paged):
                 steps = cute.ceil_div(n, G)
@@ -374,7 +368,8 @@ class MqaLogits:
                     cute.arch.barrier_arrive(barrier_id=BAR_ORDER + (wg + 1) % G, number_of_threads=256)
                 # under the running product: the step before
                 before = self.inside(n, it - 1, wg) and it > 0
-                self.finish(rSum, rScale, dst - ROWS, mOut, token, quad, before, rWindow, column + (it - 1) * ROWS)
+                at = column + (it - 1) * self.rows
+                self.finish(rSum, rScale, dst - self.rows, mOut, token, quad, before, rWindow, at)
                 rScale[0] = sS[row, now]
                 if const_expr(PER_LANE > 1):
                     rScale[1] = sS[row + 8, now]
@@ -385,9 +380,10 @@ class MqaLogits:
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(empty + now)
                 self.sum_heads(rAcc, rW, rSum)
-                dst = dst + ROWS
+                dst = dst + self.rows
             last = self.inside(n, steps - 1, wg)
-            self.finish(rSum, rScale, dst - ROWS, mOut, token, quad, last, rWindow, column + (steps - 1) * ROWS)
+            end = column + (steps - 1) * self.rows
+            self.finish(rSum, rScale, dst - self.rows, mOut, token, quad, last, rWindow, end)
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive(q_empty + qs)
             qs, q_phase = self.advance(qs, q_phase, QS)

@@ -8,7 +8,7 @@ import jitmla
 from jitmla.errors import InvalidArgument, InvalidArgumentType, JitmlaError
 from jitmla.testing import mla_decode_problem
 
-BF16, I32 = torch.bfloat16, torch.int32
+BF16, I32, E4M3 = torch.bfloat16, torch.int32, torch.float8_e4m3fn
 
 
 def arguments(device="cpu", **change):
@@ -54,6 +54,8 @@ def check_refused(kind, argument, given):
 
 
 T, V = InvalidArgumentType, InvalidArgument  # type and value
+COMPACT = dict(q=lambda t: t.flatten(0, 1), out=lambda t: t.flatten(0, 1), lse=lambda t: t.flatten(0, 1),
+               cu_seqlens_q=torch.tensor([0, 2, 4], dtype=I32), max_q_len=2)
 # name of the mistake -> class of the error, argument that it names, change
 MISTAKES = {
     # not tensors
@@ -74,7 +76,13 @@ MISTAKES = {
     "q is float32": (T, "q", dict(q=lambda t: t.float())),
     "q_pe of another dtype": (T, "q_pe", dict(pair=lambda n, p: (n, p.half()))),
     "kv_cache of another dtype": (T, "kv_cache", dict(kv_cache=lambda t: t.half())),
-    "kv_cache is fp8": (T, "kv_cache", dict(kv_cache=lambda t: t.nan_to_num().to(torch.float8_e4m3fn))),
+    "kv_cache is fp8 without a scale": (V, "kv_descale", dict(kv_cache=lambda t: t.nan_to_num().to(E4M3))),
+    "q is fp8 and kv_cache is not": (T, "kv_cache", dict(q=lambda t: t.to(E4M3), q_descale=1.0)),
+    "a scale without fp8": (V, "kv_descale", dict(kv_descale=1.0)),
+    "kv_descale is negative": (V, "kv_descale", dict(kv_cache=lambda t: t.nan_to_num().to(E4M3), kv_descale=-1.0)),
+    "kv_descale of two": (V, "kv_descale", dict(kv_cache=lambda t: t.nan_to_num().to(E4M3), kv_descale=torch.ones(2))),
+    "kv_descale is bf16": (T, "kv_descale", dict(kv_cache=lambda t: t.nan_to_num().to(E4M3),
+                                                 kv_descale=torch.ones(1, dtype=BF16))),
     "block_table is int64": (T, "block_table", dict(block_table=lambda t: t.long())),
     "seq_lens is int64": (T, "seq_lens", dict(seq_lens=lambda t: t.long())),
     "seq_lens is float": (T, "seq_lens", dict(seq_lens=lambda t: t.float())),
@@ -142,6 +150,14 @@ MISTAKES = {
     "kv_lora_rank is a float": (V, "kv_lora_rank", dict(kv_lora_rank=512.0)),
     "backend unknown": (V, "backend", dict(backend="sm100")),
     "backend is None": (V, "backend", dict(backend=None)),
+    # features
+    "max_q_len without cu_seqlens_q": (V, "max_q_len", dict(max_q_len=2)),
+    "cu_seqlens_q without max_q_len": (T, "max_q_len", dict(COMPACT, max_q_len=None)),
+    "cu_seqlens_q with a q of four dimensions": (V, "q", dict(COMPACT, q=lambda t: t)),
+    "cu_seqlens_q of another batch": (V, "cu_seqlens_q", dict(COMPACT, cu_seqlens_q=torch.zeros(2, dtype=I32))),
+    "cu_seqlens_q is int64": (T, "cu_seqlens_q", dict(COMPACT, cu_seqlens_q=torch.tensor([0, 2, 4]))),
+    "compact, out of four dimensions": (V, "out", dict(COMPACT, out=lambda t: t)),
+    "batch_invariant is None": (T, "batch_invariant", dict(batch_invariant=None)),
     # gradients
     "q wants a gradient": (V, "q", dict(q=lambda t: t.requires_grad_())),
     "q_pe wants a gradient": (V, "q_pe", dict(pair=lambda n, p: (n, p.requires_grad_()))),

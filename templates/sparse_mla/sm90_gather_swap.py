@@ -1,0 +1,574 @@
+"""Token-sparse MLA for sm_90a, at most 16 heads: swapped operands.
+
+    S^T (64 entries x ROWS) = K . Q^T      A = K tiles (K-major),              B = Q
+    O^T (LATENT    x ROWS)  = V^T . P^T    A = the same tiles read MN-major,   B = P
+
+The heads are the N of the MMA (8 or 16) instead of a mostly empty M of 64: the tensor core has a quarter of the work,
+and what remains is gathering and converting rows.
+
+Tiling. One CTA per part (mla_split.py, where a query token is a request); a part walks over 64-entry blocks of the
+lists of its tokens. 512 threads: two streams, each a warpgroup that gathers every other block into a buffer of its own
+(sparse_rows.py), and a warpgroup with scores, softmax and a complete O^T of the blocks in it.
+
+    gather 0     b0 | b2 ...                           waits empty[0], arrives at full[0]
+    gather 1     b1 | b3 ...                           waits empty[1], arrives at full[1]
+    math 0          S(b0) softmax PV(b0) | S(b2) ...   waits full, arrives at empty (4 warps)
+    math 1          S(b1) softmax PV(b1) | S(b3) ...
+    end of token: the two (maximum, sum, O^T) are merged through shared memory; whole tokens are stored to out and lse
+    (sinks applied here), pieces of split tokens to the workspace. The Q of the next token is loaded meanwhile, into a
+    second buffer.
+
+    end of the CTA: the math warps merge the pieces of split tokens together with the other CTAs (mla_combine.py)
+
+With the fp8 format the latent columns of Q, K, P and V are fp16, for which Q is converted in shared memory once for
+each token; the rope columns stay bf16 and add to the same accumulators.
+
+Cannot: more than ROWS heads; sm_scale <= 0; latent sizes other than 512. fp8: |q| above 65504 is infinite in fp16.
+"""
+
+# --- constants: replaced when rendered ---
+FORMAT = "fp8"
+ROPE = 64
+ROWS = 16
+# --- end of constants ---
+
+from types import SimpleNamespace
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as hh
+from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.memory import SmemAllocator
+
+from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
+from common.mla_split import interval, n_blocks, partials, sharing
+from common.sm90 import INF, LOG2E, ex2, issue, smem_atom, swz
+from common.sparse_rows import FP8_BYTES, WANTS_MAX, RowAddress, RowGather, TokenLengths, by_head, end_of_piece
+from common.sparse_rows import half2_of_bf16x2, load_shared1, load_shared16, per_token
+from common.sparse_rows import quotient, sparse_mla_arguments, store_shared16
+
+FP8 = FORMAT == "fp8"
+ELEMENT = Float16 if FP8 else BFloat16  # of the latent columns
+LATENT = 512
+BLOCK = 64  # entries of a block
+V_TILES = LATENT // 64
+TILES = V_TILES + ROPE // 64
+TILE_BYTES = 64 * 64 * 2
+LATENT_BYTES = V_TILES * TILE_BYTES  # of a buffer
+Q_BYTES = ROWS * LATENT * 2
+COLS = ROWS // 4  # heads per thread of S^T and O^T
+ACC = 2 * COLS  # accumulators of a thread per tile
+HALF = V_TILES // 2 * ACC  # accumulators of half of the output columns
+FULL, EMPTY, Q_FULL = 0, 2, 4  # mbarriers, two of each
+BAR_GROUP, BAR_MATH = 1, 3  # named barriers: 1 and 2 one per math warpgroup, 3 both
+MATH_REGS, GATHER_REGS = 112, 144  # fp8; otherwise 128 each
+M_INIT = -1.0e30  # finite: -inf - maximum is never NaN
+
+assert FORMAT in ("fp8", "bf16") and ROPE in (0, 64) and ROWS in (8, 16)
+GATHER = RowGather(FORMAT, LATENT, ROPE, TILE_BYTES)
+
+
+def two(rows, columns, dtype):
+    """Shared-memory layout (rows, columns, 2), swizzled: tiles of 128 bytes x rows one behind the other."""
+    return cute.tile_to_shape(smem_atom(dtype), (rows, columns, 2), order=(0, 1, 2))
+
+
+@cute.jit
+def over_entries(x: Float32, is_max: cutlass.Constexpr):
+    """Reduce over the 8 lanes that hold the same heads (lane % 4)."""
+    for k in cutlass.range_constexpr(3):
+        y = cute.arch.shuffle_sync_bfly(x, offset=4 << k)
+        x = cute.arch.fmax(x, y) if const_expr(is_max) else x + y
+    return x
+
+
+@cute.jit
+def row_of(h: cutlass.Constexpr, lane):
+    """The head that a thread holds as its h-th."""
+    return (h // 2) * 8 + (lane % 4) * 2 + h % 2
+
+
+def partial_column(lane, e):
+    """Column of element e of the lane-th float4 of 128 columns in a partial result: as the accumulators have them."""
+    return e // 2 * 64 + (lane >> 3) * 16 + (lane & 7) + e % 2 * 8
+
+
+COMBINE = MlaCombine(LATENT, "bf16", partial_column, False, BAR_MATH, empty_lse=INF)
+assert COMBINE.area_floats() * 4 <= 2 * LATENT_BYTES + 128 * HALF * 4
+
+
+class SparseMla:
+    # ---------------------------------------------------------------- host
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,
+        kv: cute.Tensor,
+        indices: cute.Tensor,
+        lengths: cute.Tensor,
+        sinks: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        max_logits: cute.Tensor,
+        workspace: cute.Tensor,
+        semaphores: cute.Tensor,
+        sm_scale: Float32,
+        page_magic: Int32,
+        page_shift: Int32,
+        s_q_magic: Int32,
+        s_q_shift: Int32,
+        flags: Int32,
+        parts: Int32,
+        fixed: Int32,
+        least: Int32,
+        bias: Int32,
+        stream,
+    ):
+        """As sm90_gather.py has them; semaphores: zeros, `parts` of them, left as zeros."""
+        batch, s_q, heads = q.shape[0], q.shape[1], q.shape[2]
+        tokens = batch * s_q
+        o_acc, lse_acc = partials(workspace, parts, heads, LATENT)
+        # the stride of a mode of size 1 may be anything, also none that TMA accepts
+        head = q.stride[2] if heads > 1 else Int64(64)
+        token = q.stride[1] if s_q > 1 else Int64(64)
+        request = q.stride[0] if batch > 1 else Int64(64)
+        head, token, request = [cute.assume(x, divby=8) for x in (head, token, request)]
+        q_rows = cute.make_layout((heads, LATENT + ROPE, s_q, batch), stride=(head, 1, token, request))
+        tma_q, mQ = cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileG2SOp(), cute.make_tensor(q.iterator, q_rows), swz(ROWS, 64, BFloat16), (ROWS, 64)
+        )
+
+        def mma(dtype, a_major):
+            return hh.make_trivial_tiled_mma(
+                dtype, dtype, a_major, OperandMajorMode.K, Float32, (1, 1, 1), (64, ROWS), warpgroup.OperandSource.SMEM
+            )
+
+        self.kernel(
+            tma_q,
+            mQ,
+            kv,
+            per_token(indices),
+            lengths,
+            sinks,
+            per_token(out),
+            by_head(lse),
+            by_head(max_logits),
+            o_acc,
+            lse_acc,
+            semaphores,
+            sm_scale * LOG2E,
+            page_magic,
+            page_shift,
+            s_q_magic,
+            s_q_shift,
+            flags,
+            tokens,
+            s_q,
+            heads,
+            parts,
+            fixed,
+            least,
+            bias,
+            parts // tokens,
+            (tokens + parts - 1) // parts,
+            mma(ELEMENT, OperandMajorMode.K),
+            mma(BFloat16, OperandMajorMode.K),
+            mma(ELEMENT, OperandMajorMode.MN),
+        ).launch(
+            grid=[parts, 1, 1],
+            block=[512, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+            use_pdl=True,
+            cooperative=(flags & COOPERATIVE) // COOPERATIVE,
+        )
+
+    # -------------------------------------------------------------- device
+    @cute.kernel
+    def kernel(
+        self,
+        tma_q: cute.CopyAtom,
+        mQ: cute.Tensor,
+        kv: cute.Tensor,
+        mList: cute.Tensor,
+        mLengths: cute.Tensor,
+        sinks: cute.Tensor,
+        mO: cute.Tensor,
+        lse: cute.Tensor,
+        max_logits: cute.Tensor,
+        o_acc: cute.Tensor,
+        lse_acc: cute.Tensor,
+        semaphores: cute.Tensor,
+        scale: Float32,
+        page_magic: Int32,
+        page_shift: Int32,
+        s_q_magic: Int32,
+        s_q_shift: Int32,
+        flags: Int32,
+        tokens: Int32,
+        s_q: Int32,
+        heads: Int32,
+        parts: Int32,
+        fixed: Int32,
+        least: Int32,
+        bias: Int32,
+        parts_per_token: Int32,
+        tokens_per_part: Int32,
+        mma_qk: cute.TiledMma,
+        mma_rope: cute.TiledMma,
+        mma_pv: cute.TiledMma,
+    ):
+        tid, _, _ = cute.arch.thread_idx()
+        part, _, _ = cute.arch.block_idx()
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        wg = warp_idx // 4
+        t = tid % 128
+        lane = tid % 32
+        lengths = TokenLengths(mLengths, mList.shape[1], flags, s_q_magic, s_q_shift)
+
+        smem = SmemAllocator()
+
+        def swizzled(dtype, layout):
+            return smem.allocate_tensor(dtype, layout.outer, 1024, swizzle=layout.inner)
+
+        sK = swizzled(ELEMENT, two(BLOCK, LATENT, ELEMENT))
+        sX = smem.allocate_tensor(Float32, cute.make_layout((128, HALF)), 16)  # merge; behind K: the combine takes both
+        sQ = swizzled(BFloat16, two(ROWS, LATENT, BFloat16))
+        sQr, sKr = sQ, sK
+        if const_expr(ROPE > 0):
+            sKr = swizzled(BFloat16, two(BLOCK, 64, BFloat16))
+            sQr = swizzled(BFloat16, two(ROWS, 64, BFloat16))
+        sP = swizzled(ELEMENT, two(ROWS, BLOCK, ELEMENT))  # one for each math warpgroup
+        sMx = smem.allocate_tensor(Float32, cute.make_layout((16, 4, 2)), 16)  # maxima: head, warp, warpgroup
+        sL = smem.allocate_tensor(Float32, cute.make_layout((16, 4, 2)), 16)  # sums
+        sM = smem.allocate_tensor(Float32, cute.make_layout((16, 2)), 16)  # running maxima at the end of a token
+        sOk = smem.allocate_tensor(Int32, cute.make_layout(2 * BLOCK // 4), 16)  # a byte for each row of the buffers
+        sI = smem.allocate_tensor(Int32, cute.make_layout(6), 16)  # the CTA's share of the work
+        sShare = smem.allocate_tensor(Int32, cute.make_layout(6), 16)  # its share of the combine
+        bars = smem.allocate_array(Int64, 6)
+        # the latent tiles of Q as the MMA sees them: after the conversion
+        sQm = cute.make_tensor(cute.recast_ptr(sQ.iterator, smem_atom(ELEMENT).inner, dtype=ELEMENT), sQ.layout)
+
+        if warp_idx == 0:
+            cpasync.prefetch_descriptor(tma_q)
+            with cute.arch.elect_one():
+                for i in cutlass.range_constexpr(2):
+                    cute.arch.mbarrier_init(bars + (FULL + i), 4 if FP8 else 132)
+                    cute.arch.mbarrier_init(bars + (EMPTY + i), 4)
+                    cute.arch.mbarrier_init(bars + (Q_FULL + i), 1)
+            cute.arch.mbarrier_init_fence()
+        # everything above overlaps the previous kernel's tail
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()  # all CTAs run: nobody can take the SM of one that others wait for
+        if warp_idx == 0:
+            r0, r1, j0, j1, _, unit = interval(
+                lengths, tokens, part, parts, fixed, least, bias, parts_per_token, tokens_per_part, lane
+            )
+            if lane == 0:
+                sI[0] = r0
+                sI[1] = r1
+                sI[2] = j0
+                sI[3] = j1
+                sI[5] = unit
+        cute.arch.sync_threads()
+
+        one = cute.make_layout(1)
+        gQ = cute.group_modes(cute.local_tile(mQ, (ROWS, 64), (0, None, None, None)), 0, 2)
+        tQsQ, tQgQ = cpasync.tma_partition(
+            tma_q, 0, one, cute.group_modes(cute.local_tile(sQ, (ROWS, 64), (0, None, None)), 0, 2), gQ
+        )
+        tQsR, _ = cpasync.tma_partition(
+            tma_q, 0, one, cute.group_modes(cute.local_tile(sQr, (ROWS, 64), (0, None, None)), 0, 2), gQ
+        )
+        qk, rope, pv = [mma.get_slice(t) for mma in (mma_qk, mma_rope, mma_pv)]
+        v_view = cute.make_tensor(sK.iterator, cute.select(sK.layout, mode=[1, 0, 2]))
+        v_tiles = cute.local_tile(v_view, (64, BLOCK), (None, 0, None))  # (column, row, tile, buffer)
+        # read-only in loops and branches: what is assigned there would have to be a value of the program
+        c = SimpleNamespace(
+            t=t,
+            tid=tid,
+            lane=lane,
+            w=warp_idx % 4,
+            wg=wg,
+            warp_idx=warp_idx,
+            part=part,
+            heads=heads,
+            s_q=s_q,
+            bars=bars,
+            sI=sI,
+            lengths=lengths,
+            flags=flags,
+            scale=scale,
+            sinks=sinks,
+            sP=sP,
+            sMx=sMx,
+            sL=sL,
+            sM=sM,
+            sX=sX,
+            ok=sOk.iterator.toint(),
+            q_at=sQ.iterator.toint(),
+            tma_q=tma_q,
+            tQgQ=tQgQ,
+            tQsQ=tQsQ,
+            tQsR=tQsR,
+            tK=qk.make_fragment_A(qk.partition_A(sK)),
+            tQ=qk.make_fragment_B(qk.partition_B(sQm)),
+            tKr=rope.make_fragment_A(rope.partition_A(sKr)),
+            tQr=rope.make_fragment_B(rope.partition_B(sQr)),
+            tV=pv.make_fragment_A(pv.partition_A(v_tiles)),
+            tP=pv.make_fragment_B(pv.partition_B(sP)),
+            s_shape=qk.partition_shape_C((BLOCK, ROWS)),
+            op_qk=mma_qk.op,
+            op_rope=mma_rope.op,
+            op_pv=mma_pv.op,
+            mO=mO,
+            lse=lse,
+            max_logits=max_logits,
+            o_acc=o_acc,
+            lse_acc=lse_acc,
+        )
+        if wg >= 2:
+            if const_expr(FP8):
+                cute.arch.setmaxregister_increase(GATHER_REGS)
+            GATHER.run(
+                RowAddress(kv, page_magic, page_shift), mList, lengths, sI, sK.iterator.toint(), LATENT_BYTES,
+                sKr.iterator.toint(), TILE_BYTES, c.ok, bars + FULL, bars + EMPTY, warp_idx % 4, lane,
+                wg - 2, 2,
+            )  # fmt: skip
+        else:
+            if const_expr(FP8):
+                cute.arch.setmaxregister_decrease(MATH_REGS)
+            # while the first loads are under way; a branch on tid would make the compiler take the warps for diverged
+            if warp_idx == 4:
+                p0, n, sharers, started = sharing(lengths, part, parts_per_token, sI[5], sI[0], sI[1], sI[2], sI[3])
+                if lane == 0:
+                    sShare[0] = p0
+                    sShare[1] = n
+                    sShare[2] = sharers
+                    sShare[3] = started
+                    sShare[4] = sI[0]
+                    sShare[5] = sI[1]
+            self.math(c)
+            # every row that was gathered has been waited for
+            area = cute.recast_ptr(sK.iterator, dtype=Float32)
+            COMBINE.run(
+                area, sShare, mO, lse, sinks, o_acc, lse_acc, semaphores, flags, heads, part, Int32(0), Int32(1),
+                Int32(0), heads, tid,
+            )  # fmt: skip
+
+    # ---------------------------------------------------------------- queries
+    @cute.jit
+    def load_q(self, c, token, stage):
+        bar = c.bars + (Q_FULL + stage)
+        request = quotient(token, c.lengths.magic, c.lengths.shift)
+        i = token - request * c.s_q
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(bar, TILES * ROWS * 128)
+        for j in cutlass.range_constexpr(V_TILES):
+            cute.copy(c.tma_q, c.tQgQ[None, j, i, request], c.tQsQ[None, j, stage], tma_bar_ptr=bar)
+        if const_expr(ROPE > 0):
+            cute.copy(c.tma_q, c.tQgQ[None, V_TILES, i, request], c.tQsR[None, 0, stage], tma_bar_ptr=bar)
+
+    @cute.jit
+    def q_ready(self, c, stage, phase):
+        """Wait for Q; fp8: turn its latent tiles into fp16 in place, as 256 threads."""
+        cute.arch.mbarrier_wait(c.bars + (Q_FULL + stage), phase)
+        if const_expr(FP8):
+            at = c.q_at + stage * Q_BYTES + c.tid * 16
+            for i in cutlass.range_constexpr(Q_BYTES // 4096):
+                words = load_shared16(at, i * 4096)
+                store_shared16(at, i * 4096, [half2_of_bf16x2(w) for w in words])
+            cute.arch.fence_view_async_shared()
+            cute.arch.barrier(barrier_id=BAR_MATH, number_of_threads=256)
+
+    # ---------------------------------------------------------------- math
+    @cute.jit
+    def block(self, c, rS, rO, rM, rL, number, stage):
+        """One block by one warpgroup. number: of the block in this CTA; stage: of Q."""
+        lane, w, wg, sP, sMx = c.lane, c.w, c.wg, c.sP, c.sMx
+        buffer = number & 1
+        cute.arch.mbarrier_wait(c.bars + (FULL + buffer), (number >> 1) & 1)
+        if const_expr(not FP8):
+            cute.arch.fence_view_async_shared()  # cp.async has no fence of its own on the writer's side
+        # S^T = K Q^T
+        warpgroup.fence()
+        issue(c.op_qk, rS, c.tK[None, None, None, buffer], c.tQ[None, None, None, stage], True)
+        if const_expr(ROPE > 0):
+            issue(c.op_rope, rS, c.tKr[None, None, None, buffer], c.tQr[None, None, None, stage], False)
+        warpgroup.commit_group()
+        ok = c.ok + buffer * BLOCK + w * 16 + lane // 4
+        valid = [load_shared1(ok), load_shared1(ok, 8)]
+        warpgroup.wait_group(0)
+        for i in cutlass.range_constexpr(cute.size(rS)):
+            rS[i] = rS[i] if valid[(i // 2) % 2] != 0 else -Float32(INF)
+        # maximum over the 64 entries: two registers, 8 lanes, 4 warps
+        for h in cutlass.range_constexpr(COLS):
+            i = (h // 2) * 4 + h % 2
+            top = over_entries(cute.arch.fmax(rS[i], rS[i + 2]), True)
+            if lane < 4:
+                sMx[row_of(h, lane), w, wg] = top
+        cute.arch.barrier(barrier_id=BAR_GROUP + wg, number_of_threads=128)
+        rFactor = cute.make_rmem_tensor((COLS,), Float32)
+        for h in cutlass.range_constexpr(COLS):
+            row = row_of(h, lane)
+            top = cute.arch.fmax(
+                cute.arch.fmax(sMx[row, 0, wg], sMx[row, 1, wg]), cute.arch.fmax(sMx[row, 2, wg], sMx[row, 3, wg])
+            )
+            m_new = cute.arch.fmax(rM[h], top * c.scale)
+            rFactor[h] = ex2(rM[h] - m_new)
+            rM[h] = m_new
+            i = (h // 2) * 4 + h % 2
+            a = ex2(rS[i] * c.scale - m_new)
+            b = ex2(rS[i + 2] * c.scale - m_new)
+            rL[h] = rL[h] * rFactor[h] + (a + b)
+            sP[row, w * 16 + lane // 4, wg] = a.to(ELEMENT)
+            sP[row, w * 16 + lane // 4 + 8, wg] = b.to(ELEMENT)
+        grew = rFactor[0] < 1.0 or rFactor[1] < 1.0
+        if const_expr(COLS > 2):
+            grew = grew or rFactor[2] < 1.0 or rFactor[3] < 1.0
+        if cute.arch.vote_any_sync(grew):
+            for i in cutlass.range_constexpr(cute.size(rO)):
+                rO[i] = rO[i] * rFactor[((i % ACC) // 4) * 2 + i % 2]
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier(barrier_id=BAR_GROUP + wg, number_of_threads=128)
+        # O^T += V^T P^T
+        pv = cute.make_mma_atom(c.op_pv)
+        pv.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.fence()
+        for i in cutlass.range_constexpr(V_TILES):
+            rOi = cute.make_tensor(rO.iterator + i * ACC, rS.layout)
+            for x in cutlass.range_constexpr(4):
+                cute.gemm(pv, rOi, c.tV[None, None, x, i, buffer], c.tP[None, None, x, wg], rOi)
+        warpgroup.commit_group()
+        warpgroup.wait_group(0)
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(c.bars + (EMPTY + buffer))
+
+    @cute.jit
+    def math(self, c):
+        lane, w, wg, tid, sI, sL, sM = c.lane, c.w, c.wg, c.tid, c.sI, c.sL, c.sM
+        lse, lse_acc, max_logits, flags = c.lse, c.lse_acc, c.max_logits, c.flags
+        rS = cute.make_rmem_tensor(c.s_shape, Float32)
+        rO = cute.make_rmem_tensor((2 * HALF,), Float32)
+        rM = cute.make_rmem_tensor((COLS,), Float32)
+        rL = cute.make_rmem_tensor((COLS,), Float32)
+        done = Int32(0)  # blocks of this CTA before this token
+        if c.warp_idx == 0 and sI[0] <= sI[1]:
+            self.load_q(c, sI[0], Int32(0))
+        for token in cutlass.range(sI[0], sI[1] + 1, unroll=1):
+            b0 = sI[2] if token == sI[0] else Int32(0)
+            b1 = end_of_piece(c.lengths, sI, token)
+            whole = b0 == 0 and b1 == n_blocks(c.lengths[token])
+            slot = 2 * c.part if b0 > 0 else 2 * c.part + 1
+            stage = (token - sI[0]) & 1
+            if c.warp_idx == 0 and token < sI[1]:
+                self.load_q(c, token + 1, stage ^ 1)  # the token before is through with it
+            rO.fill(0.0)
+            rM.fill(M_INIT)
+            rL.fill(0.0)
+            self.q_ready(c, stage, ((token - sI[0]) >> 1) & 1)
+            for j in cutlass.range(wg, b1 - b0, 2, unroll=1):
+                self.block(c, rS, rO, rM, rL, done + j, stage)
+            done = done + b1 - b0
+
+            # merge the two warpgroups
+            for h in cutlass.range_constexpr(COLS):
+                rL[h] = over_entries(rL[h], False)
+                if lane < 4:
+                    sL[row_of(h, lane), w, wg] = rL[h]
+                    if w == 0:
+                        sM[row_of(h, lane), wg] = rM[h]
+            cute.arch.barrier(barrier_id=BAR_MATH, number_of_threads=256)
+            for h in cutlass.range_constexpr(COLS):
+                row = row_of(h, lane)
+                total, top = self.total(sL, sM, row)
+                weights = total
+                if (flags & HAS_SINKS) != 0 and whole and row < c.heads:
+                    weights = total + ex2(c.sinks[row] * LOG2E - top)
+                rL[h] = ex2(rM[h] - top) * cute.arch.rcp_approx(weights) if total > 0.0 else Float32(0.0)
+            for i in cutlass.range_constexpr(2 * HALF):
+                rO[i] = rO[i] * rL[((i % ACC) // 4) * 2 + i % 2]
+            if tid < c.heads:
+                total, top = self.total(sL, sM, tid)
+                value = cute.math.log2(total, fastmath=True) + top
+                if not whole:
+                    lse_acc[slot, tid] = value if total > 0.0 else -Float32(INF)
+                else:
+                    if (flags & WANTS_LSE) != 0:
+                        lse[token, 0, tid] = value * (1.0 / LOG2E) if total > 0.0 else Float32(INF)
+                    if (flags & WANTS_MAX) != 0:
+                        max_logits[token, 0, tid] = top * (1.0 / LOG2E) if total > 0.0 else -Float32(INF)
+            if wg == 1:
+                self.give(c, rO, 0)
+            cute.arch.barrier(barrier_id=BAR_MATH, number_of_threads=256)
+            if wg == 0:
+                self.take(c, rO, 0)
+            cute.arch.barrier(barrier_id=BAR_MATH, number_of_threads=256)
+            if wg == 0:
+                self.give(c, rO, HALF)
+            cute.arch.barrier(barrier_id=BAR_MATH, number_of_threads=256)
+            if wg == 1:
+                self.take(c, rO, HALF)
+            # each warpgroup its half of the columns
+            if whole:
+                if wg == 0:
+                    self.store(c, rO, 0, token)
+                else:
+                    self.store(c, rO, HALF, token)
+            else:
+                if wg == 0:
+                    self.store_partial(c, rO, 0, slot)
+                else:
+                    self.store_partial(c, rO, HALF, slot)
+
+    @cute.jit
+    def store(self, c, rO, lo: cutlass.Constexpr, token):
+        """Straight from the accumulators: 8 neighbouring columns per head and store."""
+        lane, w, mO = c.lane, c.w, c.mO
+        for i in cutlass.range_constexpr(HALF):
+            e = i % ACC
+            row = row_of((e // 4) * 2 + e % 2, lane)
+            col = (lo + i) // ACC * 64 + w * 16 + lane // 4 + 8 * ((e // 2) % 2)
+            if row < c.heads:
+                mO[token, row, col] = rO[lo + i].to(BFloat16)
+
+    @cute.jit
+    def store_partial(self, c, rO, lo: cutlass.Constexpr, slot):
+        """The same with permuted columns: 8 lanes store 128 bytes of a row, 4 accumulators each of two tiles."""
+        lane, w, o_acc = c.lane, c.w, c.o_acc
+        v4 = cute.make_rmem_tensor((4,), Float32)
+        for i in cutlass.range_constexpr(HALF // 4):
+            h, pair = i % COLS, i // COLS
+            row = row_of(h, lane)
+            if row < c.heads:
+                for e in cutlass.range_constexpr(4):
+                    v4[e] = rO[lo + (2 * pair + e // 2) * ACC + h // 2 * 4 + h % 2 + e % 2 * 2]
+                at = (lo // (2 * ACC) + pair) * 32 + w * 8 + lane // 4
+                cute.autovec_copy(v4, cute.local_tile(o_acc[slot, row, None], (4,), (at,)))
+
+    @cute.jit
+    def total(self, sL, sM, row):
+        """(sum of the weights, maximum) of one head over both warpgroups."""
+        m0 = sM[row, 0]
+        m1 = sM[row, 1]
+        top = cute.arch.fmax(m0, m1)
+        l0 = (sL[row, 0, 0] + sL[row, 1, 0]) + (sL[row, 2, 0] + sL[row, 3, 0])
+        l1 = (sL[row, 0, 1] + sL[row, 1, 1]) + (sL[row, 2, 1] + sL[row, 3, 1])
+        return l0 * ex2(m0 - top) + l1 * ex2(m1 - top), top
+
+    @cute.jit
+    def give(self, c, rO, lo: cutlass.Constexpr):
+        sX = c.sX
+        for i in cutlass.range_constexpr(HALF):
+            sX[c.t, i] = rO[lo + i]
+
+    @cute.jit
+    def take(self, c, rO, lo: cutlass.Constexpr):
+        for i in cutlass.range_constexpr(HALF):
+            rO[lo + i] = rO[lo + i] + c.sX[c.t, i]
+
+
+def entry():
+    """What to compile: the host function and its fake arguments."""
+    return SparseMla(), sparse_mla_arguments(FP8_BYTES if FP8 else (LATENT + ROPE) * 2, LATENT)
