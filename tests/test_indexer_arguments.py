@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import jitmla
+from jitmla import dispatch
 from jitmla.errors import InvalidArgument, InvalidArgumentType, NoTemplate
 from jitmla.models import keys_for, specs_for
+from jitmla.ops import launch
 from jitmla.ops.launch import usual_strides
 from jitmla.registry import choose
 from jitmla.spec import Spec
@@ -137,6 +139,30 @@ def test_what_no_template_serves():
         choose(topk_indices_spec(arch="sm_80", rows="windows"))
 
 
+def test_kernels_that_have_not_run_on_a_gpu_are_no_default(monkeypatch):
+    """Nor do they give way to the reference silently: the call is refused, and says how to get either."""
+    monkeypatch.setattr(launch.checks, "takes_reference", lambda *_: False)
+    monkeypatch.setattr(dispatch, "arch_of", lambda device: "sm_90a")
+    asked = []
+    monkeypatch.setattr(dispatch, "plan_for", lambda spec, backend, device, **_: asked.append(backend) or print)
+    small = {prologue: "indexer_prologue", cat_quant: "cat_quant_fp8", scatter: "indexer_k_scatter",
+             gather: "indexer_k_gather", pack: "kv_row_pack", to_global: "local_to_global"}
+    assert set(small.values()) == launch.UNCHECKED
+    for call in small:
+        with pytest.raises(NoTemplate, match="not been checked on a GPU"):
+            call()
+    assert not asked
+    for call in small:
+        call(backend="simt")
+    assert asked == ["simt"] * len(small)
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    yield
+    dispatch.forget()
+
+
 def test_a_server_meets_no_other_keys():
     """What deepseek-v3.2 calls, in each form that the ops have for it."""
     specs = set(specs_for("deepseek-v3.2", tp=8, arch="sm_90a"))
@@ -146,7 +172,7 @@ def test_a_server_meets_no_other_keys():
     assert fp8_mqa_logits_spec(arch="sm_90a", heads=64, store="clean") in specs
     assert Spec.of("topk_indices", arch="sm_90a", dtype="fp32", rows="lengths") in specs
     keys = keys_for("deepseek-v3.2", tp=8)
-    assert len({k.name for k in keys if k.spec.op == "topk_indices"}) == 4, "each variant that a call can pick"
+    assert len({k.name for k in keys if k.spec.op == "topk_indices"}) == 3, "each variant that a call can pick"
     assert not {s.op for s in specs_for("deepseek-v3", tp=8, arch="sm_90a")} & {"topk_indices", "fp8_mqa_logits"}
 
 

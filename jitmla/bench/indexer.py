@@ -35,6 +35,7 @@ from .timing import Timing, gpu_times, host_us
 
 OURS, DEEPGEMM, TORCH, FLASHINFER, ORDERED = "jitmla", "deepgemm", "torch", "flashinfer", "flashinfer deterministic"
 K = 2048
+SIMT = "simt"  # by name: see UNCHECKED in jitmla/ops/launch.py
 I32 = torch.int32
 
 
@@ -86,7 +87,7 @@ def _paged(case: IndexerCase, peers: Sequence[str]) -> Calls:
     p = logits_problem(case.rows * case.next_n, 4096, integer=False, device="cuda")
     for first in range(0, pages * layouts.INDEX_PAGE, 4096):
         slots = torch.arange(first, min(first + 4096, pages * layouts.INDEX_PAGE), device="cuda")
-        jitmla.indexer_k_scatter(p.k, p.k_scale, pool, slots)
+        jitmla.indexer_k_scatter(p.k, p.k_scale, pool, slots, backend="reference")
     table = torch.randperm(pages, device="cuda").int().view(case.rows, -1)
     lens = torch.full((case.rows, case.next_n), case.columns, dtype=I32, device="cuda")
     q = p.q.view(case.rows, case.next_n, 64, 128)
@@ -123,7 +124,7 @@ def _topk(case: IndexerCase, peers: Sequence[str]) -> Calls:
 
 def _prologue(case: IndexerCase, peers: Sequence[str]) -> Calls:
     p = prologue_problem(case.rows, device="cuda")
-    return {OURS: lambda: jitmla.indexer_prologue(*p.args)}
+    return {OURS: lambda: jitmla.indexer_prologue(*p.args, backend=SIMT)}
 
 
 def _cache(case: IndexerCase, peers: Sequence[str]) -> Calls:
@@ -133,15 +134,16 @@ def _cache(case: IndexerCase, peers: Sequence[str]) -> Calls:
     scales = torch.ones(tokens, 1, device="cuda")
     pool = torch.zeros(2 * tokens // 64, 64, 1, 132, dtype=torch.uint8, device="cuda")
     if case.op == "indexer_k_scatter":
-        return {OURS: lambda: jitmla.indexer_k_scatter(codes, scales, pool, slots)}
+        return {OURS: lambda: jitmla.indexer_k_scatter(codes, scales, pool, slots, backend=SIMT)}
     if case.op == "kv_row_pack":
         latent = torch.randn(tokens, 576, device="cuda").bfloat16()
         rows = torch.zeros(2 * tokens // 64, 64, 1, layouts.ROW_BYTES["fp8"], dtype=torch.uint8, device="cuda")
-        return {OURS: lambda: jitmla.kv_row_pack(latent[:, :512], latent[:, 512:], rows, slots)}
+        return {OURS: lambda: jitmla.kv_row_pack(latent[:, :512], latent[:, 512:], rows, slots, backend=SIMT)}
     table = torch.randperm(tokens // 64, device="cuda").int().view(8, -1)
     start = torch.arange(9, device="cuda", dtype=I32) * (tokens // 8)
     flat = scales.flatten()
-    return {OURS: lambda: jitmla.indexer_k_gather(pool, table, start, tokens, k_fp8=codes, k_scale=flat)}
+    return {OURS: lambda: jitmla.indexer_k_gather(pool, table, start, tokens, k_fp8=codes, k_scale=flat,
+                                                  backend=SIMT)}
 
 
 def _to_global(case: IndexerCase, peers: Sequence[str]) -> Calls:
@@ -149,7 +151,7 @@ def _to_global(case: IndexerCase, peers: Sequence[str]) -> Calls:
     table = torch.randint(0, 32768, (64, 512), dtype=I32, device="cuda")
     request = torch.arange(case.rows, dtype=I32, device="cuda") % 64
     out = torch.empty_like(chosen)
-    return {OURS: lambda: jitmla.local_to_global(chosen, request, table, out=out)}
+    return {OURS: lambda: jitmla.local_to_global(chosen, request, table, out=out, backend=SIMT)}
 
 
 MADE: dict[str, Callable[[IndexerCase, Sequence[str]], Calls]] = {

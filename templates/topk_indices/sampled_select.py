@@ -49,7 +49,6 @@ BINS, DIGIT = 2048, 11
 LIST = WARPS * SEGMENT if CLUSTER == 1 else 8192  # items that the last phases can hold
 FEW = 32  # items that one warp ranks
 LOWEST = 0x007FFFFF  # key of -infinity
-NEAR = 1 << 27  # keys below the largest one, 16 octaves, that the sample resolves at once
 
 assert ROWS in ("windows", "lengths")
 assert QUADS * 4 * THREADS == SAMPLED and SEGMENT % CHUNK == 0 and BINS % THREADS == 0 and CLUSTER in (1, 2, 4, 8)
@@ -90,16 +89,6 @@ def load16(pointer):
 
 
 @cute.jit
-def store_item(pointer, bits, position, hit):
-    """Store a value's bits, and its position where the positions of the segments are, if `hit`."""
-    cute.arch.inline_ptx(
-        "{ .reg .pred p; setp.ne.s32 p, {$r3}, 0; @p st.shared.b32 [{$r0}], {$r1}; "
-        f"@p st.shared.b32 [{{$r0}} + {4 * WARPS * SEGMENT}], {{$r2}}; }}",
-        read_only_args=[pointer.to_llvm_ptr(), bits, position, Int32(1) if hit else Int32(0)],
-    )
-
-
-@cute.jit
 def store_remote(pointer, rank, value):
     """Store 4 bytes where `pointer` is in the shared memory of CTA `rank` of the cluster."""
     cute.arch.inline_ptx(
@@ -129,9 +118,8 @@ class TopkIndices:
         r = bid // CLUSTER
         rank = bid - r * CLUSTER
         smem = SmemAllocator()
-        sItems = smem.allocate_tensor(Uint32, cute.make_layout((WARPS * SEGMENT, 2)), 16)
-        sKey = sItems[None, 0]  # the values' bits, until the items are gathered
-        sPos = cute.make_tensor(cute.recast_ptr(sItems[None, 1].iterator, dtype=Int32), sKey.layout)
+        sKey = smem.allocate_tensor(Uint32, cute.make_layout((WARPS * SEGMENT,)), 16)
+        sPos = smem.allocate_tensor(Int32, cute.make_layout((WARPS * SEGMENT,)), 16)
         if const_expr(CLUSTER > 1):
             sAllKey = smem.allocate_tensor(Uint32, cute.make_layout((LIST,)), 16)
             sAllPos = smem.allocate_tensor(Int32, cute.make_layout((LIST,)), 16)
@@ -178,16 +166,13 @@ class TopkIndices:
         bad = Int32(0)
         base = w * SEGMENT
         count = Int32(0)
-        place = (first, shift, n, quads)
-        rX = cute.make_rmem_tensor((4, UNROLL), Float32)
-        self.load_batch(rX, place, rank * WARPS + w, lane)  # on its way while the sample is looked at
         if chunks <= CLUSTER * WARPS * (SEGMENT // CHUNK) and n <= LIST:
-            count = self.collect(sKey, True, rX, place, chunks, Float32(0.0), rank, w, lane)
+            count = self.collect(sm, True, first, shift, n, quads, chunks, Float32(0.0), rank, w, lane)
         else:
             bound = self.sample(sm, first, quads, n, K, tid, w)
             bad = Int32(1) if bound <= Uint32(LOWEST) else Int32(0)
             if bad == 0:
-                count = self.collect(sKey, False, rX, place, chunks, value_of(bound), rank, w, lane)
+                count = self.collect(sm, False, first, shift, n, quads, chunks, value_of(bound), rank, w, lane)
         bad = Int32(1) if count > SEGMENT else bad
         before, total, bad = self.block_sum(sWarp, count, bad, w, lane)
         if const_expr(CLUSTER > 1):
@@ -207,15 +192,12 @@ class TopkIndices:
             if bad == 0:
                 for i in cutlass.range(lane, count, 32, unroll=1):
                     at = mine + before + i
-                    store_remote(sAllKey.iterator + at, 0, key_of(sKey[base + i].bitcast(Float32)))
+                    store_remote(sAllKey.iterator + at, 0, sKey[base + i])
                     store_remote(sAllPos.iterator + at, 0, sPos[base + i])
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
             base = total * w // WARPS
             count = total * (w + 1) // WARPS - base
-        else:
-            for i in cutlass.range(lane, cutlass.min(count, SEGMENT), 32, unroll=1):
-                sKey[base + i] = key_of(sKey[base + i].bitcast(Float32))
         bad = Int32(1) if total < K else bad
         if rank == 0:
             if bad == 0:
@@ -252,15 +234,14 @@ class TopkIndices:
             x = load16(first + 4 * v)
             for c in cutlass.range_constexpr(4):
                 rX[c, u] = x[c]
+        low = Uint32(0xFFFFFFFF)
+        high = Uint32(0)
         for u in cutlass.range_constexpr(QUADS):
             for c in cutlass.range_constexpr(4):
-                rKey[4 * u + c] = key_of(rX[c, u])
-        # not from constants: with one, the compiler takes the signed minimum
-        low = rKey[0]
-        high = rKey[0]
-        for i in cutlass.range_constexpr(1, 4 * QUADS):
-            low = cutlass.min(low, rKey[i])
-            high = cutlass.max(high, rKey[i])
+                key = key_of(rX[c, u])
+                rKey[4 * u + c] = key
+                low = cutlass.min(low, key)
+                high = cutlass.max(high, key)
         low = cute.arch.warp_redux_sync(low, kind="umin")
         high = cute.arch.warp_redux_sync(high, kind="umax")
         if lane == 0:
@@ -275,19 +256,9 @@ class TopkIndices:
         bound = Uint32(0)
         if rank < SAMPLED:
             enough = rank + rank // 4
-            # at first only near the largest one, with all that is further below in the lowest bin
-            near = high - cutlass.min(high - low, Uint32(NEAR - 1))
-            shift = self.digit_shift(smear(high - near))
-            for i in cutlass.range_constexpr(4 * QUADS):
-                self.bump(sHist, (cutlass.max(rKey[i], near) - near) >> shift)
-            digit, above, here = self.find(sm, rank, tid, w, lane)
-            mask = (Uint32(1) << shift) - 1
-            if digit == 0 and near > low:  # further below: all over again
-                mask = smear(high - low)
-                above = Int32(0)
-                here = Int32(SAMPLED)
-            else:
-                low = near + (Uint32(digit) << shift)
+            mask = smear(high - low)
+            above = Int32(0)
+            here = Int32(SAMPLED)
             while mask != Uint32(0) and above + here > enough:
                 shift = self.digit_shift(mask)
                 for i in cutlass.range_constexpr(4 * QUADS):
@@ -357,52 +328,31 @@ class TopkIndices:
                     rX[c, u] = (first + (4 * v + c)).load()
 
     @cute.jit
-    def load_batch(self, rX, place, j, lane):
-        """rX = the values of this lane in the chunks j, j + step, ..; NaN where there are none."""
-        first, shift, n, quads = place
-        STEP = CLUSTER * WARPS
-        if j > 0 and (j + (UNROLL - 1) * STEP) * 32 + 32 < quads:
-            for u in cutlass.range_constexpr(UNROLL):
-                x = load16(first + 4 * ((j + u * STEP) * 32 + lane))
-                for c in cutlass.range_constexpr(4):
-                    rX[c, u] = x[c]
-        else:
-            for u in cutlass.range_constexpr(UNROLL):
-                self.load_quad(rX, u, first, shift, n, quads, (j + u * STEP) * 32 + lane)
-
-    @cute.jit
-    def collect(self, sKey, everything: cutlass.Constexpr, rX, place, chunks, bound, rank, w, lane):
-        """Append what reaches `bound` to this warp's segment; returns how many that were, also when they did not fit.
-        rX: the first batch. The values of a lane in a batch come one behind the other."""
-        first, shift, n, quads = place
-        STEP = CLUSTER * WARPS
+    def collect(self, sm, everything: cutlass.Constexpr, first, shift, n, quads, chunks, bound, rank, w, lane):
+        """Append what reaches `bound` to this warp's segment; returns how many that were, also when they did not
+        fit."""
+        sKey, sPos, sAllKey, sAllPos, sHist, sWarp, sFound, sFewKey, sFewBack, sShare = sm
+        base = w * SEGMENT
         count = Int32(0)
-        for j in cutlass.range(rank * WARPS + w, chunks, STEP * UNROLL, unroll=1):
-            at = [4 * ((j + u * STEP) * 32 + lane) - shift for u in range(UNROLL)]
-            rHit = cute.make_rmem_tensor((4, UNROLL), Int32)
-            mine = Int32(0)
+        below = (Uint32(1) << Uint32(lane)) - 1
+        for j in cutlass.range(rank * WARPS + w, chunks, CLUSTER * WARPS * UNROLL, unroll=1):
+            rX = cute.make_rmem_tensor((4, UNROLL), Float32)
             for u in cutlass.range_constexpr(UNROLL):
+                self.load_quad(rX, u, first, shift, n, quads, (j + u * (CLUSTER * WARPS)) * 32 + lane)
+            for u in cutlass.range_constexpr(UNROLL):
+                v = (j + u * (CLUSTER * WARPS)) * 32 + lane
                 for c in cutlass.range_constexpr(4):
+                    at = 4 * v - shift + c
                     if const_expr(everything):
-                        rHit[c, u] = Int32(1) if at[u] + c >= 0 and at[u] + c < n else Int32(0)
+                        hit = at >= 0 and at < n
                     else:
-                        rHit[c, u] = Int32(1) if rX[c, u] >= bound else Int32(0)
-                    mine = mine + rHit[c, u]
-            inclusive = mine
-            for d in cutlass.range_constexpr(5):
-                v = cute.arch.shuffle_sync_up(inclusive, offset=1 << d, mask_and_clamp=0)
-                inclusive = inclusive + (v if lane >= (1 << d) else Int32(0))
-            total = cute.arch.shuffle_sync(inclusive, offset=31)
-            if count + total <= SEGMENT:
-                slot = w * SEGMENT + count + inclusive - mine
-                for u in cutlass.range_constexpr(UNROLL):
-                    for c in cutlass.range_constexpr(4):
-                        store_item(sKey.iterator + slot, rX[c, u].bitcast(Uint32), at[u] + c, rHit[c, u] != 0)
-                        slot = slot + rHit[c, u]
-            else:
-                count = count + SEGMENT  # too many, whatever comes
-            count = count + total
-            self.load_batch(rX, place, j + STEP * UNROLL, lane)
+                        hit = rX[c, u] >= bound
+                    votes = Uint32(cute.arch.vote_ballot_sync(hit))
+                    slot = count + Int32(cute.arch.popc(votes & below))
+                    if hit and slot < SEGMENT:
+                        sKey[base + slot] = key_of(rX[c, u])
+                        sPos[base + slot] = at
+                    count = count + Int32(cute.arch.popc(votes))
         return count
 
     # ---------------------------------------------------------------- narrow and emit
@@ -420,8 +370,8 @@ class TopkIndices:
         mask = Uint32(0xFFFFFFFF)
         if const_expr(not from_row):
             # a tight range makes the first bins small
-            least = sAllKey[base + cutlass.min(lane, cutlass.max(count - 1, 0))]
-            most = least
+            least = Uint32(0xFFFFFFFF)
+            most = Uint32(0)
             for i in cutlass.range(lane, count, 32, unroll=1):
                 key = sAllKey[base + i]
                 least = cutlass.min(least, key)
