@@ -4,7 +4,7 @@ JOBS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-gpu budget lint docs clean
+.PHONY: help demo test test-slow test-gpu budget coverage lint docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -14,6 +14,13 @@ demo: $(READY) ## one kernel from request to result: generated, compiled, cached
 
 test: $(READY) ## the tests that need no GPU (JOBS=2 processes)
 	$(BIN)/python -m pytest -m "not gpu and not budget" -n $(JOBS)
+
+test-slow: $(READY) ## the slow ones among them: every kernel that any card serves
+	$(BIN)/python -m pytest -m "slow and not gpu and not budget" -n $(JOBS)
+
+coverage: $(READY) ## the lines of rings 1 and 2 that these tests run: 90 % at least
+	$(BIN)/python -m pip install -q 'coverage>=7.10'
+	$(BIN)/python .ci/coverage -n $(JOBS)
 
 budget: $(READY) ## the times that are promised, on a machine that does nothing else
 	$(BIN)/python -m pytest -m "budget and not gpu"

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # modules of jitmla.ops, each with that function
-OPS = ("mla_decode", "inv_rope_fp8_quant", "fp8_bmm", "o_a_proj", "indexer_prologue", "cat_quant_fp8",
-       "indexer_k_scatter", "indexer_k_gather", "kv_row_pack", "fp8_mqa_logits", "fp8_paged_mqa_logits", "topk_indices",
-       "local_to_global", "sparse_mla_decode", "sparse_mla_prefill")
+OPS = ("mla_decode", "mla_prefill", "mla_prefill_absorbed", "mla_prefill_paged", "merge_attn_states", "gather_latent",
+       "inv_rope_fp8_quant", "fp8_bmm", "o_a_proj", "sparse_mla_decode", "sparse_mla_prefill",
+       "indexer_prologue", "cat_quant_fp8", "indexer_k_scatter", "indexer_k_gather", "kv_row_pack", "fp8_mqa_logits",
+       "fp8_paged_mqa_logits", "topk_indices", "local_to_global")
 _WHERE = {
     **{op: f"jitmla.ops.{op}" for op in OPS},
     "keys_for": "jitmla.models",
@@ -44,13 +45,18 @@ if TYPE_CHECKING:
     from .ops.fp8_bmm import fp8_bmm as fp8_bmm
     from .ops.fp8_mqa_logits import fp8_mqa_logits as fp8_mqa_logits
     from .ops.fp8_paged_mqa_logits import fp8_paged_mqa_logits as fp8_paged_mqa_logits
+    from .ops.gather_latent import gather_latent as gather_latent
     from .ops.indexer_k_gather import indexer_k_gather as indexer_k_gather
     from .ops.indexer_k_scatter import indexer_k_scatter as indexer_k_scatter
     from .ops.indexer_prologue import indexer_prologue as indexer_prologue
     from .ops.inv_rope_fp8_quant import inv_rope_fp8_quant as inv_rope_fp8_quant
     from .ops.kv_row_pack import kv_row_pack as kv_row_pack
     from .ops.local_to_global import local_to_global as local_to_global
+    from .ops.merge_attn_states import merge_attn_states as merge_attn_states
     from .ops.mla_decode import mla_decode as mla_decode
+    from .ops.mla_prefill import mla_prefill as mla_prefill
+    from .ops.mla_prefill_absorbed import mla_prefill_absorbed as mla_prefill_absorbed
+    from .ops.mla_prefill_paged import mla_prefill_paged as mla_prefill_paged
     from .ops.o_a_proj import o_a_proj as o_a_proj
     from .ops.sparse_mla_decode import sparse_mla_decode as sparse_mla_decode
     from .ops.sparse_mla_prefill import sparse_mla_prefill as sparse_mla_prefill

@@ -13,7 +13,15 @@ from . import arch as arches
 from . import registry
 from .errors import InvalidArgument, UnknownModel
 from .key import Key
-from .spec import Spec, fp8_bmm_spec, inv_rope_fp8_quant_spec, mla_decode_spec
+from .spec import (
+    Spec,
+    fp8_bmm_spec,
+    gather_latent_spec,
+    inv_rope_fp8_quant_spec,
+    merge_attn_states_spec,
+    mla_decode_spec,
+    mla_prefill_spec,
+)
 from .spec_indexer import (
     cat_quant_fp8_spec,
     fp8_mqa_logits_spec,
@@ -27,6 +35,7 @@ from .spec_indexer import (
 
 PAGE_SIZES = (16, 32, 64, 128)
 MAX_S_Q = 4
+MAX_GROUP_ROWS = 512  # (token, head) rows that jitmla.mla_prefill_absorbed takes together
 
 
 @dataclass(frozen=True)
@@ -109,8 +118,9 @@ def _from_config(config: Any, path: Path, dtype: str | None) -> MlaModel:
 
 
 def specs_for(name_or_path: str | Path, *, tp: int, arch: str, page_sizes: Iterable[int] = PAGE_SIZES,
-              max_s_q: int = MAX_S_Q, dtype: str | None = None) -> list[Spec]:
-    """Every Spec that serving the model can meet: any batch and lengths, s_q up to max_s_q, causal or not; for
+              max_s_q: int = MAX_S_Q, dtype: str | None = None, prefill: bool = False) -> list[Spec]:
+    """Every Spec that serving the model can meet: any batch and lengths, s_q up to max_s_q, causal or not; with
+    `prefill` also those of jitmla's prefill ops, where they are used instead of another library's; for
     DeepSeek-V4 those of its output path (attention itself is not served yet), with positions of 32 or 64 bits and both
     float32 scales."""
     arches.check(arch)
@@ -119,7 +129,7 @@ def specs_for(name_or_path: str | Path, *, tp: int, arch: str, page_sizes: Itera
         raise InvalidArgument(f"tp={tp} for {dims.name}",
                               supported=f"a divisor of its {dims.num_attention_heads} heads",
                               differs="heads cannot be split evenly")
-    serving = Serving(dims, dims.num_attention_heads // tp, tp, arch, tuple(page_sizes), max_s_q)
+    serving = Serving(dims, dims.num_attention_heads // tp, tp, arch, tuple(page_sizes), max_s_q, prefill)
     return list(dict.fromkeys(spec for part in PARTS for spec in part(serving)))
 
 
@@ -133,6 +143,7 @@ class Serving:
     arch: str
     page_sizes: tuple[int, ...]
     max_s_q: int
+    prefill: bool
 
 
 def _dense_decode(serving: Serving) -> Iterator[Spec]:
@@ -143,6 +154,27 @@ def _dense_decode(serving: Serving) -> Iterator[Spec]:
         yield mla_decode_spec(arch=serving.arch, dtype=dims.dtype, kv_lora_rank=dims.kv_lora_rank,
                               qk_rope_head_dim=dims.qk_rope_head_dim, page_size=page_size, s_q=s_q,
                               heads=serving.heads, causal=causal)
+
+
+def _prefill(serving: Serving) -> Iterator[Spec]:
+    """The MHA form, with chunks of a cached prefix: new tokens causally, chunks not, merged in float32 or as they are;
+    and the absorbed form, whose groups of tokens fill the rows of decode kernels."""
+    dims = serving.dims
+    if dims.o_groups or not serving.prefill:
+        return
+    for causal in (True, False):
+        yield mla_prefill_spec(arch=serving.arch, dtype=dims.dtype, v_head_dim=dims.v_head_dim, causal=causal,
+                               qk_head_dim=dims.qk_nope_head_dim + dims.qk_rope_head_dim,
+                               qk_rope_head_dim=dims.qk_rope_head_dim)
+    for acc_dtype in ("fp32", dims.dtype):
+        yield merge_attn_states_spec(arch=serving.arch, dtype=dims.dtype, acc_dtype=acc_dtype,
+                                     v_head_dim=dims.v_head_dim)
+    yield gather_latent_spec(arch=serving.arch, dtype=dims.dtype, width=dims.kv_lora_rank + dims.qk_rope_head_dim)
+    for page_size, rows in itertools.product(serving.page_sizes, range(10)):
+        s_q = min(1 << rows, MAX_GROUP_ROWS // serving.heads)
+        yield mla_decode_spec(arch=serving.arch, dtype=dims.dtype, kv_lora_rank=dims.kv_lora_rank,
+                              qk_rope_head_dim=dims.qk_rope_head_dim, page_size=page_size, s_q=s_q,
+                              heads=serving.heads, causal=True)
 
 
 def _output_path(serving: Serving) -> Iterator[Spec]:
@@ -177,18 +209,19 @@ def _indexer(serving: Serving) -> Iterator[Spec]:
                 for workspace, count in itertools.product((False, True), (False, True)))
 
 
-PARTS = (_dense_decode, _output_path, _indexer)  # what each part of a model meets
+PARTS = (_dense_decode, _prefill, _output_path, _indexer)  # what each part of a model meets
 
 
 def keys_for(model: str | Path, tp: int = 1, arch: str = "sm_90a", *, page_sizes: Iterable[int] = PAGE_SIZES,
-             max_s_q: int = MAX_S_Q, dtype: str | None = None) -> list[Key]:
+             max_s_q: int = MAX_S_Q, dtype: str | None = None, prefill: bool = False) -> list[Key]:
     """Every Key that serving `model` can reach on `arch` with `tp` ranks, whatever the batch and the lengths. Where the
     host picks a variant for each call, all that it can pick are here.
 
     model: a known name (deepseek-v2, deepseek-v2-lite, deepseek-v3, deepseek-v3.2, deepseek-v4-flash, deepseek-v4-pro,
     kimi-k2, mistral-small-4), or the path of a Hugging Face config.json. page_sizes: those of the engine's cache.
-    max_s_q: query tokens per request (1 + draft tokens). dtype: "bf16" or "fp16", by default the config's. Raises
+    max_s_q: query tokens per request (1 + draft tokens). dtype: "bf16" or "fp16", by default the config's. prefill:
+    whether the server also uses jitmla's prefill ops (mla_prefill, mla_prefill_absorbed, mla_prefill_paged). Raises
     UnknownModel, UnknownArch, InvalidArgument, NoTemplate.
     """
-    specs = specs_for(model, tp=tp, arch=arch, page_sizes=page_sizes, max_s_q=max_s_q, dtype=dtype)
+    specs = specs_for(model, tp=tp, arch=arch, page_sizes=page_sizes, max_s_q=max_s_q, dtype=dtype, prefill=prefill)
     return list(dict.fromkeys(choice.key for spec in specs for choice in registry.choices(spec)))

@@ -67,16 +67,16 @@ def bucket(op: str, field: str, value: int) -> int:
 
 
 def mla_decode_spec(*, arch: str, dtype: str, kv_lora_rank: int, qk_rope_head_dim: int, page_size: int, s_q: int,
-                    heads: int, causal: bool, kv_dtype: str | None = None, compact: bool = False,
-                    batch_invariant: bool = False) -> Spec:
+                    heads: int, causal: bool, kv_dtype: str | None = None, split_cache: bool = False,
+                    compact: bool = False, batch_invariant: bool = False) -> Spec:
     """The Spec of an mla_decode call: the one place where launch sizes become static facts.
 
     kv_dtype: of the cache, when it is not that of q. s_q: with `compact`, the most query tokens of a request."""
     pages = schema.spec_fields("mla_decode")["page_size"]["enum"]
     return Spec.of("mla_decode", arch=arch, dtype=dtype, kv_dtype=kv_dtype or dtype, kv_lora_rank=kv_lora_rank,
                    qk_rope_head_dim=qk_rope_head_dim, page_size=page_size if page_size in pages else 0,
-                   rows=bucket("mla_decode", "rows", s_q * heads), causal=causal and s_q > 1, compact=compact,
-                   batch_invariant=batch_invariant)
+                   rows=bucket("mla_decode", "rows", s_q * heads), causal=causal and s_q > 1, split_cache=split_cache,
+                   compact=compact, batch_invariant=batch_invariant)
 
 
 def inv_rope_fp8_quant_spec(*, arch: str, dtype: str, positions: str, nope_dim: int, rope_dim: int, group_size: int,
@@ -89,6 +89,23 @@ def inv_rope_fp8_quant_spec(*, arch: str, dtype: str, positions: str, nope_dim: 
 def fp8_bmm_spec(*, arch: str) -> Spec:
     """The Spec of an fp8_bmm call."""
     return Spec.of("fp8_bmm", arch=arch, dtype="e4m3", scale_dtype="f32", out_dtype="bf16")
+
+
+def mla_prefill_spec(*, arch: str, dtype: str, qk_head_dim: int, v_head_dim: int, qk_rope_head_dim: int, causal: bool
+                     ) -> Spec:
+    """The Spec of an mla_prefill call."""
+    return Spec.of("mla_prefill", arch=arch, dtype=dtype, qk_head_dim=qk_head_dim, v_head_dim=v_head_dim,
+                   qk_rope_head_dim=qk_rope_head_dim, causal=causal)
+
+
+def merge_attn_states_spec(*, arch: str, dtype: str, acc_dtype: str, v_head_dim: int) -> Spec:
+    """The Spec of a merge_attn_states call."""
+    return Spec.of("merge_attn_states", arch=arch, dtype=dtype, acc_dtype=acc_dtype, v_head_dim=v_head_dim)
+
+
+def gather_latent_spec(*, arch: str, dtype: str, width: int) -> Spec:
+    """The Spec of a gather_latent call."""
+    return Spec.of("gather_latent", arch=arch, dtype=dtype, width=width)
 
 
 def sparse_mla_spec(*, arch: str, kv_format: str, kv_lora_rank: int, qk_rope_head_dim: int, heads: int) -> Spec:

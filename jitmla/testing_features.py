@@ -55,11 +55,12 @@ def to_e4m3(values: Tensor, scale: float) -> Tensor:
 
 
 def featured(problem: Problem, *, kv: str = "plain", q: str = "plain", descale: str = "tensor",
-             q_lens: Sequence[int] | None = None, extra_tokens: int = 0, slots: bool = False,
+             q_lens: Sequence[int] | None = None, extra_tokens: int = 0, slots: bool = False, split: bool = False,
              batch_invariant: bool = False, scales: tuple[float, float] = (0.37, 0.0131)) -> Featured:
     """kv, q: "plain" or "e4m3" (q only together with kv). descale: "tensor" or "float". q_lens: query tokens of each
     request, for a compact query: the last ones of the plain problem; extra_tokens: rows behind the last, of NaN.
-    slots: the cache as one page a request, as long as the longest (the block table has one column)."""
+    slots: the cache as one page a request, as long as the longest (the block table has one column). split: the cache as
+    two tensors."""
     device, dtype = problem.device, problem.dtype
     nope, pe = problem.q_parts
     joined = torch.cat([nope, pe], -1)
@@ -86,6 +87,9 @@ def featured(problem: Problem, *, kv: str = "plain", q: str = "plain", descale: 
         joined = torch.cat([joined.view(bits)[tokens], filler.view(bits)]).view(joined.dtype)
         starts = torch.tensor([0, *q_lens], device=device).cumsum(0).int()
         kwargs.update(cu_seqlens_q=starts, max_q_len=s_q)
+    if split:
+        bits, rank = cache.view(torch.uint8 if cache.dtype == E4M3 else torch.int16), problem.kv_lora_rank
+        cache = tuple(part.contiguous().view(cache.dtype) for part in (bits[..., :rank], bits[..., rank:]))
     if batch_invariant:
         kwargs["batch_invariant"] = True
     return Featured((joined, cache, table, problem.seq_lens), kwargs, exact, tokens)

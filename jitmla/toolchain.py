@@ -5,6 +5,7 @@ Nothing here imports the compiler: versions come from the installed packages' me
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.metadata
 import importlib.util
@@ -16,7 +17,7 @@ from . import env
 from .errors import ToolchainMissing
 
 DSL = "nvidia-cutlass-dsl"
-FLAVORS = ("cu13", "cu12")  # the compiler itself takes the newest one installed
+FLAVORS = ("cu13", "cu12")  # of the compiler, by the CUDA version that its kernels need of the driver
 RUNTIME = "libcute_dsl_runtime.so"
 INSTALL = "pip install 'jitmla[compile]'"
 
@@ -31,20 +32,38 @@ def _version(package: str) -> str | None:
     return stated or found.version
 
 
-def _installed(package: str) -> bool:
-    """Without reading its metadata, which is half of what asking for a version takes."""
+@functools.cache
+def _runtimes() -> dict[str, Path]:
+    """The runtime library of each installed flavor, newest first."""
+    package = importlib.util.find_spec(DSL.replace("-", "_"))
+    roots = list(package.submodule_search_locations or ()) if package else []
+    paths = [(flavor, Path(root, flavor, "lib", RUNTIME)) for flavor in FLAVORS for root in reversed(roots)]
+    return {flavor: path for flavor, path in paths if path.is_file()}
+
+
+def _flavor() -> str | None:
+    """The installed flavor that the compiler takes: the newest that the driver runs; without a driver, the newest."""
+    found = list(_runtimes())
+    if len(found) < 2:
+        return next(iter(found), None)
+    driver = _driver_major()
+    return next((flavor for flavor in found if driver is None or int(flavor[2:]) <= driver), found[-1])
+
+
+def _driver_major() -> int | None:
+    """The newest major version of CUDA that the driver runs, or None when there is no driver."""
+    version = ctypes.c_int()
     try:
-        importlib.metadata.distribution(package)
-        return True
-    except importlib.metadata.PackageNotFoundError:
-        return False
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else version.value // 1000
 
 
 @functools.cache
 def current(options: str = "") -> tuple[tuple[str, str], ...] | None:
     """The toolchain part of a Key built here, or None when no compiler is installed. `options`: of cute.compile."""
-    dsl = _version(DSL)
-    flavor = next((f for f in FLAVORS if _installed(f"{DSL}-libs-{f}")), None)
+    dsl, flavor = _version(DSL), _flavor()
     if dsl is None or flavor is None:
         return None
     return tuple(sorted({"cute_dsl": dsl, "cuda": flavor, "host": host(), "options": options}.items()))
@@ -79,11 +98,9 @@ def runtime_library() -> Path:
             return path
         raise ToolchainMissing(f"{env.CUTE_RUNTIME.name}={path}", supported=f"the path of {RUNTIME}",
                                differs="there is no such file", remedy=f"correct or unset {env.CUTE_RUNTIME.name}")
-    package = importlib.util.find_spec("nvidia_cutlass_dsl")
-    roots = list(package.submodule_search_locations or ()) if package else []
-    for path in (Path(root) / flavor / "lib" / RUNTIME for root in roots for flavor in FLAVORS):
-        if path.is_file():
-            return path
+    flavor = _flavor()
+    if flavor is not None:
+        return _runtimes()[flavor]
     raise ToolchainMissing(f"to load a kernel: {RUNTIME}", supported=f"{env.CUTE_RUNTIME.name}, or an installed {DSL}",
                            differs="neither is here", remedy=f"{INSTALL}, or copy the library here and set "
                            f"{env.CUTE_RUNTIME.name} to its path")

@@ -17,8 +17,8 @@ from torch import Tensor
 _INPUTS = ("Tensor q, Tensor? q_pe, Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor? sinks, "
            "int kv_lora_rank, float sm_scale, bool causal, str backend")
 
-_FEATURES = ("Tensor? cu_seqlens_q=None, SymInt? max_q_len=None, Tensor? q_descale=None, Tensor? kv_descale=None, "
-             "float? q_scale=None, float? kv_scale=None, bool batch_invariant=False")
+_FEATURES = ("Tensor? kpe_cache=None, Tensor? cu_seqlens_q=None, SymInt? max_q_len=None, Tensor? q_descale=None, "
+             "Tensor? kv_descale=None, float? q_scale=None, float? kv_scale=None, bool batch_invariant=False")
 
 _library = torch.library.Library("jitmla", "DEF")
 _library.define(f"mla_decode({_INPUTS}, {_FEATURES}) -> (Tensor, Tensor)")
@@ -29,25 +29,29 @@ def _mla_decode(q: Tensor, q_pe: Tensor | None, kv_cache: Tensor, block_table: T
                 sinks: Tensor | None, kv_lora_rank: int, sm_scale: float, causal: bool, backend: str, *features: Any
                 ) -> tuple[Tensor, Tensor]:
     from .ops.mla_decode import mla_decode
-    return mla_decode(q if q_pe is None else (q, q_pe), kv_cache, block_table, seq_lens, kv_lora_rank=kv_lora_rank,
-                      sm_scale=sm_scale, causal=causal, sinks=sinks, return_lse=True, backend=backend,
-                      **_named(*features))
+    cache, named = _named(kv_cache, *features)
+    return mla_decode(q if q_pe is None else (q, q_pe), cache, block_table, seq_lens, kv_lora_rank=kv_lora_rank,
+                      sm_scale=sm_scale, causal=causal, sinks=sinks, return_lse=True, backend=backend, **named)
 
 
-def _named(cu_seqlens_q: Tensor | None = None, max_q_len: int | None = None, q_descale: Tensor | None = None,
+def _named(kv_cache: Tensor, kpe_cache: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
+           max_q_len: int | None = None, q_descale: Tensor | None = None,
            kv_descale: Tensor | None = None, q_scale: float | None = None, kv_scale: float | None = None,
-           batch_invariant: bool = False) -> dict[str, Any]:
-    return {"cu_seqlens_q": cu_seqlens_q, "max_q_len": max_q_len, "batch_invariant": batch_invariant,
-            "q_descale": q_scale if q_descale is None else q_descale,
-            "kv_descale": kv_scale if kv_descale is None else kv_descale}
+           batch_invariant: bool = False) -> tuple[Any, dict[str, Any]]:
+    """(the cache as mla_decode takes it, keyword arguments)."""
+    named = {"cu_seqlens_q": cu_seqlens_q, "max_q_len": max_q_len, "batch_invariant": batch_invariant,
+             "q_descale": q_scale if q_descale is None else q_descale,
+             "kv_descale": kv_scale if kv_descale is None else kv_descale}
+    return kv_cache if kpe_cache is None else (kv_cache, kpe_cache), named
 
 
 def _mla_decode_out(q: Tensor, q_pe: Tensor | None, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
                     sinks: Tensor | None, kv_lora_rank: int, sm_scale: float, causal: bool, backend: str, out: Tensor,
                     lse: Tensor, *features: Any) -> None:
     from .ops.mla_decode import mla_decode
-    mla_decode(q if q_pe is None else (q, q_pe), kv_cache, block_table, seq_lens, kv_lora_rank=kv_lora_rank,
-               sm_scale=sm_scale, causal=causal, sinks=sinks, out=out, lse=lse, backend=backend, **_named(*features))
+    cache, named = _named(kv_cache, *features)
+    mla_decode(q if q_pe is None else (q, q_pe), cache, block_table, seq_lens, kv_lora_rank=kv_lora_rank,
+               sm_scale=sm_scale, causal=causal, sinks=sinks, out=out, lse=lse, backend=backend, **named)
 
 
 def _fake_mla_decode(q: Tensor, q_pe: Tensor | None, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
@@ -77,10 +81,11 @@ def call_mla_decode(q: Any, kv_cache: Tensor, block_table: Tensor, seq_lens: Ten
                     backend: str, features: Any) -> Any:
     """What jitmla.mla_decode does while torch.compile traces it."""
     q_nope, q_pe = q if isinstance(q, (tuple, list)) else (q, None)
+    kv_cache, kpe_cache = kv_cache if isinstance(kv_cache, (tuple, list)) else (kv_cache, None)
     inputs = (q_nope, q_pe, kv_cache, block_table, seq_lens, sinks, kv_lora_rank, sm_scale, causal, backend)
     tensors = [x if isinstance(x, Tensor) else None for x in (features.q_descale, features.kv_descale)]
     numbers = [None if isinstance(x, Tensor) else x for x in (features.q_descale, features.kv_descale)]
-    more = (features.cu_seqlens_q, features.max_q_len, *tensors, *numbers, features.batch_invariant)
+    more = (kpe_cache, features.cu_seqlens_q, features.max_q_len, *tensors, *numbers, features.batch_invariant)
     if out is None and lse is None:
         out, lse = torch.ops.jitmla.mla_decode(*inputs, *more)
     else:

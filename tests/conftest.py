@@ -19,6 +19,15 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; uses the cache that JITMLA_CACHE_DIR names")
 
 
+def pytest_collection_modifyitems(config, items):
+    """Tests marked `slow` run when -m of the command line names them, and when they are asked for by their own name."""
+    if "slow" in config.option.markexpr.replace("not slow", "") or any("::" in name for name in config.args):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu"):
         torch = pytest.importorskip("torch")

@@ -2,7 +2,8 @@
 
     python -m tests.keysets [--op OP] [--all] [--jobs N]      (JITMLA_CACHE_DIR says where)
 
-GPU tests draw from `covering_choices` alone, so that a prewarmed cache serves them on a machine without the compiler.
+The usual run compiles `usual_choices`: a template that breaks fails there. `slow` tests compile the rest. GPU tests
+draw from `covering_choices` alone, so that a prewarmed cache serves them on a machine without the compiler.
 An op is in SETS, or test_registry.py fails.
 """
 
@@ -14,19 +15,28 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from jitmla import registry, schema
 from jitmla.layouts import SCALE_MODES
 from jitmla.registry import Choice
-from jitmla.spec import Spec, fp8_bmm_spec, inv_rope_fp8_quant_spec, sparse_mla_spec
+from jitmla.spec import (
+    Spec,
+    fp8_bmm_spec,
+    gather_latent_spec,
+    inv_rope_fp8_quant_spec,
+    merge_attn_states_spec,
+    mla_prefill_spec,
+    sparse_mla_spec,
+)
 
 ARCH = "sm_90a"
 
 
 class Sets(NamedTuple):
-    """The Specs of an op. product: all that its card serves, of all archs. covering: those that are compiled by the
-    usual run of the tests. points: whose code is a golden file (the last one of each template).
+    """The Specs of an op. product: all that its card serves, of all archs. covering: those that GPU tests draw from.
+    points: whose code is a golden file (the last one of each template).
     wanted: which Choices of the covering Specs, for an op that picks by the sizes of a call; None: all."""
 
     product: Callable[[], list[Spec]]
@@ -43,6 +53,33 @@ def every_choice(*ops: str) -> list[Choice]:
 def covering_choices(*ops: str) -> list[Choice]:
     """Every template and variant and value of each constant, of these ops or all."""
     return [c for op in ops or SETS for c in _choices(SETS[op].covering()) if (SETS[op].wanted or bool)(c)]
+
+
+def usual_choices(*ops: str) -> list[Choice]:
+    """What the usual run of the tests compiles, of these ops or all: out of `covering_choices` one of each variant and
+    arch of a template, and no fewer than two of a template. Each next one differs most from those before it."""
+    by_template: dict[Path, list[Choice]] = {}
+    for choice in covering_choices(*ops):
+        by_template.setdefault(choice.template.path, []).append(choice)
+    return [choice for choices in by_template.values() for choice in _spread(choices)]
+
+
+def _spread(choices: list[Choice]) -> list[Choice]:
+    """The fewest, greedily, that have every variant and arch, and are two."""
+    def must(choice: Choice) -> set[Any]:
+        return {choice.variant.name, choice.spec.arch}
+
+    def may(choice: Choice) -> set[Any]:
+        return set(choice.key.constants)
+
+    taken: list[Choice] = []
+    left, lacking, unseen = list(choices), set().union(*map(must, choices)), set().union(*map(may, choices))
+    while left and (lacking or len(taken) < 2):
+        taken.append(max(left, key=lambda c: (len(must(c) & lacking), len(may(c) & unseen))))
+        left.remove(taken[-1])
+        lacking -= must(taken[-1])
+        unseen -= may(taken[-1])
+    return taken
 
 
 def golden_choices() -> list[Choice]:
@@ -107,6 +144,8 @@ PORTABLE_ON_GPU = [  # what tests/kernels/test_mla_decode_portable.py runs
     portable(ARCH, "fp16", "e4m3", 128, 0, 0, 32, True), portable(ARCH, "e4m3", "e4m3", 512, 64, 0, 512, True),
     portable(ARCH, "bf16", "bf16", 512, 64, 64, 32, True, compact=True),
     portable(ARCH, "bf16", "bf16", 512, 64, 64, 16, False, batch_invariant=True),
+    *(portable(ARCH, "fp16", "fp16", 512, 64, page, rows, rows > 16, split_cache=True)
+      for page, rows in ((0, 16), (0, 64), (0, 512), (16, 512))),
     portable(ARCH, "bf16", "e4m3", 512, 64, 16, 512, True, compact=True, batch_invariant=True),
 ]
 PORTABLE_ELSEWHERE = [  # compiled by every run of the tests
@@ -170,6 +209,50 @@ def bmm_product() -> list[Spec]:
     return [fp8_bmm_spec(arch=arch) for arch in dict.fromkeys(itertools.chain(*(t.archs for t in templates)))]
 
 
+# ---------------------------------------------------------------------------------------------------------- prefill
+
+HEAD_DIMS = ((192, 128), (128, 128), (256, 256))  # qk and v of DeepSeek-V3, Mistral Small 4, GLM-5
+
+
+def prefill_spec(dtype: str, dims: tuple[int, int], causal: bool) -> Spec:
+    return mla_prefill_spec(arch=ARCH, dtype=dtype, qk_head_dim=dims[0], v_head_dim=dims[1], qk_rope_head_dim=64,
+                            causal=causal)
+
+
+def prefill_product() -> list[Spec]:
+    return [prefill_spec(*values) for values in itertools.product(DTYPES, HEAD_DIMS, CAUSAL)]
+
+
+def prefill_covering() -> list[Spec]:
+    """bf16 with all dimensions, causal and not; fp16 with one."""
+    return [s for s in prefill_product() if s["dtype"] == "bf16" or s["qk_head_dim"] == 192]
+
+
+def merge_product(archs: Iterable[str] | None = None) -> list[Spec]:
+    (template,) = registry.templates("merge_attn_states")
+    return [merge_attn_states_spec(arch=arch, dtype=dtype, acc_dtype=acc, v_head_dim=width)
+            for arch in archs or template.archs for dtype in DTYPES for acc in ("fp32", dtype)
+            for width in template.supports["v_head_dim"]]
+
+
+def merge_covering() -> list[Spec]:
+    """On Hopper every type and width once, on the oldest arch one."""
+    return [s for s in merge_product([ARCH, "sm_80"]) if (s["dtype"], s["acc_dtype"], s["v_head_dim"]) in (
+        ("bf16", "fp32", 128), *((("bf16", "bf16", 512), ("fp16", "fp32", 256), ("fp16", "fp16", 64))
+                                 if s["arch"] == ARCH else ()))]
+
+
+def gather_product(archs: Iterable[str] | None = None) -> list[Spec]:
+    (template,) = registry.templates("gather_latent")
+    return [gather_latent_spec(arch=arch, dtype=dtype, width=width) for arch in archs or template.archs
+            for dtype in DTYPES for width in template.supports["width"]]
+
+
+def gather_covering() -> list[Spec]:
+    return [s for s in gather_product([ARCH, "sm_80"]) if (s["dtype"], s["width"], s["arch"]) in (
+        ("bf16", 576, ARCH), ("fp16", 320, ARCH), ("bf16", 576, "sm_80"))]
+
+
 # ------------------------------------------------------------------------------------------------------ sparse_mla
 
 
@@ -214,6 +297,9 @@ SETS = {
     "inv_rope_fp8_quant": Sets(quant_product, lambda: quant_product([ARCH, "sm_80", "sm_89", "sm_100a"]),
                                lambda: [quant_spec(ARCH, **USUAL_QUANT)], quant_wanted),
     "fp8_bmm": Sets(bmm_product, bmm_product, bmm_product),
+    "mla_prefill": Sets(prefill_product, prefill_covering, lambda: [prefill_spec("bf16", (192, 128), True)]),
+    "merge_attn_states": Sets(merge_product, merge_covering, lambda: merge_covering()[:1]),
+    "gather_latent": Sets(gather_product, gather_covering, lambda: gather_covering()[:1]),
     "sparse_mla": Sets(sparse_points, sparse_points, sparse_points),
     "indexer_prologue": Sets(lambda: card_product("indexer_prologue"), prologue_covering,
                              lambda: prologue_covering()[:1]),
@@ -221,15 +307,6 @@ SETS = {
         "cat_quant_fp8", "indexer_k_scatter", "indexer_k_gather", "kv_row_pack", "fp8_mqa_logits",
         "fp8_paged_mqa_logits", "topk_indices", "local_to_global")},
 }
-
-
-def only_when_asked(config) -> None:
-    """Skip the full product, which takes minutes, unless the -m of the command line names `slow`."""
-    import pytest
-
-    expression = config.getoption("markexpr") or ""
-    if "slow" not in expression.replace("not slow", ""):
-        pytest.skip(f"the full product of {len(every_choice())} Keys takes minutes: run it with -m slow")
 
 
 def prewarm(choices: list[Choice], jobs: int) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jitmla import registry
 from jitmla.bench import __main__, mla_decode, peers, report, timing
 from jitmla.bench.cases import HOST, MLA_DECODE, DecodeCase
 from jitmla.spec import mla_decode_spec
@@ -113,7 +114,10 @@ def test_every_case_has_a_kernel():
     specs = {mla_decode_spec(arch="sm_90a", dtype=c.dtype, kv_lora_rank=c.kv_lora_rank, page_size=c.page_size,
                              qk_rope_head_dim=c.qk_rope_head_dim, s_q=c.s_q, heads=c.heads, causal=True)
              for c in cases}
-    assert specs <= set(product())
+    native = {mla_decode_spec(arch="sm_90a", dtype=c.dtype, kv_lora_rank=c.kv_lora_rank, page_size=c.page_size,
+                              qk_rope_head_dim=c.qk_rope_head_dim, s_q=c.s_q, heads=c.heads, causal=True)
+              for c in cases if c.page_size > 1}
+    assert native <= set(product()) and all(registry.choose(s) for s in specs)
     assert len({report.case_name(c.as_dict()) for c in MLA_DECODE}) == len(MLA_DECODE), "names tell them apart"
 
 
@@ -157,16 +161,19 @@ def test_a_result_file(tmp_path):
 def test_the_table():
     text = report.markdown(result())
     assert text.splitlines()[0] == "## mla_decode on NVIDIA H200, 2030-01-02"
-    assert "| case | jitmla us | TFLOP/s | GB/s | flashmla us | flashinfer us | ratio | kernel |" in text
+    assert "| case | jitmla us | TFLOP/s | GB/s | roof | flashmla us | flashinfer us | ratio | kernel |" in text
     small = DecodeCase(16, 1, 1, 1024)
-    speeds = f"{small.flops() / 8.123456e6:.0f} | {small.bytes() / 8.123456e3:.0f}"
+    share = small.bytes() / 8.123456e3 / 4576
+    assert share > small.flops() / 8.123456e6 / 777.7, "few heads: memory is the limit"
+    speeds = f"{small.flops() / 8.123456e6:.0f} | {small.bytes() / 8.123456e3:.0f} | {share:.0%}"
     assert f"| h16 B1 kv 1024 | 8.1 | {speeds} | 16.2 | 12.2 | 1.50 | sm90_swap/v |" in text
     assert "| h128 s_q2 B128 kv 1..8192, page 16 | 900.0 |" in text and "| - | 800.0 | 0.89 | sm90_seesaw/w |" in text
     assert "copy 4270 GB/s (read + written), read 4576 GB/s, bf16 matmul 8192 778 TFLOP/s." in text
     assert "h16 B1 kv 1024: jitmla 9.0 us, flashinfer 20.3 us." in text
     assert "at commit abc; driver 580.1, torch 2.11.0; kernels built by cute_dsl 4.8.1; x86_64." in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
-    assert widths == {9}
+    assert widths == {10}
+    assert "roof" not in report.markdown(result(op="o_proj")), "its ceilings are others"
 
 
 def test_absent_peers_are_named():
@@ -180,6 +187,23 @@ def test_the_terminal_says_the_same(capsys):
     report.show(result())
     text = capsys.readouterr().out
     assert "NVIDIA H200" in text and "8.1" in text and "4270 GB/s" in text
+
+
+def test_the_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    report.write(result(), tmp_path / "r.json")
+    assert __main__.main(["plot", str(tmp_path / "r.json")]) == 0
+    picture = (tmp_path / "r.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 5000
+    [stored] = report.read(tmp_path)
+    assert stored["plot"] == "r.png" and "](r.png)" in report.markdown(stored)
+
+
+def test_without_matplotlib(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    report.write(result(), tmp_path / "r.json")
+    assert __main__.main(["plot", str(tmp_path / "r.json")]) == 1
+    assert "jitmla[bench]" in capsys.readouterr().err and not (tmp_path / "r.png").exists()
 
 
 def test_the_page():

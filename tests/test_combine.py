@@ -174,8 +174,8 @@ def assumed(x, divisor):
     return x
 
 
-def run_warp(unit, lanes):
-    """Run 32 lanes in lockstep from one warp-wide operation to the next."""
+def warp(unit, lanes):
+    """Run 32 lanes in lockstep from one warp-wide operation to the next; a generator that yields at each `sync`."""
     send = [None] * 32
     while True:
         steps = [None] * 32
@@ -184,9 +184,22 @@ def run_warp(unit, lanes):
             with contextlib.suppress(StopIteration):
                 steps[i] = lanes[i].send(send[i])
         if steps == [None] * 32:
+            assert not any(unit.open.values())
             return
         (op,) = {step[0] for step in steps}
-        send = [None] * 32 if op == "sync_warp" else [steps[i ^ step[2]][1] for i, step in enumerate(steps)]
+        if op == "sync":
+            yield True
+        shuffled = op == "shuffle_sync_bfly"
+        send = [steps[i ^ step[2]][1] for i, step in enumerate(steps)] if shuffled else [None] * 32
+
+
+def run_cta(unit, warps):
+    """Run the warps of a CTA, one after the other from one `sync` to the next."""
+    warps = [warp(unit, lanes) for lanes in warps]
+    while True:
+        (more,) = {next(w, False) for w in (warps[::-1] if unit.late else warps)}
+        if not more:
+            return
 
 
 def see_column(lane, e):
@@ -212,6 +225,77 @@ CASES = [
 ]
 
 
+class Once(list):
+    """Memory that notes where it is written."""
+
+    def __init__(self, n):
+        super().__init__([NAN] * n)
+        self.written = []
+
+    def __setitem__(self, at, value):
+        self.written += range(*at.indices(len(self))) if isinstance(at, slice) else [at]
+        super().__setitem__(at, value)
+
+
+class Partials:
+    """Partial results of requests, and what is to come out. The rows row0 .. of requests of `n` parts that begin at the
+    parts `firsts`."""
+
+    def __init__(self, latent, rows, row0, heads, n, firsts, column):
+        self.latent, self.rows, self.heads, self.n, self.firsts = latent, range(row0, row0 + rows), heads, n, firsts
+        rng = random.Random(n)
+        end, slots = row0 + rows, 2 * (max(firsts) + n)
+        self.o_acc = Tensor(Pointer([NAN] * (slots * end * latent)),
+                            layout((slots, end, latent), (end * latent, latent, 1)))
+        self.lse_acc = Tensor(Pointer([NAN] * (slots * end)), layout((slots, end), (end, 1)))
+        self.values, self.sums = {}, {}
+        for p0 in firsts:
+            for i in range(n):
+                slot = 2 * (p0 + i) + (1 if i == 0 else 0)
+                for r in self.rows:
+                    # row row0 + 1 sees no token at all, part 1 sees none in any row
+                    unseen = r == row0 + 1 or i == 1
+                    self.sums[p0, i, r] = self.lse_acc[slot, r] = -math.inf if unseen else rng.uniform(-40, 40)
+                    for c in range(latent):
+                        self.values[p0, i, r, c] = 0.0 if unseen else rng.uniform(-1, 1)
+                    for at in range(latent):
+                        c = at // 128 * 128 + column(at % 128 // 4, at % 4)
+                        self.o_acc[slot, r, at] = self.values[p0, i, r, c]
+        self.sinks = Tensor(Pointer([rng.uniform(-5, 5) for _ in range(heads)]), layout(heads))
+        self.out = Tensor(Pointer(Once(len(firsts) * end * latent)),
+                          layout((len(firsts), end, latent), (end * latent, latent, 1)))
+        self.lse = Tensor(Pointer(Once(len(firsts) * end)),
+                          layout((len(firsts), -(-end // heads), heads), (end, heads, 1)))
+
+    def arguments(self, area, req, flags):
+        """Of MlaCombine.rows and .shared_unit, up to n."""
+        return (area, self.out, self.lse, self.sinks, self.o_acc, self.lse_acc, flags, self.heads, req,
+                self.firsts[req], self.n)
+
+    def check(self):
+        """Every row of every request is written once, and right."""
+        for tensor, per_row in ((self.out, self.latent), (self.lse, 1)):
+            written = tensor.iterator.memory.written
+            assert len(written) == len(set(written)) == len(self.firsts) * len(self.rows) * per_row
+        for req, p0 in enumerate(self.firsts):
+            for r in self.rows:
+                self.check_row(req, p0, r)
+
+    def check_row(self, req, p0, r):
+        sums = [self.sums[p0, i, r] for i in range(self.n)]
+        top = max(sums)
+        got = self.lse[req, r // self.heads, r % self.heads]
+        if top == -math.inf:
+            assert got == -math.inf and all(self.out[req, r, c] == 0 for c in range(self.latent))
+            return
+        weights = [2 ** (x - top) for x in sums]
+        assert got == pytest.approx((math.log2(sum(weights)) + top) / math.log2(math.e))
+        total = sum(weights) + 2 ** (self.sinks[r % self.heads] * math.log2(math.e) - top)
+        for c in range(self.latent):
+            expect = sum(weights[i] * self.values[p0, i, r, c] for i in range(self.n)) / total
+            assert self.out[req, r, c] == pytest.approx(expect, abs=1e-12)
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize(("latent", "rows", "row0", "heads", "n", "sharers", "p0"), CASES)
@@ -219,60 +303,46 @@ def test_every_row_is_combined_once(latent, rows, row0, heads, n, sharers, p0, p
     module, unit = combiner(late)
     column = see_column if pairs else swap_column
     combine = module.MlaCombine(latent, "fp32", column, pairs, 1)
-    rng = random.Random(n)
-    total_rows, slots = row0 + rows, 2 * (p0 + n)
-    o_acc = Tensor(Pointer([NAN] * (slots * total_rows * latent)),
-                   layout((slots, total_rows, latent), (total_rows * latent, latent, 1)))
-    lse_acc = Tensor(Pointer([NAN] * (slots * total_rows)), layout((slots, total_rows), (total_rows, 1)))
-    values, sums = {}, {}
-    for i in range(n):
-        slot = 2 * (p0 + i) + (1 if i == 0 else 0)
-        for r in range(row0, total_rows):
-            # row row0 + 1 sees no token at all, part 1 sees none in any row
-            sums[i, r] = lse_acc[slot, r] = -math.inf if r == row0 + 1 or i == 1 else rng.uniform(-40, 40)
-            for c in range(latent):
-                values[i, r, c] = 0.0 if sums[i, r] == -math.inf else rng.uniform(-1, 1)
-            for at in range(latent):
-                c = at // 128 * 128 + column(at % 128 // 4, at % 4)
-                o_acc[slot, r, at] = values[i, r, c]
-    sinks = Tensor(Pointer([rng.uniform(-5, 5) for _ in range(heads)]), layout(heads))
-    out = Tensor(Pointer([NAN] * (2 * total_rows * latent)),
-                 layout((2, total_rows, latent), (total_rows * latent, latent, 1)))
-    lse = Tensor(Pointer([NAN] * (2 * total_rows)),
-                 layout((2, -(-total_rows // heads), heads), (total_rows, heads, 1)))
-    writes = []
-    move_out, lse_set = out.iterator.memory, lse.iterator.memory
+    partials = Partials(latent, rows, row0, heads, n, [p0], column)
+    for index in range(sharers):
+        args = partials.arguments(Pointer([NAN] * combine.area_floats()), 0, module.HAS_SINKS | module.WANTS_LSE)
+        run_cta(unit, [[combine.rows(*args, w * sharers + index, module.COMBINE_WARPS * sharers, row0, rows, w, lane)
+                        for lane in range(32)] for w in range(module.COMBINE_WARPS)])
+    partials.check()
+    assert unit.copies == rows * latent // 128 * n * 33  # of each unit and part 32 float4 and a log-sum-exp
 
-    class Once(list):
-        def __setitem__(self, at, value):
-            for i in range(*at.indices(len(self))) if isinstance(at, slice) else [at]:
-                writes.append((self is out.iterator.memory, i))
-            super().__setitem__(at, value)
 
-    out.iterator.memory, lse.iterator.memory = Once(move_out), Once(lse_set)
-    flags = module.HAS_SINKS | module.WANTS_LSE
+SHARED = [
+    # latent, rows, first row, heads, parts of a request, sharers, warps of a team
+    (512, 2, 64, 2, 9, 9, 2),
+    (128, 3, 64, 2, 17, 2, 4),  # a team without a unit
+    (512, 1, 0, 1, 33, 6, 8),  # 4 units for 6 sharers
+    (128, 1, 0, 1, 160, 1, 8),  # two rounds of loads, the second one not full
+    (128, 2, 0, 2, 8, 1, 2),
+]
+
+
+@pytest.mark.parametrize(("pairs", "late"), [(False, False), (True, True)], ids=["forwards", "backwards"])
+@pytest.mark.parametrize(("latent", "rows", "row0", "heads", "n", "sharers", "team"), SHARED)
+def test_teams_combine_every_row_once(latent, rows, row0, heads, n, sharers, team, pairs, late):
+    """Two requests one after the other in the same shared memory: a warp that is through with the first must not
+    disturb one that is not. No unit is left, as a team takes one at most."""
+    module, unit = combiner(late, WARP_WIDE | {"sync"}, {"weights"})
+    column = see_column if pairs else swap_column
+    combine = module.MlaCombine(latent, "fp32", column, pairs, 1)
+    log_team = combine.team_of(rows * latent // 128, n, sharers)
+    assert 1 << log_team == team
+    partials = Partials(latent, rows, row0, heads, n, [1, n + 1], column)
+
+    def thread(area, index, w, lane):
+        for req in range(2):
+            yield from combine.shared_unit(*partials.arguments(area, req, module.HAS_SINKS | module.WANTS_LSE), sharers,
+                                           index, log_team, row0, rows, w, lane)
+
     for index in range(sharers):
         area = Pointer([NAN] * combine.area_floats())
-        for w in range(module.COMBINE_WARPS):
-            lanes = [combine.rows(area, out, lse, sinks, o_acc, lse_acc, flags, heads, 1, p0, n, w * sharers + index,
-                                  module.COMBINE_WARPS * sharers, row0, rows, w, lane) for lane in range(32)]
-            run_warp(unit, lanes)
-            assert not any(unit.open.values())
-    assert len(writes) == len(set(writes)) == rows * (latent + 1)
-    assert unit.copies == rows * latent // 128 * n * 33  # of each unit and part 32 float4 and a log-sum-exp
-    for r in range(row0, total_rows):
-        top = max(sums[i, r] for i in range(n))
-        weights = [0.0 if top == -math.inf else 2 ** (sums[i, r] - top) for i in range(n)]
-        got = lse[1, r // heads, r % heads]
-        if top == -math.inf:
-            assert got == -math.inf
-            assert all(out[1, r, c] == 0 for c in range(latent))
-            continue
-        assert got == pytest.approx((math.log2(sum(weights)) + top) / math.log2(math.e))
-        total = sum(weights) + 2 ** (sinks[r % heads] * math.log2(math.e) - top)
-        for c in range(latent):
-            expect = sum(weights[i] * values[i, r, c] for i in range(n)) / total
-            assert out[1, r, c] == pytest.approx(expect, abs=1e-12)
+        run_cta(unit, [[thread(area, index, w, lane) for lane in range(32)] for w in range(module.COMBINE_WARPS)])
+    partials.check()
 
 
 @pytest.mark.parametrize(("nb", "parts", "tiles", "bias"), [

@@ -296,6 +296,32 @@ def test_without_a_store_the_failed_source_is_kept_elsewhere(temporary):
 
 
 @needs_compiler
+def test_where_the_store_cannot_be_written_the_failed_source_is_kept_elsewhere(temporary, tmp_path, seen):
+    (tmp_path / "a file").touch()
+    with pytest.raises(CompileFailed) as caught:
+        build(tiny_key(), FAILING, Store(tmp_path / "a file"))
+    (kept,) = temporary.iterdir()
+    assert str(kept / "kernel.py") in caught.value.remedy
+    assert [e.fields["what"] for e in seen if e.kind == "degrade"] == ["failed source"]
+
+
+def test_a_python_that_does_not_know_its_own_path(store, key, monkeypatch):
+    monkeypatch.setattr(toolchain, "require_compiler", lambda: None)
+    monkeypatch.setattr(sys, "executable", "")
+    with pytest.raises(ToolchainMissing, match="does not know its interpreter"):
+        get_or_compile(key, lambda: SOURCE, store)
+
+
+def test_a_key_without_a_toolchain_is_found_and_not_compiled(store, monkeypatch):
+    bare = make_key(toolchain=False)
+    monkeypatch.setattr(toolchain, "require_compiler", lambda: None)
+    with pytest.raises(ValueError, match="without a toolchain"):
+        get_or_compile(bare, never, store, builder=never)
+    publish(store, make_key())
+    assert get_or_compile(bare, never, store, builder=never).key == make_key()
+
+
+@needs_compiler
 def test_a_hanging_compile_is_killed_with_all_it_started_and_may_be_tried_again(store, tmp_path, monkeypatch):
     source, note = HANGING.format(path=str(tmp_path / "pids")), tmp_path / "pids"
     wait = subprocess.Popen.wait

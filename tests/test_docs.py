@@ -161,7 +161,6 @@ def test_the_rings_name_every_module():
     assert sorted(named) == sorted(modules)
 
 
-@pytest.mark.slow
 def test_the_wheel_holds_templates_and_schema(tmp_path):
     """Built without the network, from the same settings as a release."""
     subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)], cwd=REPOSITORY,

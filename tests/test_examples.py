@@ -79,7 +79,6 @@ def check_demo(done):
     return lines
 
 
-@pytest.mark.slow
 def test_demo_without_gpu(python_env, tmp_path):
     lines = check_demo(run({**python_env, "CUDA_VISIBLE_DEVICES": ""}, "demo.py", str(tmp_path / "demo")))
     assert lines["call"].endswith("on cpu: backend reference") and "time" not in lines

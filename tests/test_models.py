@@ -12,6 +12,7 @@ from jitmla import models, registry
 from jitmla.errors import InvalidArgument, JitmlaError, UnknownArch, UnknownModel
 from jitmla.models import KNOWN, PAGE_SIZES, MlaModel, keys_for, model, specs_for
 from jitmla.ops import checks
+from jitmla.ops.mla_prefill_absorbed import group_size
 from jitmla.spec import fp8_bmm_spec, mla_decode_spec
 
 CONFIG = {"model_type": "deepseek_v3", "num_attention_heads": 128, "kv_lora_rank": 512, "qk_rope_head_dim": 64,
@@ -216,6 +217,24 @@ def test_specs_are_no_more_than_needed():
                                page_size=page, s_q=s_q, heads=dims.num_attention_heads // tp, causal=causal)
                for page in PAGE_SIZES for s_q in range(1, models.MAX_S_Q + 1) for causal in (False, True)}
         assert met == set(specs_for(name, tp=tp, arch="sm_90a"))
+
+
+@pytest.mark.parametrize("name, tp", [("deepseek-v3", 1), ("deepseek-v3", 16), ("mistral-small-4", 8), ("kimi-k2", 4)])
+def test_prefill_when_asked_for(name, tp):
+    """What the prefill ops launch, and nothing else, is added."""
+    dims, heads = KNOWN[name], KNOWN[name].num_attention_heads // tp
+    added = set(specs_for(name, tp=tp, arch="sm_90a", prefill=True)) - set(specs_for(name, tp=tp, arch="sm_90a"))
+    groups = {mla_decode_spec(arch="sm_90a", dtype="bf16", kv_lora_rank=dims.kv_lora_rank, qk_rope_head_dim=64,
+                              page_size=page, s_q=group_size(heads, new), heads=heads, causal=True)
+              for page in PAGE_SIZES for new in range(1, 600)}
+    assert groups <= set(specs_for(name, tp=tp, arch="sm_90a", prefill=True))
+    assert {s for s in added if s.op == "mla_decode"} <= groups
+    facts = {(s.op, *(v for k, v in s if k not in ("op", "arch", "dtype"))) for s in added if s.op != "mla_decode"}
+    qk, width = dims.qk_nope_head_dim + 64, dims.kv_lora_rank + 64
+    assert facts == {("mla_prefill", qk, 128, 64, True), ("mla_prefill", qk, 128, 64, False),
+                     ("merge_attn_states", "fp32", 128), ("merge_attn_states", "bf16", 128), ("gather_latent", width)}
+    assert {s.op for s in map(lambda k: k.spec, keys_for(name, tp=tp, prefill=True))} == {
+        "mla_decode", "mla_prefill", "merge_attn_states", "gather_latent"}
 
 
 def test_max_s_q_that_no_kernel_serves():

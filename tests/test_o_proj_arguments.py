@@ -5,7 +5,7 @@ import torch
 
 import jitmla
 from jitmla.errors import InvalidArgument, InvalidArgumentType, NoTemplate
-from jitmla.ops import fp8_bmm as bmm_op
+from jitmla.ops import checks
 from jitmla.ops.o_proj_arguments import check_bmm_layout, check_quant_layout
 from jitmla.spec import fp8_bmm_spec
 from jitmla.testing_o_proj import FP8, product_problem, quant_problem
@@ -146,7 +146,7 @@ def test_strides_of_dimensions_of_size_one_mean_nothing(shape):
     groups, rows = shape
     x = torch.arange(4096, dtype=torch.bfloat16)
     odd = x.as_strided((groups, rows, 64), (7 if groups == 1 else 640, 13 if rows == 1 else 128, 1))
-    usual = bmm_op._usual_strides(odd)
+    usual = checks.usual_strides(odd)
     assert usual.data_ptr() == odd.data_ptr() and all(s % 8 == 0 for s in usual.stride()[:2]) and usual.stride(2) == 1
     assert torch.equal(usual, odd)
 

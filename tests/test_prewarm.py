@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from jitmla import bounds, compile, lock, models, prewarm, registry
 from jitmla.cli import app
 from jitmla.compile import Built
-from jitmla.errors import CompileFailed
+from jitmla.errors import CacheUnwritable, CompileFailed
 from jitmla.pool import Pool
 from jitmla.store import LOCKS, Store
 
@@ -177,6 +177,7 @@ def test_interrupted_it_keeps_what_is_done_and_goes_on_from_there(python_env, st
 
 
 @needs_compiler
+@pytest.mark.budget
 def test_16_keys_on_2_cores_take_at_most_0_6_of_16_single_compiles(store, monkeypatch):
     """Wall time; single compiles before and after, so that a machine that gets busy meanwhile does not decide."""
     monkeypatch.setattr(registry.Choice, "source", lambda self: TINY)
@@ -282,6 +283,26 @@ def test_64_processes_and_8_keys_with_the_real_compiler(store, tmp_path):
     assert [store.find(key).so_bytes for key in keys] == libraries
     print(f"64 x 8: {wall:.2f} s, serial {before:.2f} s and {after:.2f} s")
     assert wall <= 1.3 * max(before, after), (wall, before, after)
+
+
+def test_an_error_that_nobody_expects_is_raised_where_the_outcomes_are_read(store, hanging, monkeypatch):
+    wanted, _ = prewarm.choices(models.specs_for("deepseek-v3", tp=8, arch="sm_90a", max_s_q=1))
+    monkeypatch.setattr(registry.Choice, "source", lambda self: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        prewarm.run(wanted, store, 2)
+    assert hanging.was_stopped()
+
+
+def test_compiled_and_not_stored_is_a_failure_where_it_must_be_stored(builder, store, monkeypatch):
+    def full(*args):
+        raise CacheUnwritable("to write to the kernel cache", differs="No space left on device")
+
+    wanted, _ = prewarm.choices(models.specs_for("deepseek-v3", tp=8, arch="sm_90a", page_sizes=[64], max_s_q=1))
+    monkeypatch.setattr(Store, "publish", full)
+    [outcome] = prewarm.run(wanted, store, 1)
+    assert outcome.status == "failed" and "not stored" in str(outcome.error)
+    [outcome] = prewarm.run(wanted, store, 1, must_store=False)
+    assert outcome.status == "compiled" and outcome.entry.so_bytes == SO_BYTES
 
 
 class Hanging:

@@ -11,7 +11,7 @@ from jitmla.registry import Template, Variant, choose, templates
 from jitmla.spec import Spec, fp8_bmm_spec
 
 from .documents import valid
-from .keysets import ROWS, SETS, every_choice, product, spec
+from .keysets import ROWS, SETS, covering_choices, every_choice, product, spec, usual_choices
 
 DETERMINED = settings(deadline=None, derandomize=True, database=None)
 SHIPPED = [(op, t) for op in registry.ops() for t in templates(op)]
@@ -23,14 +23,25 @@ REGISTER_FILE = 65536
 def test_ops():
     assert {op: registry.backends(op) for op in registry.ops()} == {
         "cat_quant_fp8": ["simt"], "fp8_bmm": ["sm90"], "fp8_mqa_logits": ["sm90"], "fp8_paged_mqa_logits": ["sm90"],
-        "indexer_k_gather": ["simt"], "indexer_k_scatter": ["simt"], "indexer_prologue": ["simt"],
-        "inv_rope_fp8_quant": ["simt"], "kv_row_pack": ["simt"], "local_to_global": ["simt"],
-        "mla_decode": ["sm90", "portable"], "sparse_mla": ["sm90"], "topk_indices": ["simt"]}
+        "gather_latent": ["simt"], "indexer_k_gather": ["simt"], "indexer_k_scatter": ["simt"],
+        "indexer_prologue": ["simt"], "inv_rope_fp8_quant": ["simt"], "kv_row_pack": ["simt"],
+        "local_to_global": ["simt"], "merge_attn_states": ["simt"], "mla_decode": ["sm90", "portable"],
+        "mla_prefill": ["sm90"], "sparse_mla": ["sm90"], "topk_indices": ["simt"]}
 
 
 def test_each_op_has_its_sets():
     """What tests render, compile and run: a card whose op is not there would go without."""
     assert set(SETS) == set(registry.ops())
+
+
+def test_the_usual_run_compiles_every_variant_that_gpu_tests_run_and_hardly_more():
+    """A compile takes seconds, and the whole run may take 5 minutes on 2 cores (15 in continuous integration)."""
+    usual, covering = usual_choices(), covering_choices()
+    assert {(c.template.path, c.variant.name) for c in usual} == {(c.template.path, c.variant.name) for c in covering}
+    assert {(c.template.path, c.spec.arch) for c in usual} == {(c.template.path, c.spec.arch) for c in covering}
+    for _, template in SHIPPED:
+        mine = [c for c in usual if c.template == template]
+        assert 1 <= len(mine) <= max(2, len(template.variants) + len({c.spec.arch for c in mine}) - 1), template.name
 
 
 @pytest.mark.parametrize("op, template", SHIPPED, ids=lambda x: getattr(x, "name", x))
@@ -143,7 +154,8 @@ def test_a_backend_serves_a_spec_or_refuses_it_with_a_reason(facts):
     missing = set(error.differs.split("; "))
     expected = {f"{field}={wanted[field]} (has {', '.join(map(str, values))})" for field, values in (
         ("arch", ["sm_90a"]), ("dtype", ["bf16", "fp16"]), ("kv_lora_rank", [256, 512]), ("qk_rope_head_dim", [64]),
-        ("page_size", [16, 32, 64, 128]), ("compact", [False]), ("batch_invariant", [False]))
+        ("page_size", [16, 32, 64, 128]), ("split_cache", [False]), ("compact", [False]),
+        ("batch_invariant", [False]))
         if wanted[field] not in values}
     if wanted["kv_dtype"] != wanted["dtype"]:
         expected.add(f"kv_dtype={wanted['kv_dtype']} with dtype={wanted['dtype']} (needs them equal)")

@@ -1,9 +1,9 @@
 """Every template compiles for its arch without spilling, and within what its card promises.
 
-The covering set of tests/keysets.py has each (template, variant), each value of each constant, and each pair of values;
-the full product takes five times as long and runs with -m slow. No other test compiles these Keys: a template that
-breaks fails here, once. The kernels go into a cache for the session, or into the one that JITMLA_TEST_CACHE names,
-where a later run finds them.
+The usual run compiles each variant of each template once (tests/keysets.py says which), so that one more op costs it
+seconds. With -m slow: the covering set, which has each value of each constant and each pair of values, and the full
+product. The kernels go into a cache for the session, or into the one that JITMLA_TEST_CACHE names, where a later run
+finds them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import pytest
 
 from jitmla import compile, toolchain
 from jitmla.errors import JitmlaError
+from jitmla.pool import Pool
 from jitmla.store import Store
 
-from .keysets import covering_choices, every_choice, only_when_asked
+from .keysets import covering_choices, every_choice, usual_choices
 
 pytestmark = pytest.mark.skipif(toolchain.current() is None or toolchain.linker() is None,
                                 reason="needs the compiler (CuTe DSL) and a C linker")
-COVERED = {choice.key for choice in covering_choices()}
+USUAL = {choice.key: choice for choice in usual_choices()}
+COVERING = {choice.key: choice for choice in covering_choices() if choice.key not in USUAL}
+OTHERS = {choice.key: choice for choice in every_choice() if choice.key not in USUAL.keys() | COVERING.keys()}
 
 
 @pytest.fixture(scope="module")
@@ -37,34 +40,40 @@ def store(tmp_path_factory):
 def kernels(store, request):
     """choice -> the entry or the error of its compile. Alone, this process compiles on all cores ahead of the
     tests; beside others (xdist) each compiles what its own tests ask for."""
-    def one(choice):
-        try:
-            return compile.get_or_compile(choice.key, choice.source, store)
-        except JitmlaError as e:
-            return e
+    with Pool() as forks:
+        def one(choice):
+            try:
+                return compile.get_or_compile(choice.key, choice.source, store, builder=forks.build)
+            except JitmlaError as e:
+                return e
 
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        yield one
-        return
-    asked = [item.callspec.params["choice"] for item in request.session.items if item.path == request.path]
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        waiting = {choice.key: pool.submit(one, choice) for choice in asked if choice.key in COVERED}
-        yield lambda choice: (waiting.get(choice.key) or pool.submit(one, choice)).result()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            yield one
+            return
+        asked = [item.callspec.params["choice"] for item in request.session.items if item.path == request.path]
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
+            waiting = {choice.key: threads.submit(one, choice) for choice in asked}
+            yield lambda choice: waiting[choice.key].result()
 
 
 def name(choice):
     return f"{choice.variant.name} {choice.spec}"
 
 
+@pytest.mark.parametrize("choice", USUAL.values(), ids=name)
+def test_a_kernel_of_each_variant(choice, kernels):
+    check(choice, kernels(choice))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("choice", [c for c in every_choice() if c.key not in COVERED], ids=name)
-def test_every_other_kernel(choice, request):
-    only_when_asked(request.config)
-    check(choice, request.getfixturevalue("kernels")(choice))
+@pytest.mark.parametrize("choice", COVERING.values(), ids=name)
+def test_the_rest_of_the_covering_kernels(choice, kernels):
+    check(choice, kernels(choice))
 
 
-@pytest.mark.parametrize("choice", covering_choices(), ids=name)
-def test_covering_kernels(choice, kernels):
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", OTHERS.values(), ids=name)
+def test_every_other_kernel(choice, kernels):
     check(choice, kernels(choice))
 
 

@@ -99,6 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     op.add_argument("--peers", action="store_true", help="measure FlashMLA and FlashInfer as well, where they are")
     op.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     op.add_argument("--commit", help="what to record as the commit, where this is a copy without its .git")
+    op.add_argument("--plot", type=Path, metavar="PNG", help="draw GB/s and TFLOP/s against the ceilings here")
+    picture = commands.add_parser("plot", help="draw results that were measured before, each into a PNG beside it")
+    picture.add_argument("files", type=Path, nargs="+", metavar="RESULT.json")
     path = commands.add_parser("o_proj", help="DeepSeek-V4's output path: quantisation, grouped FP8 product, both")
     path.add_argument("--peers", action="store_true", help="measure DeepGEMM and vLLM's quantisation, where they are")
     path.add_argument("--sweep", action="store_true", help="all variants over numbers of tokens, and what is picked")
@@ -111,12 +114,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     command = " ".join(["jitmla bench", *argv])
     try:
-        if options.op == "o_proj":
+        if options.op == "plot":
+            from . import plot
+            print("\n".join(str(plot.draw_file(file)) for file in options.files))
+        elif options.op == "o_proj":
             o_proj(options.peers, options.sweep, options.json, options.commit, command)
         elif options.op == "indexer":
             indexer(options.peers, options.json, options.commit, command)
         else:
-            mla_decode(options.peers, options.json, options.commit, command)
+            result = mla_decode(options.peers, options.json, options.commit, command)
+            if options.plot:
+                from . import plot
+                plot.draw(result, options.plot)
     except JitmlaError as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
         return 1

@@ -58,6 +58,10 @@ MLA_DECODE = [DecodeCase(*shape) for shape in (
     DecodeCase(128, 1, 128, 4096, dtype="fp16"),
     DecodeCase(32, 1, 32, 4096, kv_lora_rank=256, page_size=32),  # Mistral Small 4, and with tp 8
     DecodeCase(4, 1, 32, 4096, kv_lora_rank=256, page_size=32),
+    DecodeCase(128, 1, 128, 4096, kv_lora_rank=256),
+    DecodeCase(8, 1, 128, 8192), DecodeCase(32, 1, 128, 4096), DecodeCase(96, 1, 128, 4096),
+    DecodeCase(96, 1, 8, 16384), DecodeCase(16, 4, 64, 2048), DecodeCase(128, 1, 16, 32768),
+    DecodeCase(16, 1, 128, 4096, page_size=1), DecodeCase(128, 1, 128, 4096, page_size=1),  # a gather of single rows
 ]
 HOST = [DecodeCase(128, 1, 1, 1024), DecodeCase(16, 1, 1, 1024)]
 

@@ -17,7 +17,8 @@ and clean L2 (256 MB of something else are read before each call); the contender
 profile; median of 20. Each contender's result is compared with float64 before it is timed. TFLOP/s count
 2 * s_q * heads * kv * (2 * kv_lora_rank + qk_rope_head_dim) without a discount for the causal limit; GB/s count cache
 rows, q and out once. Ratio: time of the better peer over ours. What peers plan anew for each step is not in their
-times: FlashMLA's metadata kernel, FlashInfer's plan() on the host with a copy from the device."""
+times: FlashMLA's metadata kernel, FlashInfer's plan() on the host with a copy from the device. Roof: the share of the
+roofline, which is the longer of the bytes at the read rate and of the operations at the matmul rate of the same run."""
 
 O_PROJ_METHOD = """\
 Output path of DeepSeek-V4 (`o_proj`): the same method. M tokens, G groups, h heads of 512 columns, 1024 rows of weights
@@ -93,7 +94,19 @@ def case_name(case: dict[str, Any]) -> str:
 
 def header(result: dict[str, Any]) -> list[str]:
     peers = [name for name in result["peers"] if name not in result["absent"]]
-    return ["case", "jitmla us", "TFLOP/s", "GB/s", *(f"{p} us" for p in peers), "ratio", "kernel"]
+    return ["case", "jitmla us", "TFLOP/s", "GB/s", *["roof"] * has_roof(result), *(f"{p} us" for p in peers), "ratio",
+            "kernel"]
+
+
+def has_roof(result: dict[str, Any]) -> bool:
+    """Whether the ceilings (a bf16 product, a read) are those of the op."""
+    return result["op"] == "mla_decode"
+
+
+def roof(result: dict[str, Any], times: dict[str, Any]) -> float:
+    """The share of the roofline that a time is: rates over the ceilings of the same run, whichever is nearer."""
+    return max(times["gbps"] / result["ceilings"]["read"]["gbps"],
+               times["tflops"] / result["ceilings"]["matmul"]["tflops"])
 
 
 def cells(result: dict[str, Any]) -> list[list[str]]:
@@ -104,6 +117,7 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
         ours = row["times"]["jitmla"]
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
         lines.append([case_name(row["case"]), f"{ours['us']:.1f}", f"{ours['tflops']:.0f}", f"{ours['gbps']:.0f}",
+                      *[f"{roof(result, ours):.0%}"] * has_roof(result),
                       *(f"{row['times'][p]['us']:.1f}" if p in row["times"] else "-" for p in peers), ratio,
                       " + ".join(key.partition("/")[2] for key in row["kernel"].split(" + "))])
     return lines
@@ -148,6 +162,8 @@ def markdown(result: dict[str, Any]) -> str:
             "",
             "| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 2) + "---|"]
     text += ["| " + " | ".join(line) + " |" for line in lines]
+    if "plot" in result:
+        text += ["", f"![GB/s and TFLOP/s of each case against the ceilings]({result['plot']})"]
     text += ["", ceilings_text(result), "", host_text(result)]
     text += [f"\n{name}: not measured ({reason})." for name, reason in result["absent"].items()]
     return "\n".join(text) + "\n"
@@ -163,4 +179,7 @@ def page(results: Sequence[dict[str, Any]]) -> str:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    """The results in a folder, each with the name of its plot (`jitmla bench plot`), where there is one."""
+    return [{**json.loads(path.read_text(encoding="utf-8")),
+             **({"plot": path.with_suffix(".png").name} if path.with_suffix(".png").exists() else {})}
+            for path in sorted(folder.glob("*.json"))]

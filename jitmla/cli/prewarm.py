@@ -32,6 +32,7 @@ def prewarm(
     max_s_q: Annotated[int | None, Option(metavar="N", min=1, help="Most query tokens per request (1 + draft tokens). "
                                           f"Default: {models.MAX_S_Q}.")] = None,
     dtype: Annotated[str | None, Option(metavar="DTYPE", help="bf16 or fp16. Default: the model's.")] = None,
+    prefill: Annotated[bool, Option("--prefill", help="Also what jitmla's prefill ops can need.")] = False,
     op: Annotated[str | None, Option(metavar="OP", help="Instead of --model: one op, described by --spec.")] = None,
     spec: Annotated[list[str] | None, Option(metavar="FIELD=VALUE", help="One field of the Spec; repeat it for all but "
                                              "op and arch (docs/schema.md).")] = None,
@@ -58,7 +59,8 @@ def prewarm(
     if arch is None and keys_from is None:
         raise typer.BadParameter("--arch is missing")
     if model is None:
-        _refuse({"--page-size": page_size, "--dtype": dtype, "--max-s-q": max_s_q}, "belongs to --model")
+        _refuse({"--page-size": page_size, "--dtype": dtype, "--max-s-q": max_s_q,
+                 "--prefill": prefill or None}, "belongs to --model")
     if op is None:
         _refuse({"--spec": spec}, "belongs to --op")
     if tunings is not None:
@@ -69,7 +71,8 @@ def prewarm(
         specs = requests.of_file(keys_from, archs)
     for name in archs if keys_from is None else ():
         specs += ([requests.of_assignments(op, name, spec or [])] if op is not None else
-                  requests.of_model(model or "", tp, name, page_size or models.PAGE_SIZES, max_s_q, dtype))
+                  requests.of_model(model or "", tp, name, page_size or models.PAGE_SIZES, max_s_q, dtype,
+                                    prefill))
     wanted, unserved = choices(specs)
     if unserved and not wanted and unserved[0].error:
         raise unserved[0].error

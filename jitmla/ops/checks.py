@@ -69,6 +69,14 @@ def aligned(name: str, value: Tensor) -> None:
                               remedy=f"pass {name}.contiguous(), or pad the rows of the buffer that it is a view of")
 
 
+def usual_strides(x: Tensor) -> Tensor:
+    """A [n, m, columns] tensor with the strides that a dimension of size 1 would have in a contiguous one. They mean
+    nothing, and PyTorch leaves anything there, but the compiled wrappers look at them."""
+    n, m, columns = x.shape
+    row = x.stride(1) if m > 1 else columns
+    return x.as_strided(x.shape, (x.stride(0) if n > 1 else m * row, row, 1))
+
+
 def uniform_rows(name: str, value: Tensor) -> None:
     """Rows (token, head) of [batch, s_q, heads, width] one stride apart: what a tile of packed rows needs."""
     _, s_q, heads, _ = value.shape

@@ -84,14 +84,7 @@ class Bmm:
             if self.out_shape[0] > 1 and self.out_shape[1] > 1:
                 raise
             # the stride of a dimension of size 1 means nothing, but the compiled wrapper looks at it
-            self.function(*(_usual_strides(x) for x in (a, a_scale, b, b_scale, out)), self.ctas, early)
-
-
-def _usual_strides(x: Tensor) -> Tensor:
-    """x with the strides that a dimension of size 1 would have in a contiguous tensor."""
-    _, rows, columns = x.shape
-    row = x.stride(1) if rows > 1 else columns
-    return x.as_strided(x.shape, (x.stride(0) if x.shape[0] > 1 else rows * row, row, 1))
+            self.function(*(checks.usual_strides(x) for x in (a, a_scale, b, b_scale, out)), self.ctas, early)
 
 
 _prepared = dispatch.Remembered()

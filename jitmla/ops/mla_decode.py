@@ -15,7 +15,17 @@ from ..errors import InvalidArgument
 from ..spec import mla_decode_spec
 from ..workspace import scratch
 from . import checks, reference
-from .mla_decode_arguments import DTYPE_NAMES, PLAIN, REQUIRED, Features, check, check_layout, out_dtype, rope_dim
+from .mla_decode_arguments import (
+    DTYPE_NAMES,
+    PLAIN,
+    REQUIRED,
+    Features,
+    cache_parts,
+    check,
+    check_layout,
+    out_dtype,
+    rope_dim,
+)
 
 OP = "mla_decode"
 HAS_SINKS, WANTS_LSE, COOPERATIVE = 1, 2, 4  # bits of the kernels' flags (templates/common/mla_combine.py)
@@ -54,7 +64,8 @@ def mla_decode(q: Any, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, 
         Any strides whose rows are 16-byte aligned; the sm90 kernels want the (token, head) rows one stride apart.
     kv_cache: [pages, page_size, kv_lora_rank + qk_rope_head_dim], dtype of q, or e4m3. The values are its first
         kv_lora_rank columns. Rows at or behind seq_lens[b] and pages that no request uses are never read (they may hold
-        NaN). page_size is 1 to 128, or anything where each request has one page (a slot cache).
+        NaN). page_size is 1 to 128, or anything where each request has one page (a slot cache). Or the pair of its two
+        parts, which may be tensors of their own.
     block_table: [batch, max_pages] int32: the page of each page_size tokens. Entries behind the last page are not read.
     seq_lens: [batch] int32, tokens in the cache, the s_q new ones included. 0 is allowed. Read on the device only.
     sm_scale: positive factor of the raw dot product. It is never inferred: for DeepSeek-V3 it is
@@ -85,7 +96,7 @@ def mla_decode(q: Any, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, 
                                          out, lse, return_lse, backend,
                                          Features(cu_seqlens_q, max_q_len, q_descale, kv_descale, batch_invariant))
     if (cu_seqlens_q is not None or kv_descale is not None or batch_invariant is not False or q_descale is not None
-            or max_q_len is not None):
+            or max_q_len is not None or type(kv_cache) in (tuple, list)):
         return _with_features(q, kv_cache, block_table, seq_lens, kv_lora_rank, sm_scale, causal, sinks, out, lse,
                               return_lse, backend,
                               Features(cu_seqlens_q, max_q_len, q_descale, kv_descale, batch_invariant))
@@ -121,9 +132,10 @@ def _with_features(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lo
                    features: Features) -> Any:
     """mla_decode for calls with any of the features: every call is checked, which takes a few us more."""
     q_nope, q_pe = check(q, kv_cache, block_table, seq_lens, kv_lora_rank, sm_scale, sinks, out, lse, features)
-    at = (q_nope.shape, q_nope.dtype, q_nope.get_device(), q_pe is q_nope, q_pe.shape[-1], kv_cache.shape[1],
-          kv_lora_rank, causal, backend, kv_cache.dtype, block_table.shape, features.cu_seqlens_q is None,
-          features.max_q_len, features.batch_invariant)
+    latent, _ = cache_parts(kv_cache)
+    at = (q_nope.shape, q_nope.dtype, q_nope.get_device(), q_pe is q_nope, q_pe.shape[-1], latent.shape[1],
+          kv_lora_rank, causal, backend, latent.dtype, latent is kv_cache, block_table.shape,
+          features.cu_seqlens_q is None, features.max_q_len, features.batch_invariant)
     prepared = _prepared.get(at)
     if prepared is None:
         prepared = _prepare(q, kv_cache, block_table, seq_lens, kv_lora_rank, sm_scale, causal, sinks, out, lse,
@@ -219,9 +231,10 @@ class OnGpuFull:
         else:
             q, q_pe, out = q.unsqueeze(0), q_pe.unsqueeze(0), out.unsqueeze(0)
             lse = lse if lse is self.no_lse else lse.unsqueeze(0)
-        self.function(q, q_pe, kv_cache, block_table, seq_lens, cu_seqlens_q, *descales,
+        latent, rope = cache_parts(kv_cache)
+        self.function(q, q_pe, latent, rope, block_table, seq_lens, cu_seqlens_q, *descales,
                       workspace if sinks is None else sinks, out, lse, workspace, semaphores, sm_scale, v_scale,
-                      self.pe_offset, flags, self.rows, *self.launch)
+                      self.pe_offset, self.out_shape[-1] if latent is rope else 0, flags, self.rows, *self.launch)
 
 
 @dataclass(frozen=True)
@@ -238,6 +251,8 @@ class OnReference:
         rank = self.out_shape[-1]
         if lse is None:
             lse = torch.empty(self.out_shape[:-1], dtype=torch.float32, device=q.device)
+        if type(kv_cache) in (tuple, list):
+            kv_cache = torch.cat([part.float() for part in kv_cache], -1)
         reference.mla_decode(q[..., :rank], q[..., rank:] if self.joined else q_pe, kv_cache, block_table, seq_lens,
                              sm_scale=sm_scale, causal=self.causal, sinks=sinks, out=out, lse=lse,
                              cu_seqlens_q=features.cu_seqlens_q,
@@ -270,10 +285,11 @@ def _prepare(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_ran
         events.emit("choose", op=OP, backend="reference", device=str(q_nope.device),
                     why="asked for" if backend == "reference" else "CPU tensors")
         return OnReference(out_shape, bool(causal) and s_q > 1, joined)
+    latent, _ = cache_parts(kv_cache)
     spec = mla_decode_spec(arch=dispatch.arch_of(q_nope.device), dtype=DTYPE_NAMES[q_nope.dtype],
-                           kv_dtype=DTYPE_NAMES[kv_cache.dtype],
+                           kv_dtype=DTYPE_NAMES[latent.dtype], split_cache=latent is not kv_cache,
                            kv_lora_rank=kv_lora_rank, qk_rope_head_dim=rope_dim(q_nope, q_pe, kv_lora_rank),
-                           page_size=kv_cache.shape[1], s_q=s_q, heads=heads, causal=bool(causal), compact=compact,
+                           page_size=latent.shape[1], s_q=s_q, heads=heads, causal=bool(causal), compact=compact,
                            batch_invariant=features.batch_invariant)
     full = registry.choose(spec, backend).template.arguments == "full"
     check_layout(q_nope, q_pe, kv_cache, out, not full)
@@ -282,7 +298,7 @@ def _prepare(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_ran
     device = q_nope.device
     plan = dispatch.plan_for(spec, backend, device)
     if full:
-        found = _full(plan, features, out_shape, batch, s_q * heads, joined, kv_cache.shape[1] * block_table.shape[1])
+        found = _full(plan, features, out_shape, batch, s_q * heads, joined, latent.shape[1] * block_table.shape[1])
         return _remember(at or _plain_key(q_nope, q_pe, kv_cache, kv_lora_rank, causal, backend), found)
     launch = schedule.launch_args(s_q * heads, batch, dispatch.sm_count(device), kv_lora_rank)
     prepared = OnGpu(out_shape, plan.function, q_nope.get_device(),

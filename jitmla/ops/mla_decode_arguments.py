@@ -50,9 +50,13 @@ def check(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_rank: 
                               remedy="look where sm_scale is computed")
     compact = features.cu_seqlens_q is not None
     q_nope, q_pe = _check_query(q, kv_lora_rank, features)
-    _check_cache(kv_cache, block_table, seq_lens, kv_lora_rank + rope_dim(q_nope, q_pe, kv_lora_rank), q_nope,
+    rope = rope_dim(q_nope, q_pe, kv_lora_rank)
+    latent, _ = cache_parts(kv_cache)
+    _check_cache(latent, block_table, seq_lens, kv_lora_rank + (0 if latent is not kv_cache else rope), q_nope,
                  None if compact else q_nope.shape[0])
-    _check_features(features, q_nope, kv_cache, seq_lens)
+    if latent is not kv_cache:
+        _check_rope_part(kv_cache[1], latent, rope)
+    _check_features(features, q_nope, latent, seq_lens)
     out_shape = (*q_nope.shape[:-1], kv_lora_rank)
     if sinks is not None:
         checks.tensor("sinks", sinks, "[heads]", 1)
@@ -61,17 +65,34 @@ def check(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_rank: 
         checks.contiguous_last("sinks", sinks)
         checks.device("sinks", sinks, q_nope.device)
     _check_outputs(out, lse, out_shape, q_nope)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q_nope, q_pe, kv_cache)):
-        names = [n for n, t in (("q", q_nope), ("q_pe", q_pe), ("kv_cache", kv_cache)) if t.requires_grad]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q_nope, q_pe, *cache_parts(kv_cache))):
+        names = [n for n, t in (("q", q_nope), ("q_pe", q_pe), ("kv_cache", latent)) if t.requires_grad]
         raise InvalidArgument(f"mla_decode on tensors that require a gradient: {names[0]}", supported="inference only",
                               differs="there is no backward", remedy="call it under torch.inference_mode()")
     return q_nope, q_pe
 
 
-def check_layout(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, out: Tensor | None, uniform: bool = True) -> None:
+def cache_parts(kv_cache: Any) -> tuple[Any, Any]:
+    """(cache, cache), or the latent and the rope part of a pair."""
+    if isinstance(kv_cache, (tuple, list)) and len(kv_cache) == 2:
+        return kv_cache[0], kv_cache[1]
+    return kv_cache, kv_cache
+
+
+def _check_rope_part(part: Any, latent: Tensor, rope: int) -> None:
+    layout = "[pages, page_size, qk_rope_head_dim]"
+    checks.tensor("kv_cache[1]", part, layout, 3)
+    checks.device("kv_cache[1]", part, latent.device)
+    checks.dtype("kv_cache[1]", part, [latent.dtype])
+    checks.shape("kv_cache[1]", part, layout, [*latent.shape[:2], rope])
+    checks.contiguous_last("kv_cache[1]", part)
+
+
+def check_layout(q_nope: Tensor, q_pe: Tensor, kv_cache: Any, out: Tensor | None, uniform: bool = True) -> None:
     """Raise InvalidArgument unless the kernels can read and write these in place: alignment, and for those that need
     it (`uniform`) rows one stride apart."""
-    for name, value in (("q", q_nope), ("q_pe", q_pe), ("kv_cache", kv_cache), ("out", out)):
+    latent, rope = cache_parts(kv_cache)
+    for name, value in (("q", q_nope), ("q_pe", q_pe), ("kv_cache", latent), ("kv_cache[1]", rope), ("out", out)):
         if value is not None:
             checks.aligned(name, value)
     for name, value in (("q", q_nope), ("q_pe", q_pe), ("out", out)):

@@ -32,9 +32,10 @@ def mla_decode_arguments(dtype, latent, rope, page_size):
     )
 
 
-def mla_decode_full_arguments(dtype, kv_dtype, out_dtype, latent, rope, page_size, compact, divisor):
-    """The same with the e4m3 scales and compact queries. page_size 0: any, known at launch. compact: q, q_pe, out and
-    lse are (1, tokens, H, ...), and the requests' tokens are cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1.
+def mla_decode_full_arguments(dtype, kv_dtype, out_dtype, latent, page_size, compact, divisor):
+    """The same with the e4m3 scales, compact queries, and a rope part of the cache that may be another tensor (its
+    columns from kpe_offset on). page_size 0: any, known at launch. compact: q, q_pe, out, lse are (1, tokens, H, ...)
+    and the tokens of a request cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1.
     divisor: of the strides of q, q_pe and kv_cache in elements of each (16 bytes)."""
     batch, queries, s_q, heads = cute.sym_int(), cute.sym_int(), cute.sym_int(), cute.sym_int()
     if not compact:
@@ -46,10 +47,12 @@ def mla_decode_full_arguments(dtype, kv_dtype, out_dtype, latent, rope, page_siz
         return rt.make_fake_tensor(dtype, shape, stride, assumed_align=align)
 
     q_div, kv_div = divisor
+    pages = page_size or cute.sym_int()  # of both
     return (
         tensor(dtype, queries, s_q, heads, n(), align=16, divisor=q_div),  # q
         tensor(dtype, queries, s_q, heads, n(), align=16, divisor=q_div),  # q_pe
-        tensor(kv_dtype, n(), page_size or n(), latent + rope, align=16, divisor=kv_div),  # kv_cache
+        tensor(kv_dtype, n(), pages, n(), align=16, divisor=kv_div),  # kv_cache
+        tensor(kv_dtype, n(), pages, n(), align=16, divisor=kv_div),  # kpe_cache
         tensor(Int32, batch, n(), align=4),  # block_table
         tensor(Int32, batch, align=4),  # seq_lens
         tensor(Int32, n(), align=4),  # cu_seqlens_q
@@ -61,6 +64,6 @@ def mla_decode_full_arguments(dtype, kv_dtype, out_dtype, latent, rope, page_siz
         tensor(Float32, n(), align=128),  # workspace
         tensor(Int32, n(), align=4),  # semaphores
         *[Float32(1.0)] * 2,  # sm_scale, v_scale
-        *[Int32(1)] * 7,  # pe_offset, flags, rows, parts, fixed, least, bias
+        *[Int32(1)] * 8,  # pe_offset, kpe_offset, flags, rows, parts, fixed, least, bias
         rt.make_fake_stream(use_tvm_ffi_env_stream=True),
     )

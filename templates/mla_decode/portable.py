@@ -44,6 +44,7 @@ LATENT = 512
 ROPE = 64
 PAGE_SIZE = 0
 CAUSAL = False
+SPLIT_CACHE = False
 COMPACT = False
 BATCH_INVARIANT = False
 TILE_ROWS = 16
@@ -85,7 +86,7 @@ PDL = NATIVE_CVT and ARCH != "sm_89"
 WIDTH = LATENT + ROPE
 STEPS = WIDTH // 16  # of the MMA over the columns
 KV_BYTES = 1 if KV8 else 2
-KV_CHUNKS = WIDTH * KV_BYTES // 16  # 16-byte pieces of a cache row
+KV_CHUNKS, V_CHUNKS = WIDTH * KV_BYTES // 16, LATENT * KV_BYTES // 16  # 16-byte pieces of a cache row, of its values
 Q_PITCH, KV_PITCH = odd_pitch(WIDTH * 2), odd_pitch(WIDTH * KV_BYTES)
 S_PITCH = BLOCK + 8  # floats
 P_PITCH = odd_pitch(BLOCK * 2)
@@ -127,6 +128,7 @@ class MlaDecode:
         q: cute.Tensor,
         q_pe: cute.Tensor,
         kv_cache: cute.Tensor,
+        kpe_cache: cute.Tensor,
         block_table: cute.Tensor,
         seq_lens: cute.Tensor,
         cu_seqlens_q: cute.Tensor,
@@ -140,6 +142,7 @@ class MlaDecode:
         sm_scale: Float32,
         v_scale: Float32,
         pe_offset: Int32,
+        kpe_offset: Int32,
         flags: Int32,
         rows: Int32,
         parts: Int32,
@@ -164,6 +167,7 @@ class MlaDecode:
             q,
             q_pe,
             kv_cache,
+            kpe_cache,
             block_table,
             seq_lens,
             cu_seqlens_q,
@@ -177,6 +181,7 @@ class MlaDecode:
             sm_scale * LOG2E,
             v_scale,
             pe_offset,
+            kpe_offset,
             flags,
             rows,
             B,
@@ -195,6 +200,7 @@ class MlaDecode:
         mQ: cute.Tensor,
         mQpe: cute.Tensor,
         mK: cute.Tensor,
+        mKpe: cute.Tensor,
         mTable: cute.Tensor,
         mSeqlens: cute.Tensor,
         mCu: cute.Tensor,
@@ -208,6 +214,7 @@ class MlaDecode:
         c_log2: Float32,
         v_scale: Float32,
         pe_offset: Int32,
+        kpe_offset: Int32,
         flags: Int32,
         rows: Int32,
         B: Int32,
@@ -286,8 +293,8 @@ class MlaDecode:
                 cut = cutlass.min(seqlen, b1 * SPLIT_BLOCK)
                 self.load_q(sQ, mQ, mQpe, pe_offset, req, first, tokens, heads, row0, tid)
                 self.attend(
-                    sQ, sK, sS, sP, aP, sFactor, rO, mK, mTable, req, start, cut, seqlen, tokens, heads, row0, c_log2,
-                    v_scale, whole, slot, first, flags, rows, mSinks, mLse, mLacc, w, lane, tid,
+                    sQ, sK, sS, sP, aP, sFactor, rO, mK, mKpe, mTable, req, start, cut, seqlen, tokens, heads, row0,
+                    c_log2, v_scale, whole, slot, first, kpe_offset, flags, rows, mSinks, mLse, mLacc, w, lane, tid,
                 )  # fmt: skip
                 if w < PV_M * PV_N:
                     if whole:
@@ -390,7 +397,7 @@ class MlaDecode:
             rPage[u] = page
 
     @cute.jit
-    def issue(self, rPage, sK, mK, stage, tok0, tid):
+    def issue(self, rPage, sK, mK, mKpe, kpe_offset, stage, tok0, tid):
         page_size = mK.shape[1] if const_expr(PAGE_SIZE == 0) else PAGE_SIZE
         for u in cutlass.range_constexpr(PASSES):
             r = u * 32 + tid // 8
@@ -398,19 +405,27 @@ class MlaDecode:
             nbytes = Int32(16) if page >= 0 else Int32(0)
             at = Int64(cutlass.max(page, 0)) * mK.stride[0] + (tok0 + r) % page_size * mK.stride[1]
             src = mK.iterator.toint() + (at if page >= 0 else Int64(0)) * KV_BYTES + tid % 8 * 16
+            rope = src
+            if const_expr(SPLIT_CACHE):  # where column 0 would be if the rope part followed the latent
+                at = Int64(cutlass.max(page, 0)) * mKpe.stride[0] + (tok0 + r) % page_size * mKpe.stride[1]
+                at = (at if page >= 0 else Int64(0)) + kpe_offset - LATENT
+                rope = mKpe.iterator.toint() + at * KV_BYTES + tid % 8 * 16
             dst = sK + (stage * BLOCK + r) * KV_PITCH + tid % 8 * 16
             for i in cutlass.range_constexpr(-(-KV_CHUNKS // 8)):
+                mine = src if const_expr(i * 8 + 8 <= V_CHUNKS) else rope
+                if const_expr(i * 8 < V_CHUNKS < i * 8 + 8):
+                    mine = src if i * 8 + tid % 8 < V_CHUNKS else rope
                 if const_expr(i * 8 + 8 <= KV_CHUNKS):
-                    cp_async16(dst + i * 128, src + i * 128, nbytes)
+                    cp_async16(dst + i * 128, mine + i * 128, nbytes)
                 else:
                     if i * 8 + tid % 8 < KV_CHUNKS:
-                        cp_async16(dst + i * 128, src + i * 128, nbytes)
+                        cp_async16(dst + i * 128, mine + i * 128, nbytes)
 
     # ----------------------------------------------------------------- math
     @cute.jit
     def attend(
-        self, sQ, sK, sS, sP, aP, sFactor, rO, mK, mTable, req, start, cut, seqlen, tokens, heads, row0, c_log2,
-        v_scale, whole, slot, first, flags, rows, mSinks, mLse, mLacc, w, lane, tid,
+        self, sQ, sK, sS, sP, aP, sFactor, rO, mK, mKpe, mTable, req, start, cut, seqlen, tokens, heads, row0,
+        c_log2, v_scale, whole, slot, first, kpe_offset, flags, rows, mSinks, mLse, mLacc, w, lane, tid,
     ):  # fmt: skip
         """Softmax attention of one row tile over the tokens start .. cut - 1, into rO: normalised, scaled."""
         n = cutlass.max((cut - start + (BLOCK - 1)) // BLOCK, 1)
@@ -418,7 +433,7 @@ class MlaDecode:
         self.look_up(rPage, mK, mTable, req, start, cut, tid)
         for i in cutlass.range_constexpr(STAGES - 1):
             if i < n:
-                self.issue(rPage, sK, mK, Int32(i), start + i * BLOCK, tid)
+                self.issue(rPage, sK, mK, mKpe, kpe_offset, Int32(i), start + i * BLOCK, tid)
                 self.look_up(rPage, mK, mTable, req, start + (i + 1) * BLOCK, cut, tid)
             cute.arch.cp_async_commit_group()
 
@@ -442,7 +457,7 @@ class MlaDecode:
             cute.arch.sync_threads()
             ahead = j + (STAGES - 1)
             if ahead < n:
-                self.issue(rPage, sK, mK, ahead % STAGES, start + ahead * BLOCK, tid)
+                self.issue(rPage, sK, mK, mKpe, kpe_offset, ahead % STAGES, start + ahead * BLOCK, tid)
                 self.look_up(rPage, mK, mTable, req, start + (ahead + 1) * BLOCK, cut, tid)
             cute.arch.cp_async_commit_group()
             aK = sK + j % STAGES * (BLOCK * KV_PITCH)
@@ -777,5 +792,5 @@ def entry():
     """What to compile: the host function and its fake arguments."""
     divisor = 128 // Q_TYPE.width, 128 // KV_TYPE.width
     return MlaDecode(), mla_decode_full_arguments(
-        Q_TYPE, KV_TYPE, OUT_TYPE, LATENT, ROPE, PAGE_SIZE, COMPACT, divisor
+        Q_TYPE, KV_TYPE, OUT_TYPE, LATENT, PAGE_SIZE, COMPACT, divisor
     )

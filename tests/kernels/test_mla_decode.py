@@ -35,7 +35,7 @@ from jitmla.testing import (
     poisoned_empty,
 )
 
-from ..keysets import ROWS, covering, only_when_asked, product
+from ..keysets import ROWS, covering, product
 from ..support.mistakes import MISTAKES, arguments, call, check_refused
 
 pytestmark = [
@@ -171,13 +171,7 @@ def test_drawn_problems(call):
     check_drawn(call)
 
 
-@pytest.fixture
-def asked_for(request):
-    only_when_asked(request.config)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("asked_for")
 @given(calls(product()))
 @settings(DRAWN, max_examples=600)
 def test_drawn_problems_of_every_key(call):

@@ -11,9 +11,20 @@ int __tvm_ffi_mla_decode(void *self, const any *args, int32_t count, any *result
 }
 
 /* stands for loading the kernels into the driver: counts its calls */
-int __tvm_ffi_mla_decode_cuda_load(void *self, const any *args, int32_t count, any *result) {
-  static int64_t calls;
-  result->type = 1;
-  result->value = ++calls;
-  return 0;
-}
+#define CUDA_LOAD(op) \
+  int __tvm_ffi_##op##_cuda_load(void *self, const any *args, int32_t count, any *result) { \
+    static int64_t calls; \
+    result->type = 1; \
+    result->value = ++calls; \
+    return 0; \
+  }
+#define OP(op) \
+  int __tvm_ffi_##op(void *self, const any *args, int32_t count, any *result) { \
+    return __tvm_ffi_mla_decode(self, args, count, result); \
+  } \
+  CUDA_LOAD(op)
+
+CUDA_LOAD(mla_decode)
+OP(mla_prefill)
+OP(merge_attn_states)
+OP(gather_latent)

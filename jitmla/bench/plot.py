@@ -1,0 +1,49 @@
+"""The picture of a result: GB/s and TFLOP/s of each case against the ceilings of the same run.
+
+Needs matplotlib (`pip install 'jitmla[bench]'`), on the machine that draws, which need not be the one that measured.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import ToolchainMissing
+from . import report
+
+OURS = "jitmla"
+MARKERS = "osD^v"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Write the PNG; raises ToolchainMissing without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise ToolchainMissing("to draw a plot", supported="matplotlib", differs=str(e),
+                               remedy="pip install 'jitmla[bench]'") from e
+    rows = result["rows"][::-1]
+    names = [report.case_name(row["case"]) for row in rows]
+    figure = Figure(figsize=(13, 1.5 + 0.3 * len(rows)), layout="constrained")
+    for axis, (unit, field, ceiling) in zip(figure.subplots(1, 2, sharey=True), (
+            ("GB/s", "gbps", result["ceilings"]["read"]["gbps"]),
+            ("TFLOP/s", "tflops", result["ceilings"]["matmul"]["tflops"])), strict=True):
+        axis.barh(names, [row["times"][OURS][field] for row in rows], color="#4c78a8", label=OURS)
+        for marker, peer in zip(MARKERS, [p for p in result["peers"] if p not in result["absent"]], strict=False):
+            points = [(row["times"][peer][field], name) for row, name in zip(rows, names, strict=True)
+                      if peer in row["times"]]
+            if points:
+                axis.scatter(*zip(*points, strict=True), marker=marker, s=22, color="black", label=peer, zorder=3)
+        axis.axvline(ceiling, color="#e45756", label=f"{'read' if field == 'gbps' else 'matmul'}: {ceiling:.0f} {unit}")
+        axis.set_xlabel(unit)
+        axis.legend(loc="lower right", fontsize="small")
+    figure.suptitle(f"{result['op']} on {result['gpu']}, {result['date']}")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def draw_file(path: Path) -> Path:
+    """Draw a result file into a PNG of the same name beside it."""
+    picture = path.with_suffix(".png")
+    draw(json.loads(path.read_text(encoding="utf-8")), picture)
+    return picture
