@@ -22,8 +22,8 @@ coverage: $(READY) ## the lines of rings 1 and 2 that these tests run: 90 % at l
 	$(BIN)/python -m pip install -q 'coverage>=7.10'
 	$(BIN)/python .ci/coverage -n $(JOBS)
 
-budget: $(READY) ## the times that are promised, on a machine that does nothing else
-	$(BIN)/python -m pytest -m "budget and not gpu"
+budget: $(READY) ## the times that are promised, on a machine that does nothing else (FIGURES=file writes them)
+	$(BIN)/python -m pytest -m "budget and not gpu" $(if $(FIGURES),--figures $(FIGURES))
 
 test-gpu: $(READY) ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu

@@ -1,11 +1,12 @@
-"""Writes the pages that are generated: docs/env.md, docs/schema.md, docs/benchmarks/README.md, and the support matrix
-in README.md.
+"""Writes the pages that are generated: docs/env.md, docs/schema.md, docs/benchmarks/README.md, the support matrix
+in README.md, and the figures in docs/cache.md.
 
 `make docs` runs it; tests/test_docs.py fails when a page differs from what this would write.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,36 @@ from jitmla import env, registry, schema
 from jitmla.bench import report
 
 ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ROOT / "docs" / "comparisons" / "budget.json"
+FIGURES_BEGIN, FIGURES_END = "<!-- figures: written by `make docs` -->", "<!-- end of figures -->"
 BEGIN, END = "<!-- support matrix: written by `make docs` -->", "<!-- end of support matrix -->"
 
 
 def pages() -> dict[Path, str]:
     """Every generated page and its text."""
     readme = ROOT / "README.md"
-    head, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    cache = ROOT / "docs" / "cache.md"
     benchmarks = ROOT / "docs" / "benchmarks"
     return {benchmarks / "README.md": report.page(report.read(benchmarks)),
             ROOT / "docs" / "env.md": env.as_markdown(), ROOT / "docs" / "schema.md": schema_page(),
-            readme: f"{head}{BEGIN}\n{matrix()}\n{END}{rest.split(END)[1]}"}
+            readme: _filled(readme, BEGIN, END, matrix()), cache: _filled(cache, FIGURES_BEGIN, FIGURES_END, figures())}
+
+
+def _filled(page: Path, begin: str, end: str, text: str) -> str:
+    """A page with `text` between the marks `begin` and `end`."""
+    head, rest = page.read_text(encoding="utf-8").split(begin)
+    return f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+
+
+def figures() -> str:
+    """What `make budget` measured, beside what is promised."""
+    measured = json.loads(FIGURES.read_text(encoding="utf-8"))
+    machine = measured["machine"]
+    rows = [["promise", "at most", "measured", ""]]
+    rows += [[f["promise"], f"{f['limit']:g}", f"{f['value']:.2f}", f["unit"]] for f in measured["figures"]]
+    return _markdown(rows) + (
+        f"\n\n{machine['cores']} cores ({machine['processor']}) with a load of {machine['load']:.1f}, Python "
+        f"{machine['python']}, CuTe DSL {dict(machine['toolchain'])['cute_dsl']}, {machine['date']}.")
 
 
 def matrix() -> str:

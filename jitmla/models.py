@@ -13,8 +13,11 @@ from . import arch as arches
 from . import registry
 from .errors import InvalidArgument, UnknownModel
 from .key import Key
+from .schedule import MAX_ROWS
 from .spec import (
     Spec,
+    append_latent_spec,
+    cached_mla_specs,
     fp8_bmm_spec,
     gather_latent_spec,
     inv_rope_fp8_quant_spec,
@@ -118,9 +121,11 @@ def _from_config(config: Any, path: Path, dtype: str | None) -> MlaModel:
 
 
 def specs_for(name_or_path: str | Path, *, tp: int, arch: str, page_sizes: Iterable[int] = PAGE_SIZES,
-              max_s_q: int = MAX_S_Q, dtype: str | None = None, prefill: bool = False) -> list[Spec]:
+              max_s_q: int = MAX_S_Q, dtype: str | None = None, prefill: bool = False, slot_cache: bool = False
+              ) -> list[Spec]:
     """Every Spec that serving the model can meet: any batch and lengths, s_q up to max_s_q, causal or not; with
-    `prefill` also those of jitmla's prefill ops, where they are used instead of another library's; for
+    `prefill` also those of jitmla's prefill ops, where they are used instead of another library's; with `slot_cache`
+    those of append_latent and cached_mla, where an engine leaves its cache to jitmla; for
     DeepSeek-V4 those of its output path (attention itself is not served yet), with positions of 32 or 64 bits and both
     float32 scales."""
     arches.check(arch)
@@ -129,7 +134,8 @@ def specs_for(name_or_path: str | Path, *, tp: int, arch: str, page_sizes: Itera
         raise InvalidArgument(f"tp={tp} for {dims.name}",
                               supported=f"a divisor of its {dims.num_attention_heads} heads",
                               differs="heads cannot be split evenly")
-    serving = Serving(dims, dims.num_attention_heads // tp, tp, arch, tuple(page_sizes), max_s_q, prefill)
+    serving = Serving(dims, dims.num_attention_heads // tp, tp, arch, tuple(page_sizes), max_s_q, prefill,
+                      slot_cache)
     return list(dict.fromkeys(spec for part in PARTS for spec in part(serving)))
 
 
@@ -144,6 +150,7 @@ class Serving:
     page_sizes: tuple[int, ...]
     max_s_q: int
     prefill: bool
+    slot_cache: bool
 
 
 def _dense_decode(serving: Serving) -> Iterator[Spec]:
@@ -154,6 +161,24 @@ def _dense_decode(serving: Serving) -> Iterator[Spec]:
         yield mla_decode_spec(arch=serving.arch, dtype=dims.dtype, kv_lora_rank=dims.kv_lora_rank,
                               qk_rope_head_dim=dims.qk_rope_head_dim, page_size=page_size, s_q=s_q,
                               heads=serving.heads, causal=causal)
+
+
+def _slot_cache(serving: Serving) -> Iterator[Spec]:
+    """append_latent, and what cached_mla launches: before and after the attention, and that for tiles of tokens (those
+    of one are in _dense_decode)."""
+    dims = serving.dims
+    if dims.o_groups or not serving.slot_cache:
+        return
+    for slots, e4m3 in itertools.product(("i64", "i32"), (False, True)):
+        yield append_latent_spec(arch=serving.arch, dtype=dims.dtype, e4m3_cache=e4m3, slots=slots,
+                                 kv_lora_rank=dims.kv_lora_rank, qk_rope_head_dim=dims.qk_rope_head_dim)
+    yield from cached_mla_specs(arch=serving.arch, dtype=dims.dtype, qk_nope_head_dim=dims.qk_nope_head_dim,
+                                kv_lora_rank=dims.kv_lora_rank, qk_rope_head_dim=dims.qk_rope_head_dim)
+    tiles = [2**i for i in range(1, MAX_ROWS.bit_length()) if 2**i * serving.heads <= MAX_ROWS]
+    for page_size, tile in itertools.product(serving.page_sizes, tiles):
+        yield mla_decode_spec(arch=serving.arch, dtype=dims.dtype, kv_lora_rank=dims.kv_lora_rank,
+                              qk_rope_head_dim=dims.qk_rope_head_dim, page_size=page_size, s_q=tile,
+                              heads=serving.heads, causal=True)
 
 
 def _prefill(serving: Serving) -> Iterator[Spec]:
@@ -209,19 +234,22 @@ def _indexer(serving: Serving) -> Iterator[Spec]:
                 for workspace, count in itertools.product((False, True), (False, True)))
 
 
-PARTS = (_dense_decode, _prefill, _output_path, _indexer)  # what each part of a model meets
+PARTS = (_dense_decode, _prefill, _slot_cache, _output_path, _indexer)  # what each part of a model meets
 
 
 def keys_for(model: str | Path, tp: int = 1, arch: str = "sm_90a", *, page_sizes: Iterable[int] = PAGE_SIZES,
-             max_s_q: int = MAX_S_Q, dtype: str | None = None, prefill: bool = False) -> list[Key]:
+             max_s_q: int = MAX_S_Q, dtype: str | None = None, prefill: bool = False, slot_cache: bool = False
+             ) -> list[Key]:
     """Every Key that serving `model` can reach on `arch` with `tp` ranks, whatever the batch and the lengths. Where the
     host picks a variant for each call, all that it can pick are here.
 
     model: a known name (deepseek-v2, deepseek-v2-lite, deepseek-v3, deepseek-v3.2, deepseek-v4-flash, deepseek-v4-pro,
     kimi-k2, mistral-small-4), or the path of a Hugging Face config.json. page_sizes: those of the engine's cache.
     max_s_q: query tokens per request (1 + draft tokens). dtype: "bf16" or "fp16", by default the config's. prefill:
-    whether the server also uses jitmla's prefill ops (mla_prefill, mla_prefill_absorbed, mla_prefill_paged). Raises
-    UnknownModel, UnknownArch, InvalidArgument, NoTemplate.
+    whether the server also uses jitmla's prefill ops (mla_prefill, mla_prefill_absorbed, mla_prefill_paged).
+    slot_cache: whether it also uses append_latent and cached_mla (AutoDeploy's cached op). Raises UnknownModel,
+    UnknownArch, InvalidArgument, NoTemplate.
     """
-    specs = specs_for(model, tp=tp, arch=arch, page_sizes=page_sizes, max_s_q=max_s_q, dtype=dtype, prefill=prefill)
+    specs = specs_for(model, tp=tp, arch=arch, page_sizes=page_sizes, max_s_q=max_s_q, dtype=dtype, prefill=prefill,
+                      slot_cache=slot_cache)
     return list(dict.fromkeys(choice.key for spec in specs for choice in registry.choices(spec)))

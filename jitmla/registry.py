@@ -14,17 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import pick, render, schema, toolchain, tune
+from . import card, pick, render, schema, toolchain, tune
 from .errors import InvalidTemplate, NoTemplate
 from .events import emit
 from .key import Key
 from .resources import TEMPLATES
 from .spec import Spec
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
 
 
 @dataclass(frozen=True)
@@ -135,9 +130,9 @@ def templates(op: str) -> tuple[Template, ...]:
     """The templates of an op, in the card's order, which is the order of preference."""
     path = TEMPLATES / op / "card.toml"
     try:
-        card = tomllib.loads(path.read_text(encoding="utf-8"))
-        return tuple(_template(card["op"], t) for t in card["template"])
-    except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as e:
+        document = card.loads(path.read_text(encoding="utf-8"))
+        return tuple(_template(document["op"], t) for t in document["template"])
+    except (OSError, KeyError, TypeError, card.TOMLDecodeError) as e:
         raise InvalidTemplate(f"the card of {op!r}", supported="see docs/templates.md", differs=f"{path}: {e!r}") from e
 
 

@@ -14,6 +14,9 @@ from .tune import tuned
 BLOCK_TOKENS = 64  # the unit of work, whatever the page size
 MAX_PARTS = 160  # of one request: what a warp of the combine has weights for
 SWAP_ROWS = 16  # most query rows (s_q * heads) of the swap kernel
+MAX_ROWS = 512  # query rows (s_q * heads) of a request
+PAGES = (64, 128, 32, 16)  # the best first
+MAX_PAGE = 128
 WHOLE = 1 << 20  # a bias that makes every split aligned
 INVARIANT_TOKENS = 2048  # of a piece of the batch-invariant split (PIECE_BLOCKS of the portable template)
 TILE_ROWS = 64  # query rows of a CTA of the relay kernel, which has no more, and of the seesaw kernel
@@ -83,6 +86,27 @@ def workspace_floats(parts: int, rows: int, latent: int, slots: int = 0) -> int:
 def semaphore_count(parts: int, rows: int) -> int:
     """int32 counters of a launch: zero before it, and again after it. Launches that overlap need their own."""
     return parts * row_tiles(rows)
+
+
+def context_tile(heads: int, sequences: int, tokens: int) -> int:
+    """Tokens of a tile in which the new tokens of cached_mla's prefill sequences go through mla_decode: a power of two,
+    no more rows than that takes, and no more tokens than a sequence has on average."""
+    tile = 2
+    while 2 * tile * heads <= MAX_ROWS and tile * sequences < tokens:
+        tile *= 2
+    return tile
+
+
+def context_tiles(tokens: int, sequences: int, tile: int) -> int:
+    """Most tiles that sequences within `tokens` places can have, see templates/common/cached_rows.py."""
+    return tokens // tile + sequences
+
+
+def slot_page(length: int, slot_stride: int, stride: int) -> int:
+    """Page size under which a slot of `length` tokens is a whole number of pages: the best one of those that have
+    kernels of their own, else the largest; slots are slot_stride, tokens stride elements apart."""
+    most = range(min(length, MAX_PAGE), 0, -1)
+    return next(p for p in (*PAGES, *most) if length % p == 0 and slot_stride % (p * stride) == 0)
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -91,6 +91,22 @@ def fp8_bmm_spec(*, arch: str) -> Spec:
     return Spec.of("fp8_bmm", arch=arch, dtype="e4m3", scale_dtype="f32", out_dtype="bf16")
 
 
+def append_latent_spec(*, arch: str, dtype: str, e4m3_cache: bool, slots: str, kv_lora_rank: int,
+                       qk_rope_head_dim: int) -> Spec:
+    """The Spec of an append_latent call."""
+    return Spec.of("append_latent", arch=arch, dtype=dtype, e4m3_cache=e4m3_cache, slots=slots,
+                   kv_lora_rank=kv_lora_rank, qk_rope_head_dim=qk_rope_head_dim)
+
+
+def cached_mla_specs(*, arch: str, dtype: str, qk_nope_head_dim: int, kv_lora_rank: int, qk_rope_head_dim: int
+                     ) -> tuple[Spec, Spec]:
+    """The Specs of what a cached_mla call launches before and after the attention."""
+    return (Spec.of("cached_mla", arch=arch, stage="absorb", dtype=dtype, qk_nope_head_dim=qk_nope_head_dim,
+                    kv_lora_rank=kv_lora_rank, qk_rope_head_dim=qk_rope_head_dim),
+            Spec.of("cached_mla", arch=arch, stage="project", dtype=dtype, qk_nope_head_dim=0,
+                    kv_lora_rank=kv_lora_rank, qk_rope_head_dim=0))
+
+
 def mla_prefill_spec(*, arch: str, dtype: str, qk_head_dim: int, v_head_dim: int, qk_rope_head_dim: int, causal: bool
                      ) -> Spec:
     """The Spec of an mla_prefill call."""

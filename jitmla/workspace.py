@@ -10,10 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+KEPT_BYTES = 64 << 20  # most that is kept of a buffer of bytes, per device and stream
 SEMAPHORES = 1 << 20  # counters set aside for captured calls, per device: enough for thousands of them
 
 _workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 _pools: dict[int, Tensor] = {}
+_bytes: dict[tuple[int, int], Tensor] = {}
 
 
 def scratch(device: int, floats: int, counters: int) -> tuple[Tensor, Tensor]:
@@ -42,3 +44,14 @@ def _captured_counters(device: int, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int32, device=f"cuda:{device}")
     _pools[device] = pool[count:]
     return pool[:count]
+
+
+def kept_bytes(device: int, stream: int, size: int) -> Tensor:
+    """A uint8 buffer of at least `size` for the current stream: the same one as before where that is large enough. A
+    captured call, and one that wants more than KEPT_BYTES, gets memory of its own."""
+    if size > KEPT_BYTES or torch.cuda.is_current_stream_capturing():
+        return torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}")
+    kept = _bytes.get((device, stream))
+    if kept is None or kept.shape[0] < size:
+        kept = _bytes[device, stream] = torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}")
+    return kept

@@ -1,13 +1,16 @@
 """What every test has: a kernel cache of its own, no remembered failures, and the marker `gpu`."""
 
+import json
 import os
+import platform
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
-from jitmla import bounds, compile, events, layers, registry
+from jitmla import bounds, compile, events, layers, registry, toolchain
 from jitmla.store import Store
 
 from .support.keys import make_key, publish
@@ -15,7 +18,39 @@ from .support.keys import make_key, publish
 REPOSITORY = Path(__file__).parents[1]
 
 
+FIGURES = pytest.StashKey()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--figures", metavar="FILE", help="write the figures of the budget tests to FILE as well")
+
+
+def pytest_sessionfinish(session):
+    """Beside the figures: what they were measured on, and how busy that was."""
+    file = session.config.getoption("--figures")
+    if file:
+        machine = {"processor": platform.machine(), "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[1],
+                   "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),
+                   "toolchain": toolchain.current()}
+        document = {"machine": machine, "figures": session.config.stash[FIGURES]}
+        Path(file).write_text(json.dumps(document, indent=1) + "\n")
+
+
+@pytest.fixture
+def figure(request, capsys):
+    """Holds a promise to its figure, and notes it: figure(promise, value, limit, unit)."""
+    def hold(promise, value, limit, unit):
+        request.config.stash[FIGURES].append({"promise": promise, "value": round(value, 3), "limit": limit,
+                                              "unit": unit})
+        with capsys.disabled():
+            print(f"\n{promise}: {value:.2f} {unit}, at most {limit:g}")
+        assert value <= limit
+
+    return hold
+
+
 def pytest_configure(config):
+    config.stash[FIGURES] = []
     config.addinivalue_line("markers", "gpu: needs a CUDA device; uses the cache that JITMLA_CACHE_DIR names")
 
 

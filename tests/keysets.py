@@ -23,6 +23,8 @@ from jitmla.layouts import SCALE_MODES
 from jitmla.registry import Choice
 from jitmla.spec import (
     Spec,
+    append_latent_spec,
+    cached_mla_specs,
     fp8_bmm_spec,
     gather_latent_spec,
     inv_rope_fp8_quant_spec,
@@ -106,7 +108,7 @@ def spec(dtype: str, latent: int, page: int, rows: int, causal: bool) -> Spec:
 def covering() -> list[Spec]:
     """For each template every pair of values of its constants: an orthogonal array of 8 runs, OA(8, 4 x 2 x 2 x 2 x 2),
     for page size, dtype, latent, causal and (two by two) the row buckets that it serves. And the usual working point,
-    bf16 with latent 512 and pages of 64, for each row bucket and causal or not.
+    bf16 with latent 512 and pages of 64, for each row bucket and causal or not; and what cached_mla meets with another.
 
     What depends on three constants at once is left to the full product, which takes five times as long.
     """
@@ -114,6 +116,7 @@ def covering() -> list[Spec]:
     for rows, a, b, c in itertools.product(_pairs_of_rows(), (0, 1), (0, 1), (0, 1)):
         specs.append(spec(DTYPES[c], LATENTS[a ^ c], PAGES[2 * a + b], rows[(a ^ b ^ c) % len(rows)], CAUSAL[b ^ c]))
     specs += [spec("bf16", 512, 64, rows, causal) for rows in ROWS for causal in CAUSAL]
+    specs += [spec("bf16", 256, 64, 32, False), spec("bf16", 256, 64, 512, True)]  # cached_mla with Mistral Small 4
     return list(dict.fromkeys(specs))
 
 
@@ -173,6 +176,54 @@ def every_portable() -> list[Spec]:
 def points() -> list[Spec]:
     return [*(spec("bf16", 512, 64, rows, rows == max(ROWS)) for rows in ROWS),  # causal: the code it adds is seen
             PORTABLE_ON_GPU[-1]]
+
+
+# ------------------------------------------------------------------------------------------- append_latent, cached_mla
+
+RANKS, ROPES, NOPES = (512, 256, 128, 64), (64, 32, 16), (64, 128, 32, 192)
+
+
+def append_product() -> list[Spec]:
+    """Elsewhere than on Hopper with the usual widths only, which the arch has nothing to do with. As cached_product."""
+    (template,) = registry.templates("append_latent")
+    return [append_latent_spec(arch=arch, dtype=dtype, e4m3_cache=e4m3, slots=slots, kv_lora_rank=rank,
+                               qk_rope_head_dim=rope)
+            for arch in template.archs for dtype, e4m3, slots, rank, rope in itertools.product(
+                DTYPES, CAUSAL, ("i64", "i32"), *((RANKS, ROPES) if arch == ARCH else ([512], [64])))]
+
+
+def append_wanted(choice: Choice) -> bool:
+    """On Hopper each value of each field with each kind of cache; and the conversion to e4m3 on an arch without it."""
+    s = choice.spec
+    if s.arch != ARCH:
+        return (s.arch, s["dtype"], s["slots"], s["kv_lora_rank"], s["qk_rope_head_dim"]) == (
+            "sm_80", "bf16", "i64", 512, 64) and s["e4m3_cache"]
+    row = RANKS.index(s["kv_lora_rank"])
+    return (s["qk_rope_head_dim"] == (64, 64, 16, 32)[row] and s["slots"] == ("i64", "i32")[row // 2]
+            and s["dtype"] == DTYPES[row % 2 ^ s["e4m3_cache"]]) or (
+            s["kv_lora_rank"] == 512 and s["qk_rope_head_dim"] == 64 and s["dtype"] == "bf16")
+
+
+def cached_product() -> list[Spec]:
+    archs = registry.templates("cached_mla")[0].archs
+    return list(dict.fromkeys(
+        spec for arch in archs for dtype, nope, rank, rope in itertools.product(
+            DTYPES, *((NOPES, RANKS, ROPES) if arch == ARCH else ([128], [512], [64])))
+        for spec in cached_mla_specs(arch=arch, dtype=dtype, qk_nope_head_dim=nope, kv_lora_rank=rank,
+                                     qk_rope_head_dim=rope)))
+
+
+# dtype, P, R, r: Mistral Small 4, DeepSeek-V3, and what else there is of each
+CACHED = (("bf16", 64, 256, 64), ("bf16", 128, 512, 64), ("fp16", 32, 128, 16), ("fp16", 192, 64, 32))
+
+
+CACHED_DIMS = tuple({"nope": nope, "rank": rank, "rope": rope} for _, nope, rank, rope in CACHED[:2])
+
+
+def cached_covering() -> list[Spec]:
+    return [spec for dtype, nope, rank, rope in CACHED
+            for spec in cached_mla_specs(arch=ARCH, dtype=dtype, qk_nope_head_dim=nope, kv_lora_rank=rank,
+                                         qk_rope_head_dim=rope)]
 
 
 # ---------------------------------------------------------------------------------- DeepSeek-V4's output path
@@ -294,6 +345,9 @@ def simple(op: str) -> Sets:
 SETS = {
     "mla_decode": Sets(lambda: product() + every_portable(),
                        lambda: covering() + PORTABLE_ON_GPU + PORTABLE_ELSEWHERE, points),
+    "append_latent": Sets(append_product, append_product, lambda: [append_latent_spec(
+        arch=ARCH, dtype="bf16", e4m3_cache=True, slots="i64", kv_lora_rank=512, qk_rope_head_dim=64)], append_wanted),
+    "cached_mla": Sets(cached_product, cached_covering, lambda: cached_covering()[:2]),
     "inv_rope_fp8_quant": Sets(quant_product, lambda: quant_product([ARCH, "sm_80", "sm_89", "sm_100a"]),
                                lambda: [quant_spec(ARCH, **USUAL_QUANT)], quant_wanted),
     "fp8_bmm": Sets(bmm_product, bmm_product, bmm_product),

@@ -404,7 +404,8 @@ def test_doctor_without_gpu_asks_for_a_compile(machine):
 
 @pytest.mark.parametrize("gpus, probe, stopped, word", [
     (1, H100, None, "sm_90a"),
-    (1, A100, None, "sm_80: only gather_latent, inv_rope_fp8_quant, merge_attn_states, mla_decode"),
+    (1, A100, None, "sm_80: only append_latent, cached_mla, gather_latent, "
+     "inv_rope_fp8_quant, merge_attn_states, mla_decode"),
     (1, V100, "GPU", "compute capability 7.0"), (1, CPU_BUILD, "GPU", "CUDA build"),
     (1, "import nothing_like_it", "torch", "nothing_like_it"),
 ])

@@ -11,6 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from jitmla import card as cards
 from jitmla import errors, registry
 from jitmla.cli import app
 from jitmla.compile import Built
@@ -145,9 +146,8 @@ def test_the_matrix_names_every_template():
 
 def test_the_card_in_the_docs_is_a_card():
     """Its example is read by the same code as a real card."""
-    tomllib = registry.tomllib
     text = TEXTS["docs/templates.md"].split("## The card")[1].split("## The source")[0]
-    card = tomllib.loads("\n".join(line[4:] for line in text.splitlines() if line.startswith("    ")))
+    card = cards.loads("\n".join(line[4:] for line in text.splitlines() if line.startswith("    ")))
     template = registry._template(card["op"], card["template"][0])
     assert template.variants[0].when and template.options == "" and template.equal
 

@@ -36,6 +36,12 @@ def test_decode(python_env):
     assert "out [3, 1, 16, 512] torch.bfloat16 on cpu" in done.stdout
 
 
+def test_tiny_mla(python_env):
+    done = run({**python_env, "CUDA_VISIBLE_DEVICES": ""}, "tiny_mla.py")
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "equal tokens on cpu", done.stdout + done.stderr
+    assert done.stdout.count("plain PyTorch") == 3 and "DIFFERENT" not in done.stdout
+
+
 def test_keys(python_env):
     done = run(python_env, "keys.py", "kimi-k2", "8")
     assert done.returncode == 0, done.stderr

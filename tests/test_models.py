@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jitmla
-from jitmla import models, registry
+from jitmla import models, registry, schedule
 from jitmla.errors import InvalidArgument, JitmlaError, UnknownArch, UnknownModel
 from jitmla.models import KNOWN, PAGE_SIZES, MlaModel, keys_for, model, specs_for
 from jitmla.ops import checks
@@ -33,8 +33,8 @@ def test_known_models(name, dims):
 
 
 def test_no_other_model_is_known():
-    assert set(KNOWN) == {"deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "kimi-k2", "mistral-small-4",
-                          "deepseek-v4-flash", "deepseek-v4-pro"}
+    assert set(KNOWN) == {"deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "deepseek-v3.2", "kimi-k2",
+                          "mistral-small-4", "deepseek-v4-flash", "deepseek-v4-pro"}
 
 
 @pytest.mark.parametrize("where", ["file", "folder", "str"])
@@ -240,3 +240,24 @@ def test_prefill_when_asked_for(name, tp):
 def test_max_s_q_that_no_kernel_serves():
     with pytest.raises(JitmlaError):
         keys_for("deepseek-v3", max_s_q=5)  # 640 rows
+
+
+# ------------------------------------------------------------------------------------------------- the slot cache
+
+
+@pytest.mark.parametrize("name, tp", [("mistral-small-4", 1), ("mistral-small-4", 8), ("deepseek-v3", 1)])
+def test_closure_of_the_slot_cache(name, tp):
+    """Whatever the sequences and their tokens: the tile that cached_mla makes of them is one whose kernel is listed,
+    and every listed one is met."""
+    dims, heads = KNOWN[name], KNOWN[name].num_attention_heads // tp
+    listed = specs_for(name, tp=tp, arch="sm_90a", page_sizes=[64], max_s_q=1, slot_cache=True)
+    one = mla_decode_spec(arch="sm_90a", dtype="bf16", kv_lora_rank=dims.kv_lora_rank, qk_rope_head_dim=64,
+                          page_size=64, s_q=1, heads=heads, causal=True)
+    met = {mla_decode_spec(arch="sm_90a", dtype="bf16", kv_lora_rank=dims.kv_lora_rank, qk_rope_head_dim=64,
+                           page_size=64, s_q=schedule.context_tile(heads, sequences, tokens), heads=heads, causal=True)
+           for sequences in (1, 2, 7) for tokens in range(1, 5000, 3)}
+    assert met | {one} == {s for s in listed if s.op == "mla_decode"}
+    assert {s["stage"] for s in listed if s.op == "cached_mla"} == {"absorb", "project"}
+    assert {(s["slots"], s["e4m3_cache"]) for s in listed if s.op == "append_latent"} == {
+        (slots, e4m3) for slots in ("i32", "i64") for e4m3 in (False, True)}
+    assert set(keys_for(name, tp=tp, page_sizes=[64])) < set(keys_for(name, tp=tp, page_sizes=[64], slot_cache=True))

@@ -31,6 +31,7 @@ def prewarm(
                                                   "several. Default: every size that is served.")] = None,
     max_s_q: Annotated[int | None, Option(metavar="N", min=1, help="Most query tokens per request (1 + draft tokens). "
                                           f"Default: {models.MAX_S_Q}.")] = None,
+    slot_cache: Annotated[bool, Option("--slot-cache", help="Also what append_latent and cached_mla need.")] = False,
     dtype: Annotated[str | None, Option(metavar="DTYPE", help="bf16 or fp16. Default: the model's.")] = None,
     prefill: Annotated[bool, Option("--prefill", help="Also what jitmla's prefill ops can need.")] = False,
     op: Annotated[str | None, Option(metavar="OP", help="Instead of --model: one op, described by --spec.")] = None,
@@ -60,7 +61,7 @@ def prewarm(
         raise typer.BadParameter("--arch is missing")
     if model is None:
         _refuse({"--page-size": page_size, "--dtype": dtype, "--max-s-q": max_s_q,
-                 "--prefill": prefill or None}, "belongs to --model")
+                 "--prefill": prefill or None, "--slot-cache": slot_cache or None}, "belongs to --model")
     if op is None:
         _refuse({"--spec": spec}, "belongs to --op")
     if tunings is not None:
@@ -72,7 +73,7 @@ def prewarm(
     for name in archs if keys_from is None else ():
         specs += ([requests.of_assignments(op, name, spec or [])] if op is not None else
                   requests.of_model(model or "", tp, name, page_size or models.PAGE_SIZES, max_s_q, dtype,
-                                    prefill))
+                                    prefill, slot_cache))
     wanted, unserved = choices(specs)
     if unserved and not wanted and unserved[0].error:
         raise unserved[0].error

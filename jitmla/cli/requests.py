@@ -23,11 +23,11 @@ def archs(text: str) -> list[str]:
 
 
 def of_model(model: str, tp: int, arch: str, page_sizes: Sequence[int], max_s_q: int | None,
-             dtype: str | None, prefill: bool = False) -> list[Spec]:
+             dtype: str | None, prefill: bool = False, slot_cache: bool = False) -> list[Spec]:
     """Every Spec that serving the model can reach; raises UnknownModel, UnknownArch and InvalidArgument."""
     try:
         return models.specs_for(model, tp=tp, arch=arch, page_sizes=page_sizes, max_s_q=max_s_q or models.MAX_S_Q,
-                                dtype=dtype, prefill=prefill)
+                                dtype=dtype, prefill=prefill, slot_cache=slot_cache)
     except SchemaViolation as error:
         raise _misput(f"--model {model} with these options", error) from error
 

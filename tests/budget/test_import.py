@@ -14,13 +14,11 @@ HEAVY = {"torch", "cutlass", "tvm_ffi", "numpy", "jsonschema"}
 @pytest.mark.budget
 @pytest.mark.parametrize("code, limit, absent", [(IMPORT, 60, HEAVY | {"filelock", "typer"}), (HELP, 300, HEAVY)],
                          ids=["import", "help"])
-def test_starting(python_env, capsys, code, limit, absent):
+def test_starting(python_env, figure, code, limit, absent):
     """User and system time, the best of five; the 15 ms of an interpreter that imports nothing are not counted."""
     program = (f"import sys, time\nbefore = time.process_time()\n{code}\nprint((time.process_time() - before) * 1e3)\n"
                f"assert not {absent} & set(sys.modules)")
     runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=python_env)
             for _ in range(5)]
-    took = min(float(run.stdout) for run in runs)
-    with capsys.disabled():
-        print(f"\n{code.splitlines()[0]}: {took:.1f} ms of processor time")
-    assert took <= limit
+    name = "`import jitmla`" if code == IMPORT else "`jitmla prewarm --help`"
+    figure(name, min(float(run.stdout) for run in runs), limit, "ms of a core")

@@ -23,7 +23,8 @@ import time, torch, tvm_ffi
 import jitmla.ops.mla_decode
 from jitmla import load
 load.runtime()
-from jitmla import registry
+from jitmla import registry, toolchain
+toolchain._runtimes.cache_clear()
 from jitmla.spec import mla_decode_spec
 from jitmla.store import Store
 start = time.process_time()
@@ -44,7 +45,7 @@ print((end - start) * 1e3, (found - start) * 1e3, (verified - found) * 1e3, (end
 @pytest.mark.skipif(toolchain.current() is None or toolchain.linker() is None,
                     reason="needs the compiler (CuTe DSL) and a C linker")
 @pytest.mark.budget
-def test_warm_start(tmp_path, capsys):
+def test_warm_start(tmp_path, capsys, figure):
     root = os.environ.get("JITMLA_TEST_CACHE") or str(tmp_path / "cache")
     choice = registry.choose(spec("bf16", 512, 64, 16, False))
     compile.get_or_compile(choice.key, choice.source, Store(root))
@@ -57,4 +58,4 @@ def test_warm_start(tmp_path, capsys):
     total, chosen, found, loaded = min(runs)
     with capsys.disabled():
         print(f"\nwarm start: {total:.2f} ms = choose {chosen:.2f} + find and verify {found:.2f} + load {loaded:.2f}")
-    assert total <= BUDGET_MS
+    figure("in a new process, from a Spec to a loaded kernel that is on disk", total, BUDGET_MS, "ms of a core")

@@ -5,7 +5,7 @@
     compute-sanitizer --tool racecheck python -m tests.kernels.sanitizer
     compute-sanitizer --tool initcheck python -m tests.kernels.sanitizer
 
-Results are checked as well. The shapes meet both kernels, whole and split requests, the causal limit, sinks, several
+Results are checked as well. The shapes meet all kernels, whole and split requests, the causal limit, sinks, several
 row tiles, small and large pages. JITMLA_CACHE_DIR should hold what `python -m tests.keysets` puts there.
 """
 
@@ -15,6 +15,7 @@ import torch
 
 import jitmla
 from jitmla.testing import mla_decode_oracle, mla_decode_problem
+from jitmla.testing_features import featured
 
 CASES = [
     dict(lengths=[0, 1, 65, 300], heads=8),
@@ -31,12 +32,29 @@ CASES = [
 ]
 
 
+# (problem, features) for the portable kernel: its Keys are those of PORTABLE_ON_GPU
+PORTABLE = [
+    (dict(lengths=[0, 1, 65, 300], heads=16, page_size=7, sinks="mixed"), {}),
+    (dict(lengths=[700, 2], heads=128, s_q=2, page_size=100), {}),
+    (dict(lengths=[3, 200, 0], heads=8, s_q=3), dict(q_lens=[2, 3, 0], extra_tokens=1)),
+    (dict(lengths=[3000, 64], heads=16), dict(batch_invariant=True)),
+    (dict(lengths=[130, 40], heads=16, page_size=7), dict(kv="e4m3")),
+    (dict(lengths=[130, 40], heads=64, s_q=2, page_size=24), dict(kv="e4m3", q="e4m3")),
+    (dict(lengths=[130, 40], heads=12, page_size=3, dtype=torch.float16), dict(split=True)),
+]
+
+
 def main() -> None:
     for case in CASES:
         problem = mla_decode_problem(device="cuda", **case)
         out, lse = jitmla.mla_decode(*problem.args, **problem.kwargs, return_lse=True, backend="sm90")
         torch.cuda.synchronize()
         print(case, mla_decode_oracle(problem).check(out, lse), flush=True)
+    for case, features in PORTABLE:
+        made = featured(mla_decode_problem(device="cuda", **case), **features)
+        out, lse = jitmla.mla_decode(*made.args, **made.kwargs, return_lse=True, backend="portable")
+        torch.cuda.synchronize()
+        print(case, features, made.check(out, lse), flush=True)
 
 
 if __name__ == "__main__":

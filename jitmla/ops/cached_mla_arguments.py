@@ -1,0 +1,109 @@
+"""What cached_mla takes: every argument check, with errors that name the argument, what it got and what it takes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgument, InvalidArgumentType
+from . import checks
+
+MAX_HEADS = 128
+
+
+class Sizes(NamedTuple):
+    """The sizes of a call."""
+
+    tokens: int  # places for tokens in the inputs: batch * s
+    heads: int
+    nope: int
+    rope: int
+    rank: int
+    value: int
+
+
+def check(q_nope: Any, q_pe: Any, latent: Any, k_pe: Any, weight: Any, kv_cache: Any, metadata: dict[str, Any],
+          counts: dict[str, Any], sm_scale: Any, out: Any) -> Sizes:
+    """Raise InvalidArgument or InvalidArgumentType unless the op is defined on these."""
+    if checks.finite_number("sm_scale", sm_scale) <= 0:
+        raise InvalidArgument(f"sm_scale={sm_scale}", supported="a positive number", differs="it is not positive",
+                              remedy="look where sm_scale is computed")
+    checks.tensor("q_nope", q_nope, "[batch, s, heads, qk_nope_head_dim]", 4)
+    checks.dtype("q_nope", q_nope, list(checks.DTYPE_NAMES))
+    batch, s, heads, nope = q_nope.shape
+    if not 1 <= heads <= MAX_HEADS:
+        raise InvalidArgument(f"q_nope: {checks.describe(q_nope)}", supported=f"1 to {MAX_HEADS} heads",
+                              differs=f"it has {heads}", remedy="split the heads over ranks")
+    checks.tensor("q_pe", q_pe, "[batch, s, heads, qk_rope_head_dim]", 4)
+    rope = q_pe.shape[3]
+    checks.tensor("latent", latent, "[batch, s, kv_lora_rank]", 3)
+    rank = latent.shape[2]
+    checks.tensor("k_pe", k_pe, "[batch, s, 1, qk_rope_head_dim]", 4)
+    for name, value, layout, expected in (
+            ("q_pe", q_pe, "[batch, s, heads, qk_rope_head_dim]", (batch, s, heads, rope)),
+            ("latent", latent, "[batch, s, kv_lora_rank]", (batch, s, rank)),
+            ("k_pe", k_pe, "[batch, s, 1, qk_rope_head_dim]", (batch, s, 1, rope))):
+        checks.shape(name, value, layout, expected, "q_nope and q_pe")
+    checks.tensor("kv_b_proj_weight", weight, "[heads * (qk_nope_head_dim + v_head_dim), kv_lora_rank]", 2)
+    if weight.shape[0] % heads or weight.shape[0] // heads <= nope or weight.shape[1] != rank:
+        raise InvalidArgument(f"kv_b_proj_weight: {checks.describe(weight)}",
+                              supported=f"[heads * (qk_nope_head_dim + v_head_dim), kv_lora_rank] with {heads} heads, "
+                              f"qk_nope_head_dim {nope}, kv_lora_rank {rank}",
+                              differs=f"{weight.shape[0]} rows of {weight.shape[1]} do not make that",
+                              remedy="pass the weight of kv_b_proj for the heads of this rank")
+    value_dim = weight.shape[0] // heads - nope
+    checks.tensor("kv_cache", kv_cache, "[slots, max_seq_len, kv_lora_rank + qk_rope_head_dim]", 3)
+    checks.shape("kv_cache", kv_cache, "[slots, max_seq_len, kv_lora_rank + qk_rope_head_dim]",
+                 [*kv_cache.shape[:2], rank + rope], "latent and k_pe")
+    tensors = {"q_nope": q_nope, "q_pe": q_pe, "latent": latent, "k_pe": k_pe, "kv_b_proj_weight": weight,
+               "kv_cache": kv_cache}
+    if out is not None:
+        checks.tensor("out", out, "[batch, s, heads, v_head_dim]", 4)
+        checks.shape("out", out, "[batch, s, heads, v_head_dim]", (batch, s, heads, value_dim),
+                     "q_nope and kv_b_proj_weight")
+        tensors["out"] = out
+    for name, value in tensors.items():
+        checks.dtype(name, value, [q_nope.dtype])
+        checks.contiguous_last(name, value)
+        checks.device(name, value, q_nope.device, "q_nope")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
+        names = [n for n, t in tensors.items() if t.requires_grad]
+        raise InvalidArgument(f"cached_mla on tensors that require a gradient: {names[0]}", supported="inference only",
+                              differs="there is no backward", remedy="call it under torch.inference_mode()")
+    _check_metadata(metadata, counts, batch * s, q_nope)
+    return Sizes(batch * s, heads, nope, rope, rank, value_dim)
+
+
+def _check_metadata(metadata: dict[str, Any], counts: dict[str, Any], tokens: int, q_nope: Tensor) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise InvalidArgumentType(f"{name}={value!r}", supported=f"{name}: an int, at least 0",
+                                      differs="it is none" if not isinstance(value, int) else "it is negative",
+                                      remedy="read it from metadata that is on the host")
+    sequences = counts["num_prefill"] + counts["num_decode"]
+    if counts["prefill_tokens"] + counts["num_decode"] > tokens or (counts["num_prefill"] == 0
+                                                                    and counts["prefill_tokens"] > 0):
+        raise InvalidArgument(", ".join(f"{n}={v}" for n, v in counts.items()),
+                              supported=f"counts of at most {tokens} tokens, for which q_nope has places; "
+                              "prefill_tokens 0 without prefill sequences",
+                              differs=f"they are {counts['prefill_tokens'] + counts['num_decode']} tokens")
+    for name, value in metadata.items():
+        checks.tensor(name, value, "[sequences]", 1)
+        checks.dtype(name, value, [torch.int32])
+        checks.contiguous_last(name, value)
+        checks.device(name, value, q_nope.device, "q_nope")
+        if value.shape[0] < sequences:
+            raise InvalidArgument(f"{name}: {checks.describe(value)}",
+                                  supported=f"an entry for each of the {sequences} sequences", differs="it is shorter",
+                                  remedy="compare it with num_prefill and num_decode")
+
+
+def check_layout(q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, weight: Tensor, kv_cache: Tensor,
+                 out: Tensor | None) -> None:
+    """Raise InvalidArgument unless the kernels can read and write these in place."""
+    for name, value in (("q_nope", q_nope), ("q_pe", q_pe), ("latent", latent), ("k_pe", k_pe),
+                        ("kv_b_proj_weight", weight), ("kv_cache", kv_cache), ("out", out)):
+        if value is not None:
+            checks.aligned(name, value)
