@@ -56,9 +56,8 @@ class Rows(NamedTuple):
 
 
 QUANT = {
-    "warp_rows/t4h1": Rows(1, 32 * 128),
-    "warp_rows/t8h2": Rows(2, 96 * 128),
-    "warp_rows/t8h4": Rows(4, 512 * 128),
+    "warp_rows/t4h1": Rows(1, 24 * 128),
+    "warp_rows/t8h2": Rows(2, 640 * 128),
     "warp_rows/t8h8": Rows(8, float("inf")),
 }
 
@@ -78,33 +77,28 @@ def _quant_best(variants: tuple[str, ...], *, tokens: int, heads: int, heads_per
 
 
 class Cost(NamedTuple):
-    """What a variant takes: `waves` times blocks of K of a CTA times `block` us, plus `fixed` us.
-
-    tokens, columns: of a tile. ctas: that share a tile (and its blocks of K). share: columns of a cluster / columns.
-    """
+    """What a variant with tiles of so many tokens and columns takes: waves times blocks of K times `block` us, plus
+    `fixed` us, plus `token` us for each token of the first tile."""
 
     tokens: int
     columns: int
-    ctas: int
-    share: int
     block: float
     fixed: float
+    token: float
 
 
 BMM = {
-    "sm90_tiles/m128n256": Cost(128, 256, 1, 1, 0.78, 3.0),
-    "sm90_tiles/m128n128": Cost(128, 128, 1, 1, 0.50, 5.0),
-    "sm90_stream/t16r64": Cost(16, 64, 1, 1, 0.20, 3.0),
-    "sm90_stream/t64r64": Cost(64, 64, 1, 1, 0.25, 3.0),
-    "sm90_stream/t64r128": Cost(64, 128, 1, 1, 0.33, 3.0),
-    "sm90_stream/t64r128x2": Cost(64, 128, 2, 1, 0.33, 4.5),
-    "sm90_stream/t128r128x2": Cost(128, 128, 2, 1, 0.60, 4.5),
+    "sm90_tiles/m128n256": Cost(128, 256, 0.74, 2.5, 0.0),
+    "sm90_tiles/m128n128": Cost(128, 128, 0.405, 4.0, 0.0),
+    "sm90_tiles/m64n128": Cost(64, 128, 0.30, 2.4, 0.016),
+    "sm90_tiles/m64n64": Cost(64, 64, 0.30, 2.93, 0.0),
+    "sm90_stream/t16r64": Cost(16, 64, 0.29, 2.4, 0.0),
 }
 BYTES_PER_US = 4.4e6  # what the memory of an H200 gives to a kernel that reads
 
 
 def _bmm_fits(variant: str, *, groups: int, tokens: int, columns: int, k: int, sms: int) -> bool:
-    return columns % (BMM[variant].columns * BMM[variant].share) == 0
+    return columns % BMM[variant].columns == 0
 
 
 @lru_cache(maxsize=65536)
@@ -118,16 +112,18 @@ def _bmm_best(variants: tuple[str, ...], *, groups: int, tokens: int, columns: i
 
 def _bmm_us(cost: Cost, groups: int, tokens: int, columns: int, k: int, sms: int) -> float:
     tiles_m = -(-tokens // cost.tokens)
-    waves = -(-groups * tiles_m * (columns // cost.columns) * cost.ctas // sms)
-    blocks = -(-k // 128 // cost.ctas)
+    waves = -(-groups * tiles_m * (columns // cost.columns) // sms)
     moved = groups * (columns * k + tokens * k + 2 * tokens * columns)
-    return max(waves * blocks * cost.block, moved / BYTES_PER_US) + cost.fixed
+    first = cost.token * min(tokens, cost.tokens)
+    return max(waves * (k // 128) * cost.block, moved / BYTES_PER_US) + cost.fixed + first
 
 
 def fp8_bmm_ctas(variant: str, groups: int, tokens: int, columns: int, sms: int) -> int:
-    """The CTAs of a persistent variant: no more than multiprocessors or tiles. The others do not look at it."""
+    """The CTAs of a persistent variant: as few as give the same number of waves, which leaves power to the others. The
+    other variants do not look at it."""
     cost = BMM[variant]
-    return min(sms, groups * -(-tokens // cost.tokens) * (columns // cost.columns))
+    tiles = groups * -(-tokens // cost.tokens) * (columns // cost.columns)
+    return -(-tiles // -(-tiles // sms)) if tiles else 1
 
 
 # ----------------------------------------------------------------------------------------------------- topk_indices

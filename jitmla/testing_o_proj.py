@@ -208,7 +208,7 @@ def check_product(problem: ProductProblem, out: Tensor) -> None:
     assert diff < PRODUCT_DIFF, f"calc_diff {diff:.1e}"
     if out.numel():
         size = exact.square().mean().sqrt()  # what the sums that cancelled were made of
-        worst = ((out.double() - exact).abs() / (exact.abs() * 2.0**-7 + size * 2.0**-8)).max().item()
+        worst = ((out.double() - exact).abs() / ((exact.abs() + size) * 2.0**-7)).max().item()
         assert worst <= 1, f"an element is {worst:.2f} times as far away as rounding to bf16 allows"
 
 

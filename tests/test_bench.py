@@ -1,6 +1,7 @@
 """The benchmark's own arithmetic and reports. What it measures needs a GPU."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from jitmla import registry
 from jitmla.bench import __main__, mla_decode, peers, report, timing
-from jitmla.bench.cases import HOST, MLA_DECODE, DecodeCase
+from jitmla.bench.cases import HOST, MLA_DECODE, DecodeCase, OProjCase
 from jitmla.spec import mla_decode_spec
 
 from .keysets import product
@@ -197,6 +198,22 @@ def test_the_plot(tmp_path):
     assert picture.startswith(b"\x89PNG") and len(picture) > 5000
     [stored] = report.read(tmp_path)
     assert stored["plot"] == "r.png" and "](r.png)" in report.markdown(stored)
+
+
+def test_the_plot_of_the_output_path(tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copy(ROOT / "docs" / "benchmarks" / "o_proj_h200.json", tmp_path / "o.json")
+    assert __main__.main(["plot", str(tmp_path / "o.json")]) == 0
+    assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_says_how_far_the_picks_are_from_the_best():
+    case = OProjCase("product", 5, 8, 128).as_dict()
+    made = {"op": "o_proj sweep", "gpu": "G", "date": "D", "command": "c", "commit": None, "driver": None, "torch": "T",
+            "machine": "M", "rows": [{"case": case, "us": {"a": 2.0, "b": 2.5}, "picked": "b", "loss": 0.25}]}
+    text = report.page([made])
+    assert "more than 3 % behind the fastest at 1 of 1 points, at most 25.0 % (product G8 h128 M 5)" in text
+    assert "| product G8 h128 M 5 | b | 2.5 | a | 2.0 | 25.0 % |" in text
 
 
 def test_without_matplotlib(monkeypatch, tmp_path, capsys):

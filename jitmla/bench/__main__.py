@@ -59,9 +59,9 @@ def o_proj(peers: bool, sweep: bool, json_file: Path | None, commit: str | None,
         times = ", ".join(f"{name} {t['us']:.1f} us" for name, t in row["times"].items())
         print(f"{report.case_name(row['case'])}: {times}", file=sys.stderr, flush=True)
     result["toolchain"] = result["rows"][0]["toolchain"]
-    report.show(result)
     if json_file:
         report.write(result, json_file)
+    report.show(result)
     return result
 
 

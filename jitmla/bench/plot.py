@@ -1,4 +1,5 @@
-"""The picture of a result: GB/s and TFLOP/s of each case against the ceilings of the same run.
+"""The picture of a result: GB/s and TFLOP/s of each case against the ceilings of the same run; for the output path, how
+much longer the peers take, over the number of tokens.
 
 Needs matplotlib (`pip install 'jitmla[bench]'`), on the machine that draws, which need not be the one that measured.
 """
@@ -14,6 +15,8 @@ from . import report
 
 OURS = "jitmla"
 MARKERS = "osD^v"
+PARTS = {"quantise": "quantisation, beside vLLM's Triton kernel", "product": "grouped product, beside DeepGEMM",
+         "chain": "both, beside Triton + DeepGEMM"}
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -23,9 +26,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
     except ImportError as e:
         raise ToolchainMissing("to draw a plot", supported="matplotlib", differs=str(e),
                                remedy="pip install 'jitmla[bench]'") from e
+    figure = (_ratios if result["op"] == "o_proj" else _bars)(result, Figure)
+    figure.suptitle(f"{result['op']} on {result['gpu']}, {result['date']}")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _bars(result: dict[str, Any], new: Any) -> Any:
     rows = result["rows"][::-1]
     names = [report.case_name(row["case"]) for row in rows]
-    figure = Figure(figsize=(13, 1.5 + 0.3 * len(rows)), layout="constrained")
+    figure = new(figsize=(13, 1.5 + 0.3 * len(rows)), layout="constrained")
     for axis, (unit, field, ceiling) in zip(figure.subplots(1, 2, sharey=True), (
             ("GB/s", "gbps", result["ceilings"]["read"]["gbps"]),
             ("TFLOP/s", "tflops", result["ceilings"]["matmul"]["tflops"])), strict=True):
@@ -38,8 +47,28 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.axvline(ceiling, color="#e45756", label=f"{'read' if field == 'gbps' else 'matmul'}: {ceiling:.0f} {unit}")
         axis.set_xlabel(unit)
         axis.legend(loc="lower right", fontsize="small")
-    figure.suptitle(f"{result['op']} on {result['gpu']}, {result['date']}")
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return figure
+
+
+def _ratios(result: dict[str, Any], new: Any) -> Any:
+    figure = new(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, len(PARTS), sharey=True)
+    for axis, (part, title) in zip(axes, PARTS.items(), strict=True):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for row in result["rows"]:
+            case = row["case"]
+            if case["part"] == part and row["ratio"] is not None:
+                label = f"G {case['groups']}, K {case['heads'] // case['groups'] * 512}"
+                lines.setdefault(label, []).append((case["tokens"], row["ratio"]))
+        for label, points in lines.items():
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=label)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(title=title, xscale="log", xlabel="tokens")
+        axis.grid(alpha=0.3)
+        if lines:
+            axis.legend(fontsize="small")
+    axes[0].set_ylabel("time of the peer / time of jitmla")
+    return figure
 
 
 def draw_file(path: Path) -> Path:

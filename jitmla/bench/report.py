@@ -21,9 +21,10 @@ times: FlashMLA's metadata kernel, FlashInfer's plan() on the host with a copy f
 roofline, which is the longer of the bytes at the read rate and of the operations at the matmul rate of the same run."""
 
 O_PROJ_METHOD = """\
-Output path of DeepSeek-V4 (`o_proj`): the same method. M tokens, G groups, h heads of 512 columns, 1024 rows of weights
-per group. GB/s count each input and result once. Peers, where they are installed: DeepGEMM's fp8_einsum, vLLM's Triton
-quantisation, and for the chain one after the other."""
+Output path of DeepSeek-V4 (`o_proj`): the same method, median of 20, or of 10 from 4096 tokens on; results of up to
+2^27 values are compared with float64 in the same run, larger ones by the tests. M tokens, G groups, h heads of 512
+columns, 1024 rows of weights per group. GB/s count each input and result once. Peers, where they are installed:
+DeepGEMM's fp8_einsum, vLLM's Triton quantisation, and for the chain one after the other."""
 
 INDEXER_METHOD = """\
 Around the indexer of DeepSeek Sparse Attention (`indexer`): the same method, 64 heads, top-k of 2048. Rows x keys, or
@@ -163,16 +164,39 @@ def markdown(result: dict[str, Any]) -> str:
             "| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 2) + "---|"]
     text += ["| " + " | ".join(line) + " |" for line in lines]
     if "plot" in result:
-        text += ["", f"![GB/s and TFLOP/s of each case against the ceilings]({result['plot']})"]
+        text += ["", f"![Plot of {result['op']}]({result['plot']})"]
     text += ["", ceilings_text(result), "", host_text(result)]
     text += [f"\n{name}: not measured ({reason})." for name, reason in result["absent"].items()]
     return "\n".join(text) + "\n"
 
 
+def sweep_lines(result: dict[str, Any]) -> list[str]:
+    """A markdown table: what is picked for each number of tokens, beside the fastest."""
+    lines = ["| case | picked | us | fastest | us | loss |", "|---|---|---:|---|---:|---:|"]
+    for row in result["rows"]:
+        best = min(row["us"], key=row["us"].__getitem__)
+        lines.append(f"| {case_name(row['case'])} | {row['picked']} | {row['us'][row['picked']]:.1f} | {best} | "
+                     f"{row['us'][best]:.1f} | {row['loss'] * 100:.1f} % |")
+    return lines
+
+
+def sweep_markdown(result: dict[str, Any]) -> str:
+    worst = max(result["rows"], key=lambda row: row["loss"])
+    over = sum(row["loss"] > 0.03 for row in result["rows"])
+    return "\n".join([
+        f"## {result['op']} on {result['gpu']}, {result['date']}", "",
+        f"`{result['command']}` at commit {result['commit'] or 'unknown'}; driver {result['driver'] or 'unknown'}, "
+        f"torch {result['torch']}; {result['machine']}.", "",
+        f"Every variant at every number of tokens, in turns in one profile. What is picked is more than 3 % behind the "
+        f"fastest at {over} of {len(result['rows'])} points, at most {worst['loss'] * 100:.1f} % "
+        f"({case_name(worst['case'])}).", "", *sweep_lines(result)]) + "\n"
+
+
 def page(results: Sequence[dict[str, Any]]) -> str:
     """docs/benchmarks/README.md: all results, newest first."""
     newest = sorted(results, key=lambda r: (r["date"], r["command"]), reverse=True)
-    sections = [markdown(r) for r in newest] or ["There are no results yet.\n"]
+    sections = [(sweep_markdown if r["op"].endswith("sweep") else markdown)(r) for r in newest]
+    sections = sections or ["There are no results yet.\n"]
     methods = [METHOD, *(text for op, text in (("o_proj", O_PROJ_METHOD), ("indexer", INDEXER_METHOD))
                          if any(r["op"] == op for r in results))]
     return "\n".join(["# Benchmarks", "", INTRODUCTION, "", "\n\n".join(methods), "", *sections])

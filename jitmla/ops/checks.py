@@ -62,7 +62,7 @@ def aligned(name: str, value: Tensor) -> None:
     """16-byte alignment of the base address and of every stride that is stepped over, as the TMA engine needs."""
     size = value.element_size()
     loose = [s for s, n in zip(value.stride()[:-1], value.shape[:-1], strict=True) if n > 1 and s * size % 16]
-    if value.data_ptr() % 16 or loose:
+    if value.numel() and (value.data_ptr() % 16 or loose):
         raise InvalidArgument(f"{name} at address {value.data_ptr():#x} with strides {tuple(value.stride())}",
                               supported="an address and strides that are multiples of 16 bytes",
                               differs=f"stride {loose[0]} is not" if loose else "the address is not",

@@ -70,7 +70,7 @@ class Bmm:
     ctas: int
 
     def run(self, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, early: int) -> None:
-        """early: 1 promises that the kernel launched before this one does not write b."""
+        """early: 1 promises that the kernel launched before this one does not write b or b_scale."""
         if out.shape != self.out_shape:
             raise ValueError("out has another shape")
         if 0 in self.out_shape:

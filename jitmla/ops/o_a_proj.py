@@ -28,8 +28,8 @@ def o_a_proj(o: Tensor, positions: Tensor, cos_sin_cache: Tensor, w_fp8: Tensor,
     backend: "auto", a backend of fp8_bmm such as "sm90", or "reference".
 
     On a GPU: two kernels, no host synchronisation. The second is launched with programmatic dependent launch and loads
-    its first weights while the first one runs, so nothing may write w_fp8 at that time. What lies between them, one FP8
-    copy of o, comes from torch's allocator and goes back to it.
+    its first weights while the first one runs, so nothing may write w_fp8 or w_scale at that time. What lies between
+    them, one FP8 copy of o, comes from torch's allocator and goes back to it.
 
     Raises InvalidArgument, InvalidArgumentType, NoTemplate, and on first use also CompileFailed, ToolchainMissing,
     CacheUntrusted, MissNotAllowed.

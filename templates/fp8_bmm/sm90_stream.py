@@ -14,32 +14,23 @@ starts with the first one and little is left to do when the last one is there. W
     math        wait full[j]: rTmp[j % 2] = W_j . X_j (4 wgmma) | rAcc += rTmp[(j - 1) % 2] * scales | ...
     end         rAcc -> shared memory [ROWS x TOKENS, fp32] -> bf16, 8 bytes a thread
 
-CTAs work together in one of two ways, or not at all:
-
-    SPLIT > 1   a cluster shares one tile and splits the groups of K; each CTA sums up TOKENS / SPLIT tokens through
-                distributed shared memory (deterministic, no workspace). For few groups or rows: all SMs read weights.
-    SHARE > 1   a cluster has neighbouring rows of the same tokens; each CTA loads every SHARE-th block of X for all of
-                them (multicast), so that L2 is asked for X 1 / SHARE as often.
-
 Blocks of K behind the end of a ragged last group are zeros (TMA), and so are tokens behind M.
 Launched with PDL. With `early` the first weights are loaded before the kernel in front has ended: the caller promises
 that it does not write them.
 
-Cannot: K that 128 or N that ROWS * SHARE does not divide; out of another type; packed scales.
+Cannot: K that 128 or N that ROWS does not divide; out of another type; packed scales.
 """
 
 # --- constants: replaced when rendered ---
-TOKENS = 64
+TOKENS = 16
 ROWS = 64
-SPLIT = 1
-SHARE = 1
 GROUP = 4
-GROUPS = 3
+GROUPS = 5
 # --- end of constants ---
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float8E4M3FN, Float32, Int16, Int32, Int64, const_expr
+from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
@@ -48,15 +39,12 @@ from common.sm90 import EVICT_FIRST, issue, swz
 
 BLOCK = 128  # of K, and of N for b_scale
 WARPS = ROWS // 16  # that do the mathematics
-CLUSTER = SPLIT * SHARE
 BLOCK_BYTES = (ROWS + TOKENS) * BLOCK + 4 * TOKENS
-ALL_CTAS = (1 << SHARE) - 1
 DEEP = TOKENS <= 64  # two rTmp fit in the registers
 LINE = ROWS + 4  # of the partial sums: no bank conflicts
 BAR_MATH, BAR_READY = 1, 2  # named barriers
 
-assert ROWS in (64, 128) and TOKENS in (16, 32, 64, 128) and 1 in (SPLIT, SHARE)
-assert TOKENS % SPLIT == 0 and GROUP % SHARE == 0
+assert ROWS in (64, 128) and TOKENS in (16, 32, 64, 128)
 assert LINE * TOKENS * 4 <= GROUP * GROUPS * ROWS * BLOCK  # partial sums reuse the memory of the weights
 
 
@@ -74,19 +62,15 @@ class Fp8Bmm:
         early: Int32,
         stream,
     ):
-        load, multicast = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileG2SMulticastOp()
-        load_x = multicast if const_expr(SHARE > 1) else load
-        tma_x, mX = cpasync.make_tiled_tma_atom(
-            load_x, outer_last(a), swz(TOKENS, BLOCK, Float8E4M3FN), (TOKENS, BLOCK)
-        )
+        load = cpasync.CopyBulkTensorTileG2SOp()
+        tma_x, mX = cpasync.make_tiled_tma_atom(load, outer_last(a), swz(TOKENS, BLOCK, Float8E4M3FN), (TOKENS, BLOCK))
         tma_w, mW = cpasync.make_tiled_tma_atom(load, outer_last(b), swz(ROWS, BLOCK, Float8E4M3FN), (ROWS, BLOCK))
         mS = cute.make_tensor(a_scale.iterator, cute.select(a_scale.layout, mode=[2, 1, 0]))
-        tma_s, mS = cpasync.make_tiled_tma_atom(load_x, mS, cute.make_layout((TOKENS, 1)), (TOKENS, 1))
+        tma_s, mS = cpasync.make_tiled_tma_atom(load, mS, cute.make_layout((TOKENS, 1)), (TOKENS, 1))
         tiles_m = cute.ceil_div(out.shape[1], TOKENS)
         self.kernel(tma_x, mX, tma_w, mW, tma_s, mS, b_scale, out, early, tiled_mma(TOKENS)).launch(
-            grid=[b.shape[1] // ROWS * SPLIT, b.shape[0] * tiles_m, 1],
+            grid=[b.shape[1] // ROWS, b.shape[0] * tiles_m, 1],
             block=[32 * WARPS + 32, 1, 1],
-            cluster=[CLUSTER, 1, 1] if CLUSTER > 1 else None,
             stream=stream,
             min_blocks_per_mp=1,
             use_pdl=True,
@@ -108,7 +92,7 @@ class Fp8Bmm:
         mma: cute.TiledMma,
     ):
         tid, _, _ = cute.arch.thread_idx()
-        bx, by, _ = cute.arch.block_idx()
+        n, by, _ = cute.arch.block_idx()
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         smem = SmemAllocator()
         layout_x, layout_w = ring(TOKENS, GROUP * GROUPS), ring(ROWS, GROUP * GROUPS)
@@ -123,24 +107,13 @@ class Fp8Bmm:
         tiles_m = cute.ceil_div(mOut.shape[1], TOKENS)
         g = by // tiles_m
         m = by - g * tiles_m
-        n = bx // SPLIT
-        rank = Int32(0)
-        if const_expr(CLUSTER > 1):
-            rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
-        part = rank if const_expr(SPLIT > 1) else Int32(0)
         blocks_k = mW.shape[1] // BLOCK
-        groups_k = cute.ceil_div(blocks_k, GROUP)
-        first = part * groups_k // SPLIT
-        count = (part + 1) * groups_k // SPLIT - first  # groups of K for this CTA
+        count = cute.ceil_div(blocks_k, GROUP)  # groups of K
 
         if warp_idx == WARPS:
-            self.load(tma_x, mX, tma_w, mW, tma_s, mS, sX, sW, sS, full, empty, early, n, m, g, rank, first, count)
+            self.load(tma_x, mX, tma_w, mW, tma_s, mS, sX, sW, sS, full, empty, early, n, m, g, count)
         else:
-            if const_expr(CLUSTER > 1):
-                cute.arch.cluster_arrive_relaxed()
-                cute.arch.cluster_wait()
-            else:
-                cute.arch.barrier(barrier_id=BAR_READY, number_of_threads=32 * WARPS + 32)
+            cute.arch.barrier(barrier_id=BAR_READY, number_of_threads=32 * WARPS + 32)
             cute.arch.griddepcontrol_wait()
             wg = cute.arch.make_warp_uniform(warp_idx // 4)
             t = tid % 128
@@ -154,7 +127,7 @@ class Fp8Bmm:
             # lane j has b_scale of block j of the group: in one register of all lanes, ptxas would move it to a uniform
             # one, and wait for it there
             scales = mBScale.iterator + (g * mBScale.shape[1] + (n * ROWS + wg * 64) // BLOCK) * blocks_k
-            ahead = first * GROUP + cutlass.min(t % 32, GROUP - 1)
+            ahead = cutlass.min(t % 32, GROUP - 1)
             b_next = (scales + cutlass.min(ahead, blocks_k - 1)).load()
             slot, phase = Int32(0), Int32(0)
             for _ in cutlass.range(count, unroll=1):
@@ -180,43 +153,29 @@ class Fp8Bmm:
                     for e in cutlass.range_constexpr(TOKENS // 2):
                         rAcc[e] = rTmp[j % 2 if DEEP else 0][e] * rScale[e % 2, e // 4] + rAcc[e]
                 with cute.arch.elect_one():
-                    for p in cutlass.range_constexpr(SHARE):
-                        if const_expr(SHARE > 1):
-                            cute.arch.mbarrier_arrive(empty + slot, p)
-                        else:
-                            cute.arch.mbarrier_arrive(empty + slot)
+                    cute.arch.mbarrier_arrive(empty + slot)
                 slot, phase = self.advance(slot, phase)
             cute.arch.barrier(barrier_id=BAR_MATH, number_of_threads=32 * WARPS)  # no warp reads the ring any more
             row = wg * 64 + (t // 32) * 16 + (t % 32) // 4
             for e in cutlass.range_constexpr(TOKENS // 2):
                 sSum[row + 8 * ((e // 2) % 2), (e // 4) * 8 + token + e % 2] = rAcc[e]
 
-        if const_expr(SPLIT > 1):
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
-        else:
-            cute.arch.sync_threads()
+        cute.arch.sync_threads()
         if warp_idx < WARPS:
-            self.store(sSum, mOut, tid, n, m, g, part)
-        if const_expr(CLUSTER > 1):  # no CTA leaves while another may still write into it, or read from it
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
+            self.store(sSum, mOut, tid, n, m, g)
 
     @cute.jit
-    def load(self, tma_x, mX, tma_w, mW, tma_s, mS, sX, sW, sS, full, empty, early, n, m, g, rank, first, count):
-        """The load warp. It starts when its own barriers are ready; what concerns others waits for the cluster."""
+    def load(self, tma_x, mX, tma_w, mW, tma_s, mS, sX, sW, sS, full, empty, early, n, m, g, count):
+        """The load warp."""
         for tma in (tma_w, tma_x, tma_s):
             cpasync.prefetch_descriptor(tma)
         with cute.arch.elect_one():
             for i in cutlass.range_constexpr(GROUP * GROUPS):
                 cute.arch.mbarrier_init(full + i, 1)
             for i in cutlass.range_constexpr(GROUPS):
-                cute.arch.mbarrier_init(empty + i, WARPS * SHARE)
+                cute.arch.mbarrier_init(empty + i, WARPS)
         cute.arch.mbarrier_init_fence()
-        if const_expr(CLUSTER > 1):
-            cute.arch.cluster_arrive_relaxed()
-        else:
-            cute.arch.barrier_arrive(barrier_id=BAR_READY, number_of_threads=32 * WARPS + 32)
+        cute.arch.barrier_arrive(barrier_id=BAR_READY, number_of_threads=32 * WARPS + 32)  # and start to load at once
 
         def tile_of(x, shape):
             """Tiles of a global tensor, the coordinates within a tile as one mode."""
@@ -230,27 +189,19 @@ class Fp8Bmm:
             cute.arch.griddepcontrol_wait()
         for i in cutlass.range_constexpr(GROUPS):
             if i < count:
-                self.load_weights(tma_w, tWgW[None, n, None, g], tWsW, full, (first + i) * GROUP, i)
-        if const_expr(CLUSTER > 1):
-            cute.arch.cluster_wait()
+                self.load_weights(tma_w, tWgW[None, n, None, g], tWsW, full, i * GROUP, i)
         if early != 0:
             cute.arch.griddepcontrol_wait()
         slot, phase = Int32(0), Int32(1)
         for i in cutlass.range(count, unroll=1):
             if i >= GROUPS:
                 cute.arch.mbarrier_wait(empty + slot, phase)
-                self.load_weights(tma_w, tWgW[None, n, None, g], tWsW, full, (first + i) * GROUP, slot)
+                self.load_weights(tma_w, tWgW[None, n, None, g], tWsW, full, i * GROUP, slot)
             for j in cutlass.range_constexpr(GROUP):
                 at = slot * GROUP + j
-                kb = (first + i) * GROUP + j
-                if const_expr(SHARE > 1):
-                    if rank == j % SHARE:
-                        mask = Int16(ALL_CTAS)
-                        cute.copy(tma_x, tXgX[None, m, kb, g], tXsX[None, at], tma_bar_ptr=full + at, mcast_mask=mask)
-                        cute.copy(tma_s, tSgS[None, m, kb, g], tSsS[None, at], tma_bar_ptr=full + at, mcast_mask=mask)
-                else:
-                    cute.copy(tma_x, tXgX[None, m, kb, g], tXsX[None, at], tma_bar_ptr=full + at)
-                    cute.copy(tma_s, tSgS[None, m, kb, g], tSsS[None, at], tma_bar_ptr=full + at)
+                kb = i * GROUP + j
+                cute.copy(tma_x, tXgX[None, m, kb, g], tXsX[None, at], tma_bar_ptr=full + at)
+                cute.copy(tma_s, tSgS[None, m, kb, g], tSsS[None, at], tma_bar_ptr=full + at)
             slot, phase = self.advance(slot, phase)
         cute.arch.griddepcontrol_launch_dependents()
 
@@ -281,31 +232,19 @@ class Fp8Bmm:
         return (Int32(0) if wrap else n), (phase ^ 1 if wrap else phase)
 
     @cute.jit
-    def store(self, sSum, mOut, tid, n, m, g, part):
-        """Sum of the cluster's partial sums for this CTA's tokens; 4 columns of out per thread."""
+    def store(self, sSum, mOut, tid, n, m, g):
+        """4 columns of out per thread."""
         PER_TOKEN = ROWS // 4  # threads
         SIDE = 32 * WARPS // PER_TOKEN  # tokens at a time
-        OWN = TOKENS // SPLIT
         row = (tid % PER_TOKEN) * 4
-        for i in cutlass.range_constexpr((OWN + SIDE - 1) // SIDE):
-            local = i * SIDE + tid // PER_TOKEN
-            tile_token = part * OWN + local
+        for i in cutlass.range_constexpr((TOKENS + SIDE - 1) // SIDE):
+            tile_token = i * SIDE + tid // PER_TOKEN
             token = m * TOKENS + tile_token
-            if local < OWN and token < mOut.shape[1]:
+            if tile_token < TOKENS and token < mOut.shape[1]:
                 rSum = cute.make_rmem_tensor((4,), Float32)
-                rSum.fill(0.0)
                 src = sSum.iterator + (tile_token * LINE + row)
-                for p in cutlass.range_constexpr(SPLIT):
-                    if const_expr(SPLIT > 1):
-                        v = cute.arch.inline_ptx(
-                            "ld.shared::cluster.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
-                            write_only_types=[Float32] * 4,
-                            read_only_args=[cute.arch.map_dsmem_ptr(src, p).to_llvm_ptr()],
-                        )
-                    else:
-                        v = [(src + j).load() for j in range(4)]
-                    for j in cutlass.range_constexpr(4):
-                        rSum[j] = rSum[j] + v[j]
+                for j in cutlass.range_constexpr(4):
+                    rSum[j] = (src + j).load()
                 rOut = cute.make_rmem_tensor((4,), BFloat16)
                 rOut.store(rSum.load().to(BFloat16))
                 dst = mOut.iterator + (Int64(g) * mOut.stride[0] + Int64(token) * mOut.stride[1] + (n * ROWS + row))

@@ -1,4 +1,4 @@
-"""FP8 grouped matrix product with block scales for sm_90a, many tokens: limited by the tensor cores.
+"""FP8 grouped matrix product with block scales for sm_90a: tokens as M, persistent tiles.
 
     out[g, t, n] = sum over kb of a_scale[g, kb, t] * b_scale[g, n / 128, kb] * (a[g, t, kb] . b[g, n, kb])
 
@@ -7,36 +7,41 @@
     every such sum is scaled and added in fp32 registers (the tensor core's own fp32 sums are not exact enough), rounded
     once.
 
-Tiling. CTAs are persistent and take tiles of 128 tokens x 128 BLOCKS_N columns, columns fastest, then tokens, then
-groups. 384 threads: warps 0-3 and 4-7 do the mathematics (WG0 and WG1), warp 8 feeds them (9-11 idle; setmaxnreg 240 /
-240 / 24).
+Tiling. CTAs are persistent and take tiles of 64 WARPGROUPS tokens x COLUMNS BLOCKS_N columns, columns fastest, then
+tokens, then groups. WARPGROUPS warpgroups do the mathematics (WG0 and WG1), one warp feeds them, one reads b_scale (two
+are idle; with two warpgroups setmaxnreg 240 / 240 / 24). With WARPGROUPS = 2, COLUMNS = 128, BLOCKS_N = 2:
 
               n .......... +127 | +128 ...... +255
-    tokens  +-------------------+------------------+       stage: A 16 KB, B BLOCKS_N * 16 KB, 128 scales of A,
-       0-63 | WG0 acc[0]        | WG0 acc[1]       |              all by TMA; STAGES of them
+    tokens  +-------------------+------------------+       stage: A 16 KB, B 32 KB and 128 scales of A by TMA, and
+       0-63 | WG0 acc[0]        | WG0 acc[1]       |              b_scale of each column block by a warp; STAGES of them
      64-127 | WG1 acc[0]        | WG1 acc[1]       |
             +-------------------+------------------+
 
-Pipeline. A batch is 4 wgmma m64n128k32 into rTmp; then acc[i] += rTmp * scales, 64 FFMA. With ORDER, named barriers
-make the warpgroups take turns, so that one promotes while the other computes. Whatever is not promotion happens under a
-running batch: scales, waiting for the next stage, and the stores of a finished tile. A block of a tile is stored under
-the batch behind its last one, which for the last block is the first batch of the next tile:
+Few tokens are limited by reading weights: small tiles, so that every SM reads, and many stages.
+
+Pipeline. A batch is 4 wgmma m64nCOLUMNSk32 into rTmp; then acc[i] += rTmp * scales. What counts is the number of
+instructions beside the wgmma and these FFMA: the warpgroups fall into step by themselves, one promotes while the other
+computes. Whatever is not promotion happens under a running batch: scales, waiting for the next stage, and the stores
+of a finished tile. A block of a tile is stored under the batch behind its last one, which for the last block is the
+first batch of the next tile:
 
     tensor core   A0 . B0 . A1 . B1 . A0'. B0'. ...          A = WG0, B = WG1, 0 and 1 = column block, ' = next stage
     WG0           |  promote 0 | promote 1 | ...
     WG1               |  promote 0 | promote 1 | ...
     end of tile   ... A1(last) [store 0] promote 1 | A0(next tile) [store 1] promote 0 | ...
 
-Stores go through two 8 KB buffers per warpgroup (stmatrix, TMA). Rows behind M: loads give zeros, stores are clipped.
-Launched with PDL; it waits for the kernel before it and lets the next one start when its last tile is under way.
+Stores go through buffers of 64 x 64 (stmatrix, TMA). Rows behind M: loads give zeros, stores are clipped.
+Launched with PDL; it lets the next one start when its last tile is under way. With `early` the first weights and
+b_scale are loaded before the kernel in front has ended: the caller promises that it does not write them.
 
-Cannot: K or N that 128 (N: 128 BLOCKS_N) does not divide; out of another type; packed scales.
+Cannot: K that 128 or N that 128 and COLUMNS BLOCKS_N do not divide; out of another type; packed scales.
 """
 
 # --- constants: replaced when rendered ---
+WARPGROUPS = 2
+COLUMNS = 128
 BLOCKS_N = 2
 STAGES = 4
-ORDER = True
 # --- end of constants ---
 
 import cutlass
@@ -48,15 +53,16 @@ from cutlass.memory import SmemAllocator
 from common.fp8_bmm import fake_args, outer_last, ring, tiled_mma
 from common.sm90 import issue, swz
 
-TILE_M, BLOCK = 128, 128  # tokens of a tile; block of K, and of N
-TILE_N = BLOCK * BLOCKS_N
+BLOCK = 128  # of K, and of N for b_scale
+TILE_M, TILE_N = 64 * WARPGROUPS, COLUMNS * BLOCKS_N
 STAGE_BYTES = (TILE_M + TILE_N) * BLOCK + 4 * TILE_M
-FEEDER = 8  # the warp that loads
+FEEDER = 4 * WARPGROUPS  # the warp that loads; the next one reads b_scale
 REGISTERS_MATH, REGISTERS_FEEDER = 240, 24
-BAR_STORE, BAR_TURN, BAR_READY = 1, 3, 5  # named barriers: the first two one per warpgroup
-READY_THREADS = 32 * (FEEDER + 1)
+BAR_STORE, BAR_READY = 1, 3  # named barriers: the first two one per warpgroup
+READY_THREADS = 32 * (FEEDER + 2)
+BUFFERS = COLUMNS // 64  # of 64 columns of the result, for each warpgroup
 
-assert BLOCKS_N in (1, 2)
+assert BLOCKS_N in (1, 2) and WARPGROUPS in (1, 2) and COLUMNS in (64, 128) and (BLOCKS_N == 1 or COLUMNS == BLOCK)
 
 
 class Fp8Bmm:
@@ -79,8 +85,9 @@ class Fp8Bmm:
         mS = cute.make_tensor(a_scale.iterator, cute.select(a_scale.layout, mode=[2, 1, 0]))
         tma_s, mS = cpasync.make_tiled_tma_atom(load, mS, cute.make_layout((TILE_M, 1)), (TILE_M, 1))
         tma_o, mO = cpasync.make_tiled_tma_atom(store, outer_last(out), swz(64, 64, BFloat16), (64, 64))
-        self.kernel(tma_a, mA, tma_b, mB, tma_s, mS, tma_o, mO, b_scale, tiled_mma(128), tiled_mma(64)).launch(
-            grid=[ctas, 1, 1], block=[384, 1, 1], stream=stream, min_blocks_per_mp=1, use_pdl=True
+        mma, mma_half = tiled_mma(COLUMNS), tiled_mma(64)
+        self.kernel(tma_a, mA, tma_b, mB, tma_s, mS, tma_o, mO, b_scale, early, mma, mma_half).launch(
+            grid=[ctas, 1, 1], block=[128 * WARPGROUPS + 128, 1, 1], stream=stream, min_blocks_per_mp=1, use_pdl=True
         )
 
     # ---------------------------------------------------------------- device
@@ -96,6 +103,7 @@ class Fp8Bmm:
         tma_o: cute.CopyAtom,
         mO: cute.Tensor,
         mBScale: cute.Tensor,
+        early: Int32,
         mma: cute.TiledMma,
         mma_half: cute.TiledMma,
     ):
@@ -105,11 +113,12 @@ class Fp8Bmm:
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         smem = SmemAllocator()
         layout_a, layout_b = ring(TILE_M, STAGES), ring(TILE_N, STAGES)
-        layout_o = ring(64, 4, BFloat16, 64)  # two buffers for each warpgroup
+        layout_o = ring(64, BUFFERS * WARPGROUPS, BFloat16, 64)
         sA = smem.allocate_tensor(Float8E4M3FN, layout_a.outer, 1024, swizzle=layout_a.inner)
         sB = smem.allocate_tensor(Float8E4M3FN, layout_b.outer, 1024, swizzle=layout_b.inner)
         sO = smem.allocate_tensor(BFloat16, layout_o.outer, 1024, swizzle=layout_o.inner)
         sS = smem.allocate_tensor(Float32, cute.make_layout((TILE_M, 1, STAGES), stride=(1, 0, TILE_M)), 128)
+        sF = smem.allocate_tensor(Float32, cute.make_layout((BLOCKS_N, STAGES)), 16)
         full = smem.allocate_array(Int64, STAGES)
         empty = smem.allocate_array(Int64, STAGES)
         if warp_idx == FEEDER:
@@ -117,13 +126,12 @@ class Fp8Bmm:
                 cpasync.prefetch_descriptor(tma)
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(STAGES):
-                    cute.arch.mbarrier_init(full + i, 1)
-                    cute.arch.mbarrier_init(empty + i, 8)
+                    cute.arch.mbarrier_init(full + i, 2)  # the feeder and the warp that reads b_scale
+                    cute.arch.mbarrier_init(empty + i, 4 * WARPGROUPS)
             cute.arch.mbarrier_init_fence()
             cute.arch.barrier_arrive(barrier_id=BAR_READY, number_of_threads=READY_THREADS)  # and start to load at once
-        elif warp_idx < FEEDER:
+        elif warp_idx < FEEDER + 2:
             cute.arch.barrier(barrier_id=BAR_READY, number_of_threads=READY_THREADS)
-        cute.arch.griddepcontrol_wait()
 
         tiles_n = mB.shape[0] // TILE_N
         tiles_m = cute.ceil_div(mO.shape[0], TILE_M)
@@ -138,38 +146,67 @@ class Fp8Bmm:
 
         one = cute.make_layout(1)
         if warp_idx >= FEEDER:
-            cute.arch.setmaxregister_decrease(REGISTERS_FEEDER)
+            if const_expr(WARPGROUPS == 2):
+                cute.arch.setmaxregister_decrease(REGISTERS_FEEDER)
             if warp_idx == FEEDER:
                 gA, gB, gS = tile_of(mA, (TILE_M, BLOCK)), tile_of(mB, (TILE_N, BLOCK)), tile_of(mS, (TILE_M, 1))
                 tAsA, tAgA = cpasync.tma_partition(tma_a, 0, one, cute.group_modes(sA, 0, 2), gA)
                 tBsB, tBgB = cpasync.tma_partition(tma_b, 0, one, cute.group_modes(sB, 0, 2), gB)
                 tSsS, tSgS = cpasync.tma_partition(tma_s, 0, one, cute.group_modes(sS, 0, 2), gS)
-                s, phase = Int32(0), Int32(1)
+                if early == 0:
+                    cute.arch.griddepcontrol_wait()
+                primed = cutlass.min(STAGES, blocks_k) if mine > 0 else 0
+                n, m, g = self.place(first, grid)
+                for kb in cutlass.range(primed, unroll=1):
+                    self.load_b(tma_b, tBgB[None, n, kb, g], tBsB[None, kb], full + kb)
+                if early != 0:
+                    cute.arch.griddepcontrol_wait()
+                s, phase, unit = Int32(0), Int32(1), Int32(0)
                 for tile in cutlass.range(first, total, stride, unroll=1):
                     n, m, g = self.place(tile, grid)
                     for kb in cutlass.range(blocks_k, unroll=1):
-                        cute.arch.mbarrier_wait(empty + s, phase)
-                        with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive_and_expect_tx(full + s, STAGE_BYTES)
+                        if unit >= primed:
+                            cute.arch.mbarrier_wait(empty + s, phase)
+                            self.load_b(tma_b, tBgB[None, n, kb, g], tBsB[None, s], full + s)
                         cute.copy(tma_a, tAgA[None, m, kb, g], tAsA[None, s], tma_bar_ptr=full + s)
-                        cute.copy(tma_b, tBgB[None, n, kb, g], tBsB[None, s], tma_bar_ptr=full + s)
                         cute.copy(tma_s, tSgS[None, m, kb, g], tSsS[None, s], tma_bar_ptr=full + s)
                         s, phase = self.advance(s, phase)
+                        unit = unit + 1
                 cute.arch.griddepcontrol_launch_dependents()
+            if warp_idx == FEEDER + 1:
+                if early == 0:
+                    cute.arch.griddepcontrol_wait()
+                lane = tid % 32
+                column = cutlass.min(lane, BLOCKS_N - 1)
+                s, phase = Int32(0), Int32(1)
+                for tile in cutlass.range(first, total, stride, unroll=1):
+                    at = mBScale.iterator + (self.first_scale(tile, grid, blocks_k) + column * blocks_k)
+                    b_next = at.load()
+                    for kb in cutlass.range(blocks_k, unroll=1):
+                        b_scale = b_next
+                        b_next = (at + cutlass.min(kb + 1, blocks_k - 1)).load()
+                        cute.arch.mbarrier_wait(empty + s, phase)
+                        if lane < BLOCKS_N:
+                            sF[lane, s] = b_scale
+                        cute.arch.sync_warp()
+                        with cute.arch.elect_one():
+                            cute.arch.mbarrier_arrive(full + s)
+                        s, phase = self.advance(s, phase)
         else:
-            cute.arch.setmaxregister_increase(REGISTERS_MATH)
+            if const_expr(WARPGROUPS == 2):
+                cute.arch.setmaxregister_increase(REGISTERS_MATH)
             wg = cute.arch.make_warp_uniform(warp_idx // 4)
             t = tid % 128
-            sOw = cute.local_tile(sO, (64, 64, 2), (0, 0, wg))
+            sOw = cute.local_tile(sO, (64, 64, BUFFERS), (0, 0, wg))
             tOsO, tOgO = cpasync.tma_partition(tma_o, 0, one, cute.group_modes(sOw, 0, 2), tile_of(mO, (64, 64)))
             thread = mma.get_slice(t)
             tCsA = thread.make_fragment_A(thread.partition_A(cute.local_tile(sA, (64, BLOCK), (wg, 0, None))))
             tCsB = [
-                thread.make_fragment_B(thread.partition_B(cute.local_tile(sB, (BLOCK, BLOCK), (i, 0, None))))
+                thread.make_fragment_B(thread.partition_B(cute.local_tile(sB, (COLUMNS, BLOCK), (i, 0, None))))
                 for i in range(BLOCKS_N)
             ]
-            acc = [cute.make_rmem_tensor(thread.partition_shape_C((64, BLOCK)), Float32) for _ in range(BLOCKS_N)]
-            rTmp = cute.make_rmem_tensor(thread.partition_shape_C((64, BLOCK)), Float32)
+            acc = [cute.make_rmem_tensor(thread.partition_shape_C((64, COLUMNS)), Float32) for _ in range(BLOCKS_N)]
+            rTmp = cute.make_rmem_tensor(thread.partition_shape_C((64, COLUMNS)), Float32)
             stmatrix = cute.make_tiled_copy_C(cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), BFloat16), mma_half)
             c = dict(wg=wg, leader=warp_idx % 4 == 0, op=mma.op, tCsA=tCsA, tCsB=tCsB, grid=grid)
             c.update(tma_o=tma_o, tOsO=tOsO, tOgO=tOgO, sOw=sOw, stmatrix=stmatrix.get_slice(t))
@@ -177,23 +214,13 @@ class Fp8Bmm:
 
             row = wg * 64 + (t // 32) * 16 + (t % 32) // 4
             rScale = cute.make_rmem_tensor((2, BLOCKS_N), Float32)  # a_scale * b_scale: two rows, each column block
-            # b_scale of the next block of K; lane j has that of column block j. (Were it the same in all lanes, ptxas
-            # would move it to a uniform register, and wait for the load in the middle of a batch.)
-            column = t % BLOCKS_N
             for i in cutlass.range_constexpr(BLOCKS_N):
                 acc[i].fill(0.0)
             s, phase = Int32(0), Int32(0)
             tile, kb = first, Int32(0)
             units = mine * blocks_k
-            at, at_next = Int32(0), Int32(0)  # b_scale of this tile, in elements, and where that of the next one begins
             if mine > 0:
-                at = self.first_scale(tile, grid, blocks_k)
-                at_next = self.first_scale(cutlass.min(tile + stride, total - 1), grid, blocks_k)
                 cute.arch.mbarrier_wait(full, 0)
-            b_next = (mBScale.iterator + (at + column * blocks_k)).load()
-            if const_expr(ORDER):
-                if wg == 1:
-                    cute.arch.barrier_arrive(barrier_id=BAR_TURN, number_of_threads=256)  # WG0 goes first
             for u in cutlass.range(units, unroll=1):
                 last = kb == blocks_k - 1
                 for i in cutlass.range_constexpr(BLOCKS_N):
@@ -203,13 +230,10 @@ class Fp8Bmm:
                         if kb == 0 and u > 0:
                             self.store(c, acc[BLOCKS_N - 1], tile - stride, BLOCKS_N - 1)
                             acc[BLOCKS_N - 1].fill(0.0)
-                            at_next = self.first_scale(cutlass.min(tile + stride, total - 1), grid, blocks_k)
-                        for j in cutlass.range_constexpr(BLOCKS_N):
-                            f = cute.arch.shuffle_sync(b_next, offset=j)
-                            for h in cutlass.range_constexpr(2):
-                                rScale[h, j] = f * sS[row + 8 * h, 0, s]
-                        at = at_next if last else at + 1
-                        b_next = (mBScale.iterator + (at + column * blocks_k)).load()
+                        for h in cutlass.range_constexpr(2):
+                            f = sS[row + 8 * h, 0, s]
+                            for j in cutlass.range_constexpr(BLOCKS_N):
+                                rScale[h, j] = f * sF[j, s]
                     else:
                         if last:
                             self.store(c, acc[i - 1], tile, i - 1)
@@ -223,7 +247,7 @@ class Fp8Bmm:
                     if const_expr(i == BLOCKS_N - 1):
                         with cute.arch.elect_one():
                             cute.arch.mbarrier_arrive(empty + done)
-                    for e in cutlass.range_constexpr(64):
+                    for e in cutlass.range_constexpr(COLUMNS // 2):
                         acc[i][e] = rTmp[e] * rScale[(e // 2) % 2, i] + acc[i][e]
                 kb = kb + 1
                 if last:
@@ -235,6 +259,13 @@ class Fp8Bmm:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
+    def load_b(self, tma_b, tBgB, tBsB, bar):
+        """Arm the barrier of a stage and ask for its weights."""
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(bar, STAGE_BYTES)
+        cute.copy(tma_b, tBgB, tBsB, tma_bar_ptr=bar)
+
+    @cute.jit
     def place(self, tile, grid):
         """(column tile, token tile, group)"""
         tiles_n, tiles_m = grid
@@ -244,6 +275,8 @@ class Fp8Bmm:
     def first_scale(self, tile, grid, blocks_k):
         """Where b_scale of a tile begins."""
         n, _, g = self.place(tile, grid)
+        if const_expr(COLUMNS < BLOCK):
+            return (g * (grid[0] * COLUMNS // BLOCK) + n * COLUMNS // BLOCK) * blocks_k
         return (g * grid[0] + n) * (BLOCKS_N * blocks_k)
 
     @cute.jit
@@ -254,23 +287,18 @@ class Fp8Bmm:
 
     @cute.jit
     def batch(self, c, i: cutlass.Constexpr, s, rTmp):
-        """Start rTmp = A . B_i of stage s. Without turns the warpgroups may come to queue, finish and promote together,
-        and the tensor core idles meanwhile."""
-        if const_expr(ORDER):
-            cute.arch.barrier(barrier_id=BAR_TURN + c["wg"], number_of_threads=256)
+        """Start rTmp = A . B_i of stage s."""
         warpgroup.fence()
         issue(c["op"], rTmp, c["tCsA"][None, None, None, s], c["tCsB"][i][None, None, None, s], True)
         warpgroup.commit_group()
-        if const_expr(ORDER):
-            cute.arch.barrier_arrive(barrier_id=BAR_TURN + 1 - c["wg"], number_of_threads=256)
 
     @cute.jit
     def store(self, c, acc, tile, i: cutlass.Constexpr):
-        """Column block i of a finished tile, 64 columns at a time through the two buffers."""
+        """Column block i of a finished tile, 64 columns at a time."""
         n, m, g = self.place(tile, c["grid"])
-        for h in cutlass.range_constexpr(2):
+        for h in cutlass.range_constexpr(BUFFERS):
             if c["leader"]:
-                cute.arch.cp_async_bulk_wait_group(1, read=True)  # this buffer has been read
+                cute.arch.cp_async_bulk_wait_group(BUFFERS - 1, read=True)  # this buffer has been read
             cute.arch.barrier(barrier_id=BAR_STORE + c["wg"], number_of_threads=128)
             rO = cute.make_rmem_tensor(c["half"], BFloat16)
             for e in cutlass.range_constexpr(32):
@@ -279,8 +307,8 @@ class Fp8Bmm:
             cute.arch.fence_view_async_shared()
             cute.arch.barrier(barrier_id=BAR_STORE + c["wg"], number_of_threads=128)
             if c["leader"]:
-                column = (n * BLOCKS_N + i) * 2 + h
-                cute.copy(c["tma_o"], c["tOsO"][None, h], c["tOgO"][None, m * 2 + c["wg"], column, g])
+                column = (n * BLOCKS_N + i) * BUFFERS + h
+                cute.copy(c["tma_o"], c["tOsO"][None, h], c["tOgO"][None, m * WARPGROUPS + c["wg"], column, g])
                 cute.arch.cp_async_bulk_commit_group()
 
 

@@ -183,8 +183,6 @@ class InvRopeFp8Quant:
             self.load_row(rRaw, u, src, step, Int64(u) * mO.stride[1])
         rCos = cute.make_rmem_tensor((PAIRS,), Float32)
         rSin = cute.make_rmem_tensor((PAIRS,), Float32)
-        rCos.fill(1.0)  # other lanes: an exact identity
-        rSin.fill(0.0)
         if rope_lane:
             i0 = (lane - ROPE_LANE) * 8  # first pair of the lane
             if const_expr(SPLIT):
@@ -226,7 +224,7 @@ class InvRopeFp8Quant:
             for j in cutlass.range_constexpr(4):
                 rX[2 * j, p] = low(rRaw[j, p, u])
                 rX[2 * j + 1, p] = high(rRaw[j, p, u])
-        self.rotate(rX, rRaw, u, lane, rCos, rSin)
+        self.rotate(rX, rRaw, u, lane, rope_lane, rCos, rSin)
 
         rMax = cute.make_rmem_tensor((2,), Float32)
         for p in cutlass.range_constexpr(2):
@@ -273,16 +271,23 @@ class InvRopeFp8Quant:
         self.stage_scales(rScale, h, lane, valid, sScale, w)
 
     @cute.jit
-    def rotate(self, rX, rRaw, u: cutlass.Constexpr, lane, rCos, rSin):
-        """Inverse rotation in place: a' = a cos + b sin, b' = b cos - a sin for each pair (a, b)."""
+    def rotate(self, rX, rRaw, u: cutlass.Constexpr, lane, rope_lane, rCos, rSin):
+        """Inverse rotation in place: a' = a cos + b sin, b' = b cos - a sin for each pair (a, b). The other lanes keep
+        their values, the sign of a zero included."""
+        rOther = cute.make_rmem_tensor((8,), Float32)
         if const_expr(NEOX and SPLIT):
-            sign = Float32(1.0) if lane % 8 < 4 else Float32(-1.0)  # the first halves are in lanes 24 to 27
             for j in cutlass.range_constexpr(4):
                 word = cute.arch.shuffle_sync_bfly(rRaw[j, 1, u], offset=4)
-                for i in cutlass.range_constexpr(2):
-                    other = low(word) if const_expr(i == 0) else high(word)
-                    k = 2 * j + i
-                    rX[k, 1] = rX[k, 1] * rCos[k] + other * (rSin[k] * sign)
+                rOther[2 * j], rOther[2 * j + 1] = low(word), high(word)
+        if rope_lane:
+            self.rotate_pairs(rX, rOther, lane, rCos, rSin)
+
+    @cute.jit
+    def rotate_pairs(self, rX, rOther, lane, rCos, rSin):
+        if const_expr(NEOX and SPLIT):
+            sign = Float32(1.0) if lane % 8 < 4 else Float32(-1.0)  # the first halves are in lanes 24 to 27
+            for k in cutlass.range_constexpr(8):
+                rX[k, 1] = rX[k, 1] * rCos[k] + rOther[k] * (rSin[k] * sign)
         elif const_expr(NEOX):
             for i in cutlass.range_constexpr(8):
                 a, b = rX[i, 0], rX[i, 1]

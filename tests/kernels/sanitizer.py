@@ -1,21 +1,35 @@
-"""A few small mla_decode calls for compute-sanitizer, by hand (it is slow: a minute or two each):
+"""A few small calls of each op for compute-sanitizer, by hand (it is slow: a minute or two each):
 
     export JITMLA_CACHE_DIR=...  PYTORCH_NO_CUDA_MEMORY_CACHING=1      (so that bounds are those of each tensor)
-    compute-sanitizer --tool memcheck  python -m tests.kernels.sanitizer
-    compute-sanitizer --tool racecheck python -m tests.kernels.sanitizer
-    compute-sanitizer --tool initcheck python -m tests.kernels.sanitizer
+    compute-sanitizer --tool memcheck  python -m tests.kernels.sanitizer mla_decode o_proj
+    compute-sanitizer --tool racecheck python -m tests.kernels.sanitizer mla_decode o_proj
+    compute-sanitizer --tool initcheck python -m tests.kernels.sanitizer mla_decode o_proj
 
-Results are checked as well. The shapes meet all kernels, whole and split requests, the causal limit, sinks, several
-row tiles, small and large pages. JITMLA_CACHE_DIR should hold what `python -m tests.keysets` puts there.
+Results are checked as well. The shapes of mla_decode meet all kernels, whole and split requests, the causal limit,
+sinks, several row tiles, small and large pages; those of the output path every variant, ragged tiles, and the chain.
+JITMLA_CACHE_DIR should hold what `python -m tests.keysets` puts there.
 """
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 import jitmla
+from jitmla import tune
 from jitmla.testing import mla_decode_oracle, mla_decode_problem
 from jitmla.testing_features import featured
+from jitmla.testing_o_proj import (
+    CHAIN_DIFF,
+    calc_diff,
+    check_product,
+    check_quant,
+    exact_chain,
+    product_problem,
+    quant_problem,
+)
+from tests.keysets import ARCH, USUAL_QUANT, covering_choices, quant_spec
 
 CASES = [
     dict(lengths=[0, 1, 65, 300], heads=8),
@@ -44,7 +58,7 @@ PORTABLE = [
 ]
 
 
-def main() -> None:
+def mla_decode() -> None:
     for case in CASES:
         problem = mla_decode_problem(device="cuda", **case)
         out, lse = jitmla.mla_decode(*problem.args, **problem.kwargs, return_lse=True, backend="sm90")
@@ -57,5 +71,32 @@ def main() -> None:
         print(case, features, made.check(out, lse), flush=True)
 
 
+def o_proj() -> None:
+    usual = quant_spec(ARCH, **USUAL_QUANT)
+    for choice in covering_choices("inv_rope_fp8_quant", "fp8_bmm"):
+        jitmla.use_tunings(tune.naming(choice.spec, choice.name))
+        if choice.spec == usual:
+            for tokens, heads, groups in ((1, 16, 2), (13, 32, 2)):
+                problem = quant_problem(tokens, heads=heads, groups=groups, padded_heads=heads + 3, device="cuda")
+                options = {"n_groups": groups, "scale_mode": "pow2_f32"}
+                got = jitmla.inv_rope_fp8_quant(*problem.args, **options, backend="simt")
+                check_quant(problem, *got, scale_mode="pow2_f32", neox=False)
+        elif choice.spec.op == "fp8_bmm":
+            for tokens, groups, columns, k in ((5, 3, 256, 640), (130, 2, 256, 1024), (300, 1, 256, 128)):
+                product = product_problem(tokens, groups=groups, columns=columns, k=k, device="cuda")
+                check_product(product, jitmla.fp8_bmm(*product.args, backend="sm90"))
+        else:
+            continue
+        print(choice.name, flush=True)
+    jitmla.use_tunings(None)
+    for tokens in (3, 129):
+        problem = quant_problem(tokens, heads=16, groups=2, device="cuda")
+        w = product_problem(1, groups=2, columns=256, k=4096, device="cuda")
+        out = jitmla.o_a_proj(*problem.args, w.b, w.b_scale)
+        assert calc_diff(out, exact_chain(problem, w.b, w.b_scale)) < CHAIN_DIFF
+    print("chain", flush=True)
+
+
 if __name__ == "__main__":
-    main()
+    for name in sys.argv[1:] or ["mla_decode", "o_proj"]:
+        {"mla_decode": mla_decode, "o_proj": o_proj}[name]()
