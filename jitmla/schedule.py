@@ -124,7 +124,7 @@ def sparse_launch_args(tokens: int, heads: int, sms: int, whole: bool = False) -
         return Launch(min(parts, tokens), 4, 6, WHOLE)
     if tokens >= parts:  # hardly any token is split
         return Launch(parts, 4, 6, 8)
-    return Launch(parts, 1, 2, 3)
+    return Launch(parts, 1, 1 if tokens <= 2 else 2, 3)
 
 
 @lru_cache(maxsize=4096)

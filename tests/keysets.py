@@ -10,6 +10,7 @@ An op is in SETS, or test_registry.py fails.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import sys
@@ -47,16 +48,19 @@ class Sets(NamedTuple):
     wanted: Callable[[Choice], bool] | None = None
 
 
+@functools.cache
 def every_choice(*ops: str) -> list[Choice]:
     """All that calls can get, of these ops or all."""
     return _choices(spec for op in ops or SETS for spec in SETS[op].product())
 
 
+@functools.cache
 def covering_choices(*ops: str) -> list[Choice]:
     """Every template and variant and value of each constant, of these ops or all."""
     return [c for op in ops or SETS for c in _choices(SETS[op].covering()) if (SETS[op].wanted or bool)(c)]
 
 
+@functools.cache
 def usual_choices(*ops: str) -> list[Choice]:
     """What the usual run of the tests compiles, of these ops or all: out of `covering_choices` one of each variant and
     arch of a template, and no fewer than two of a template. Each next one differs most from those before it."""
@@ -84,6 +88,7 @@ def _spread(choices: list[Choice]) -> list[Choice]:
     return taken
 
 
+@functools.cache
 def golden_choices() -> list[Choice]:
     """One of each template."""
     found = _choices(spec for sets in SETS.values() for spec in sets.points())
@@ -307,9 +312,18 @@ def gather_covering() -> list[Spec]:
 # ------------------------------------------------------------------------------------------------------ sparse_mla
 
 
-def sparse_points() -> list[Spec]:
-    return [sparse_mla_spec(arch=ARCH, kv_format=fmt, kv_lora_rank=512, qk_rope_head_dim=rope, heads=heads)
-            for heads in (8, 16, 128) for fmt, rope in (("bf16", 0), ("bf16", 64), ("fp8", 64))]
+def sparse_spec(fmt: str, rope: int, heads: int) -> Spec:
+    return sparse_mla_spec(arch=ARCH, kv_format=fmt, kv_lora_rank=512, qk_rope_head_dim=rope, heads=heads)
+
+
+def sparse_product() -> list[Spec]:
+    return [sparse_spec(fmt, rope, heads) for heads in (8, 16, 128)
+            for fmt, rope in (("bf16", 0), ("bf16", 64), ("fp8", 64))]
+
+
+def sparse_covering() -> list[Spec]:
+    return [sparse_spec("bf16", 0, 8), sparse_spec("fp8", 64, 16), sparse_spec("bf16", 0, 128),
+            sparse_spec("fp8", 64, 128)]
 
 
 # ------------------------------------------------------------------------------------- DeepSeek Sparse Attention
@@ -354,7 +368,7 @@ SETS = {
     "mla_prefill": Sets(prefill_product, prefill_covering, lambda: [prefill_spec("bf16", (192, 128), True)]),
     "merge_attn_states": Sets(merge_product, merge_covering, lambda: merge_covering()[:1]),
     "gather_latent": Sets(gather_product, gather_covering, lambda: gather_covering()[:1]),
-    "sparse_mla": Sets(sparse_points, sparse_points, sparse_points),
+    "sparse_mla": Sets(sparse_product, sparse_covering, sparse_covering),
     "indexer_prologue": Sets(lambda: card_product("indexer_prologue"), prologue_covering,
                              lambda: prologue_covering()[:1]),
     **{op: simple(op) for op in (

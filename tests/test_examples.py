@@ -9,6 +9,7 @@ import tempfile
 
 import pytest
 
+import jitmla
 from jitmla import bundle
 from jitmla.store import Store
 
@@ -102,3 +103,11 @@ def test_cuda_graph(python_env):
     done = run(python_env, "cuda_graph.py")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("agrees with the reference") == 2
+
+
+@pytest.mark.skipif("indexer_prologue" not in jitmla.OPS, reason="needs the ops of the indexer")
+def test_dsa_layer(python_env):
+    done = run({**python_env, "CUDA_VISIBLE_DEVICES": ""}, "dsa_layer.py")
+    assert done.returncode == 0, done.stderr
+    assert "output [40, 256], 32 rows of it are not zero" in done.stdout
+    assert done.stdout.count("request 0 attends to") == 3

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from jitmla import env, lock
+from jitmla import env, events, lock
 from jitmla.errors import InvalidArgument
 
 from .support.processes import PATIENCE, alive, at_once, running, wait_until
@@ -21,17 +21,18 @@ def folder(tmp_path):
     return tmp_path
 
 
-def hold(folder, seconds=600.0):
+def hold(folder):
+    """Holds the lock until a file `enough` is there."""
     def action():
         with lock.exclusive(folder, "k"):
-            time.sleep(seconds)
+            wait_until((folder / "enough").exists, 600.0)
 
     return action
 
 
 def held(folder):
-    """Waits until another process holds the lock."""
-    assert wait_until((folder / "k.holder").exists)
+    """Waits until another process holds the lock, and has said so."""
+    assert wait_until(lambda: lock.describe(folder / "k.holder") != "another process")
 
 
 def test_one_at_a_time(folder):
@@ -56,11 +57,13 @@ def test_other_names_do_not_wait(folder, seen):
 
 def test_a_waiter_says_who_holds_it_and_for_how_long(folder, seen, monkeypatch):
     monkeypatch.setattr(lock, "WAIT_EVENT_SECONDS", 0.1)
-    with running(hold(folder, 0.5)) as holder:
+    end = events.subscribe(lambda event: len(seen) == 3 and (folder / "enough").touch())
+    with running(hold(folder)) as holder:
         held(folder)
         with lock.exclusive(folder, "k", op="mla_decode") as mine:
             assert mine
             assert json.loads((folder / "k.holder").read_text())["pid"] == os.getpid()
+    end()
     assert len(seen) >= 3 and {event.kind for event in seen} == {"wait"}
     assert f"pid {holder} on " in seen[0].fields["holder"] and seen[0].fields["op"] == "mla_decode"
     seconds = [event.fields["seconds"] for event in seen]

@@ -1,6 +1,7 @@
 """Many Keys at once: several archs, Keys from a file, exit codes for a script, resuming, and how long it takes."""
 
 import _thread
+import contextlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from jitmla import bounds, compile, lock, models, prewarm, registry
+from jitmla import bounds, compile, events, lock, models, prewarm, registry
 from jitmla.cli import app
 from jitmla.compile import Built
 from jitmla.errors import CacheUnwritable, CompileFailed
@@ -227,7 +228,7 @@ def test_64_processes_and_8_keys_compile_8_times(store, tmp_path):
     assert all(store.find(key) for key in keys)
 
 
-def test_who_waits_says_for_whom_and_takes_what_the_other_made(store, monkeypatch, seen):
+def test_who_waits_says_for_whom_and_takes_what_the_other_made(store, monkeypatch, seen, tmp_path):
     """And when that process is killed, compiles it."""
     [choice], _ = prewarm.choices(models.specs_for("deepseek-v3", tp=8, arch="sm_90a", page_sizes=[64], max_s_q=1))
     built = Built(SO_BYTES, "# a kernel\n", KERNELS, 0.0)
@@ -235,25 +236,32 @@ def test_who_waits_says_for_whom_and_takes_what_the_other_made(store, monkeypatc
     monkeypatch.setattr(compile, "build", lambda *args, **options: built)
     holder = store.side_folder(LOCKS) / f"{choice.key.digest}.holder"
 
-    def other(seconds):
-        def slow(key, source, store=None):
-            time.sleep(seconds)
+    def other():
+        def until_it_is_enough(key, source, store=None):
+            wait_until((tmp_path / "enough").exists, 600)
             return built
-        return lambda: compile.get_or_compile(choice.key, choice.source, Store(store.root), builder=slow)
+        compile.get_or_compile(choice.key, choice.source, Store(store.root), builder=until_it_is_enough)
 
-    with running(other(600)) as pid:
-        assert wait_until(holder.exists)
-        threading.Timer(0.4, lambda: os.kill(pid, signal.SIGKILL)).start()
-        [outcome] = prewarm.run([choice], store, 1)
-    assert outcome.status == "compiled"
-    waits = [e.fields for e in seen if e.kind == "wait"]
-    assert len(waits) >= 2 and all(f"pid {pid} on {socket.gethostname()}" in w["holder"] for w in waits[:1])
-    assert waits[-1]["seconds"] > 0 and waits[-1]["kernel"] == choice.key.name
+    def waited(then):
+        """prewarm's outcome for the Key that another process, `pid`, holds; `then(pid)` after two `wait` events."""
+        seen.clear()
+        with running(other) as pid:
+            assert wait_until(lambda: lock.describe(holder) != "another process")
+            end = events.subscribe(lambda event: [e.kind for e in seen].count("wait") == 2 and then(pid))
+            [outcome] = prewarm.run([choice], store, 1)
+            end()
+        waits = [e.fields for e in seen if e.kind == "wait"]
+        assert f"pid {pid} on {socket.gethostname()}" in waits[0]["holder"]
+        assert waits[-1]["seconds"] > 0 and waits[-1]["kernel"] == choice.key.name
+        return outcome
+
+    def kill(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+    assert waited(kill).status == "compiled"
     shutil.rmtree(store.path(choice.key))
-    with running(other(0.5)) as pid:
-        assert wait_until(holder.exists)
-        [outcome] = prewarm.run([choice], store, 1)
-    assert outcome.status == "hit" and f"pid {pid} on " in str([e for e in seen if e.kind == "wait"][-1])
+    assert waited(lambda pid: (tmp_path / "enough").touch()).status == "hit"
 
 
 @needs_compiler

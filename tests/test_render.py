@@ -256,7 +256,8 @@ def test_every_source_is_another_one():
     assert len({c.key.digest for c in choices}) == len({
         (c.template.name, c.spec.arch, c.key.constants, *_rows(c)) for c in choices})
     some = covering_choices()
-    assert len({(normalised(c.source()), *_rows(c)) for c in some}) == len(some)
+    # without the header, which names the Key
+    assert len({(c.source().split("\n", 3)[3], *_rows(c)) for c in some}) == len(some)
 
 
 def _rows(choice):

@@ -65,6 +65,30 @@ def o_proj(peers: bool, sweep: bool, json_file: Path | None, commit: str | None,
     return result
 
 
+def sparse_mla(peers: bool, json_file: Path | None, commit: str | None, command: str) -> dict[str, Any]:
+    """Measure sparse MLA and the second op of a DSA layer, print the table, and write the JSON file if asked to."""
+    import torch
+
+    from ..errors import NoTemplate
+    if not torch.cuda.is_available():
+        raise NoTemplate("jitmla bench on a machine without an NVIDIA GPU", supported="a CUDA device",
+                         differs="torch.cuda.is_available() is false", remedy="run it where the GPU is")
+    from . import sparse_mla as ours
+    from .timing import ceilings
+    found, absent = ours.available() if peers else ({}, {})
+    result = report.environment(command, commit)
+    result |= {"op": "sparse_mla", "peers": {**found}, "absent": absent, "ceilings": ceilings(), "host": [], "rows": []}
+    for row in ours.rows(found):
+        result["rows"].append(row)
+        times = ", ".join(f"{name} {t['us']:.1f} us" for name, t in row["times"].items())
+        print(f"{report.case_name(row['case'])}: {times}", file=sys.stderr, flush=True)
+    result["toolchain"] = result["rows"][0]["toolchain"]
+    report.show(result)
+    if json_file:
+        report.write(result, json_file)
+    return result
+
+
 def indexer(peers: bool, json_file: Path | None, commit: str | None, command: str) -> dict[str, Any]:
     """Measure the ops around DSA's indexer, write the JSON file if asked to, and print the table."""
     import torch
@@ -107,6 +131,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     path.add_argument("--sweep", action="store_true", help="all variants over numbers of tokens, and what is picked")
     path.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     path.add_argument("--commit", help="what to record as the commit, where this is a copy without its .git")
+    lists = commands.add_parser("sparse_mla", help="MLA over lists of rows, and the second op of a DSA layer")
+    lists.add_argument("--peers", action="store_true", help="measure FlashMLA and DeepGEMM as well, where they are")
+    lists.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    lists.add_argument("--commit", help="what to record as the commit, where this is a copy without its .git")
     around = commands.add_parser("indexer", help="DSA's indexer: prologue, caches, logits, top-k")
     around.add_argument("--peers", action="store_true", help="measure DeepGEMM, torch and FlashInfer, where they are")
     around.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
@@ -121,6 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             o_proj(options.peers, options.sweep, options.json, options.commit, command)
         elif options.op == "indexer":
             indexer(options.peers, options.json, options.commit, command)
+        elif options.op == "sparse_mla":
+            sparse_mla(options.peers, options.json, options.commit, command)
         else:
             result = mla_decode(options.peers, options.json, options.commit, command)
             if options.plot:

@@ -114,6 +114,43 @@ SWEEP = sorted({m for e in range(15) for m in (2**e, 3 * 2**e // 2) if 1 <= m <=
 
 
 @dataclass(frozen=True)
+class SparseCase:
+    """A call of sparse MLA. part: "decode", "prefill" (batch query tokens) or "second op" (of a DSA layer, in decode).
+    rows: of the pool, or the context of each request of the second op."""
+
+    part: str
+    heads: int
+    s_q: int
+    batch: int
+    rows: int = 262144
+    topk: int = 2048
+    kv_format: str = "fp8"
+
+    def flops(self) -> int:
+        """Of the attention, and of the second op's logits."""
+        attention = 2 * self.batch * self.s_q * self.heads * self.topk * (2 * 512 + 64)
+        return attention + (2 * 64 * 128 * self.batch * self.rows if self.part == "second op" else 0)
+
+    def bytes(self) -> int:
+        """Each attended row, q and out once; in the second op the indexer's keys and logits as well."""
+        tokens = self.batch * self.s_q
+        moved = tokens * (self.topk * (656 if self.kv_format == "fp8" else 1152) + 2 * self.heads * (576 + 512))
+        return moved + (self.batch * self.rows * (132 + 4) if self.part == "second op" else 0)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+SPARSE_MLA = tuple(
+    SparseCase("decode", *shape, kv_format=fmt) for fmt in ("fp8", "bf16") for shape in (
+        (128, 1, 128), (128, 2, 128), (128, 1, 32), (128, 1, 8), (128, 1, 1), (64, 1, 128), (64, 1, 8), (32, 1, 128),
+        (16, 1, 128), (16, 1, 32), (16, 1, 8), (16, 1, 1), (16, 4, 64), (8, 1, 128))) + tuple(
+    SparseCase("prefill", heads, 1, 4096, rows, kv_format="bf16") for heads, rows in (
+        (128, 8192), (128, 32768), (64, 8192))) + tuple(
+    SparseCase("second op", heads, 1, 64, 32768) for heads in (16, 128))
+
+
+@dataclass(frozen=True)
 class IndexerCase:
     """A call around DSA's indexer, 64 heads, top-k of 2048. rows: tokens, requests, or rows of logits. columns: keys,
     or length of the context."""

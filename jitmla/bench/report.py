@@ -26,6 +26,12 @@ Output path of DeepSeek-V4 (`o_proj`): the same method, median of 20, or of 10 f
 columns, 1024 rows of weights per group. GB/s count each input and result once. Peers, where they are installed:
 DeepGEMM's fp8_einsum, vLLM's Triton quantisation, and for the chain one after the other."""
 
+SPARSE_METHOD = """\
+Sparse MLA (`sparse_mla`): the same method; B query tokens or requests, random lists of topk rows of the pool. GB/s
+count every attended row, q and out once. FlashMLA has 64 or 128 heads: fewer are padded to 64. The second op of a DSA
+layer is decode of B requests with the named context; in the peers' chain DeepGEMM's paged logits, torch.topk and
+FlashMLA take the places of jitmla's kernels, and the rest is the same."""
+
 INDEXER_METHOD = """\
 Around the indexer of DeepSeek Sparse Attention (`indexer`): the same method, 64 heads, top-k of 2048. Rows x keys, or
 requests x length; windows are causal and aligned at the end. TFLOP/s count 2 * 64 * 128 a cell of a window, GB/s each
@@ -83,6 +89,9 @@ def case_name(case: dict[str, Any]) -> str:
     if "columns" in case:
         sizes = f"{case['rows']} x {case['columns']}" if case["columns"] else f"{case['rows']}"
         return f"{case['op']} {sizes}" + f", next_n {case['next_n']}" * (case["next_n"] > 1)
+    if "topk" in case:
+        name = f"{case['part']} h{case['heads']} s_q{case['s_q']} B{case['batch']} topk {case['topk']}"
+        return name + f" of {case['rows']}" + ", bf16 rows" * (case["kv_format"] == "bf16")
     if "part" in case:
         name = f"{case['part']} G{case['groups']} h{case['heads']} M {case['tokens']}"
         return name + f", {case['scale_mode']}" * (case["scale_mode"] != "pow2_f32") + ", neox" * case["neox"]
@@ -118,7 +127,7 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
         ours = row["times"]["jitmla"]
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
         lines.append([case_name(row["case"]), f"{ours['us']:.1f}", f"{ours['tflops']:.0f}", f"{ours['gbps']:.0f}",
-                      *[f"{roof(result, ours):.0%}"] * has_roof(result),
+                      *([f"{roof(result, ours):.0%}"] if has_roof(result) else []),
                       *(f"{row['times'][p]['us']:.1f}" if p in row["times"] else "-" for p in peers), ratio,
                       " + ".join(key.partition("/")[2] for key in row["kernel"].split(" + "))])
     return lines
@@ -126,11 +135,15 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
 
 def ceilings_text(result: dict[str, Any]) -> str:
     c = result["ceilings"]
+    if not c:
+        return "What the GPU can do at all was not measured in this run."
     return (f"In the same run: copy {c['copy']['gbps']:.0f} GB/s (read + written), read {c['read']['gbps']:.0f} GB/s, "
             f"bf16 matmul 8192 {c['matmul']['tflops']:.0f} TFLOP/s.")
 
 
 def host_text(result: dict[str, Any]) -> str:
+    if not result["host"]:
+        return "Host times are not part of this run."
     return "Host time of one eager call, out given: " + "; ".join(
         f"{case_name(h['case'])}: " + ", ".join(f"{name} {us:.1f} us" for name, us in h["us"].items())
         for h in result["host"]) + "."
@@ -197,7 +210,8 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     newest = sorted(results, key=lambda r: (r["date"], r["command"]), reverse=True)
     sections = [(sweep_markdown if r["op"].endswith("sweep") else markdown)(r) for r in newest]
     sections = sections or ["There are no results yet.\n"]
-    methods = [METHOD, *(text for op, text in (("o_proj", O_PROJ_METHOD), ("indexer", INDEXER_METHOD))
+    methods = [METHOD, *(text for op, text in (("o_proj", O_PROJ_METHOD), ("sparse_mla", SPARSE_METHOD),
+                                         ("indexer", INDEXER_METHOD))
                          if any(r["op"] == op for r in results))]
     return "\n".join(["# Benchmarks", "", INTRODUCTION, "", "\n\n".join(methods), "", *sections])
 

@@ -1,4 +1,4 @@
-"""FlashMLA's decode calls (flash_mla, as of April 2026) over jitmla.mla_decode: the dense part.
+"""FlashMLA's calls (flash_mla, as of April 2026) over jitmla.mla_decode; the sparse ones are in flash_mla_sparse.
 
 What differs: any GPU since Ampere, any page size and head count. There is no schedule to make: the object that
 get_mla_metadata returns holds nothing but the shapes that it was first used with, so a stale one cannot give wrong
@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InvalidArgument, JitmlaError
+from ..errors import JitmlaError
 from ..ops.mla_decode import mla_decode
-
-
-class Refused(InvalidArgument, RuntimeError, AssertionError):
-    """What FlashMLA's Python layer (AssertionError) and its extension (RuntimeError) refuse."""
+from .flash_mla_sparse import Refused, sparse_with_kvcache
+from .flash_mla_sparse import flash_mla_sparse_fwd as flash_mla_sparse_fwd
 
 
 @dataclass
@@ -46,7 +44,11 @@ def flash_mla_with_kvcache(
     FlashMLA's, which is right for no model with weight absorption: pass it.
     """
     _check_config(tile_scheduler_metadata, num_splits, q, k_cache, causal, is_fp8_kvcache)
-    given = {"indices": indices, "attn_sink": attn_sink, "extra_k_cache": extra_k_cache, "topk_length": topk_length,
+    if indices is not None:
+        return sparse_with_kvcache(q, k_cache, indices, head_dim_v, softmax_scale, causal, is_fp8_kvcache, attn_sink,
+                                   topk_length, extra_k_cache=extra_k_cache, extra_topk_length=extra_topk_length,
+                                   extra_indices_in_kvcache=extra_indices_in_kvcache)
+    given = {"attn_sink": attn_sink, "extra_k_cache": extra_k_cache, "topk_length": topk_length,
              "extra_indices_in_kvcache": extra_indices_in_kvcache, "extra_topk_length": extra_topk_length}
     if any(value is not None for value in given.values()):
         raise _refused(", ".join(n for n, v in given.items() if v is not None), "dense attention, without them")

@@ -9,6 +9,7 @@ So a change of a helper, of rendering, or of a card shows up as a change of gene
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import tokenize
 from pathlib import Path
@@ -35,6 +36,7 @@ def normalised(source: str) -> str:
     return "".join(line.rstrip() + "\n" for line in lines if line.strip())
 
 
+@functools.cache
 def files() -> dict[str, str]:
     """Name and text of each golden file, as of now."""
     found = {f"{choice.template.name}.txt": normalised(choice.source()) for choice in golden_choices()}

@@ -1,6 +1,6 @@
 """sparse_mla_decode and sparse_mla_prefill on a GPU, against a float64 oracle, with NaN in all that must not be read.
 
-All kernels are those of tests/keysets.py, so these tests run from a prewarmed cache on a machine without the compiler.
+They run from a prewarmed cache on a machine without the compiler: python -m tests.keysets --op sparse_mla --all
 """
 
 from __future__ import annotations
