@@ -169,8 +169,8 @@ def _slot_cache(serving: Serving) -> Iterator[Spec]:
     dims = serving.dims
     if dims.o_groups or not serving.slot_cache:
         return
-    for slots, e4m3 in itertools.product(("i64", "i32"), (False, True)):
-        yield append_latent_spec(arch=serving.arch, dtype=dims.dtype, e4m3_cache=e4m3, slots=slots,
+    for e4m3 in (False, True):
+        yield append_latent_spec(arch=serving.arch, dtype=dims.dtype, e4m3_cache=e4m3, slots="i64",
                                  kv_lora_rank=dims.kv_lora_rank, qk_rope_head_dim=dims.qk_rope_head_dim)
     yield from cached_mla_specs(arch=serving.arch, dtype=dims.dtype, qk_nope_head_dim=dims.qk_nope_head_dim,
                                 kv_lora_rank=dims.kv_lora_rank, qk_rope_head_dim=dims.qk_rope_head_dim)

@@ -185,49 +185,36 @@ def points() -> list[Spec]:
 
 # ------------------------------------------------------------------------------------------- append_latent, cached_mla
 
-RANKS, ROPES, NOPES = (512, 256, 128, 64), (64, 32, 16), (64, 128, 32, 192)
-
-
 def append_product() -> list[Spec]:
-    """Elsewhere than on Hopper with the usual widths only, which the arch has nothing to do with. As cached_product."""
     (template,) = registry.templates("append_latent")
-    return [append_latent_spec(arch=arch, dtype=dtype, e4m3_cache=e4m3, slots=slots, kv_lora_rank=rank,
-                               qk_rope_head_dim=rope)
-            for arch in template.archs for dtype, e4m3, slots, rank, rope in itertools.product(
-                DTYPES, CAUSAL, ("i64", "i32"), *((RANKS, ROPES) if arch == ARCH else ([512], [64])))]
+    return [append_latent_spec(arch=arch, dtype="bf16", e4m3_cache=e4m3, slots="i64", kv_lora_rank=rank,
+                               qk_rope_head_dim=64)
+            for arch, e4m3, rank in itertools.product(template.archs, CAUSAL, LATENTS)]
 
 
 def append_wanted(choice: Choice) -> bool:
-    """On Hopper each value of each field with each kind of cache; and the conversion to e4m3 on an arch without it."""
+    """All on Hopper, and the conversion to e4m3 on an arch without an instruction for it."""
     s = choice.spec
-    if s.arch != ARCH:
-        return (s.arch, s["dtype"], s["slots"], s["kv_lora_rank"], s["qk_rope_head_dim"]) == (
-            "sm_80", "bf16", "i64", 512, 64) and s["e4m3_cache"]
-    row = RANKS.index(s["kv_lora_rank"])
-    return (s["qk_rope_head_dim"] == (64, 64, 16, 32)[row] and s["slots"] == ("i64", "i32")[row // 2]
-            and s["dtype"] == DTYPES[row % 2 ^ s["e4m3_cache"]]) or (
-            s["kv_lora_rank"] == 512 and s["qk_rope_head_dim"] == 64 and s["dtype"] == "bf16")
+    return s.arch == ARCH or (s.arch, s["kv_lora_rank"], s["e4m3_cache"]) == ("sm_80", 512, True)
+
+
+CACHED = ((64, 256, 64), (128, 512, 64))  # P, R, r: Mistral Small 4, DeepSeek-V3
 
 
 def cached_product() -> list[Spec]:
     archs = registry.templates("cached_mla")[0].archs
     return list(dict.fromkeys(
-        spec for arch in archs for dtype, nope, rank, rope in itertools.product(
-            DTYPES, *((NOPES, RANKS, ROPES) if arch == ARCH else ([128], [512], [64])))
-        for spec in cached_mla_specs(arch=arch, dtype=dtype, qk_nope_head_dim=nope, kv_lora_rank=rank,
-                                     qk_rope_head_dim=rope)))
+        spec for arch, nope, rank in itertools.product(archs, (64, 128), LATENTS)
+        for spec in cached_mla_specs(arch=arch, dtype="bf16", qk_nope_head_dim=nope, kv_lora_rank=rank,
+                                     qk_rope_head_dim=64)))
 
 
-# dtype, P, R, r: Mistral Small 4, DeepSeek-V3, and what else there is of each
-CACHED = (("bf16", 64, 256, 64), ("bf16", 128, 512, 64), ("fp16", 32, 128, 16), ("fp16", 192, 64, 32))
-
-
-CACHED_DIMS = tuple({"nope": nope, "rank": rank, "rope": rope} for _, nope, rank, rope in CACHED[:2])
+CACHED_DIMS = tuple({"nope": nope, "rank": rank, "rope": rope} for nope, rank, rope in CACHED)
 
 
 def cached_covering() -> list[Spec]:
-    return [spec for dtype, nope, rank, rope in CACHED
-            for spec in cached_mla_specs(arch=ARCH, dtype=dtype, qk_nope_head_dim=nope, kv_lora_rank=rank,
+    return [spec for nope, rank, rope in CACHED
+            for spec in cached_mla_specs(arch=ARCH, dtype="bf16", qk_nope_head_dim=nope, kv_lora_rank=rank,
                                          qk_rope_head_dim=rope)]
 
 

@@ -89,6 +89,30 @@ def sparse_mla(peers: bool, json_file: Path | None, commit: str | None, command:
     return result
 
 
+def cached_mla(peers: bool, json_file: Path | None, commit: str | None, command: str) -> dict[str, Any]:
+    """Measure cached_mla, print the table, and write the JSON file if asked to."""
+    import torch
+
+    from ..errors import NoTemplate
+    if not torch.cuda.is_available():
+        raise NoTemplate("jitmla bench on a machine without an NVIDIA GPU", supported="a CUDA device",
+                         differs="torch.cuda.is_available() is false", remedy="run it where the GPU is")
+    from . import cached_mla as ours
+    from .timing import ceilings
+    result = report.environment(command, commit)
+    result |= {"op": "cached_mla", "peers": ours.NOTES if peers else {}, "absent": {}, "ceilings": ceilings(),
+               "host": ours.host(peers), "rows": []}
+    for row in ours.rows(peers):
+        result["rows"].append(row)
+        times = ", ".join(f"{name} {t['us']:.1f} us, eager {t['eager_us']:.1f}" for name, t in row["times"].items())
+        print(f"{report.case_name(row['case'])}: {times}", file=sys.stderr, flush=True)
+    result["toolchain"] = result["rows"][0]["toolchain"]
+    if json_file:
+        report.write(result, json_file)
+    report.show(result)
+    return result
+
+
 def indexer(peers: bool, json_file: Path | None, commit: str | None, command: str) -> dict[str, Any]:
     """Measure the ops around DSA's indexer, write the JSON file if asked to, and print the table."""
     import torch
@@ -131,6 +155,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     path.add_argument("--sweep", action="store_true", help="all variants over numbers of tokens, and what is picked")
     path.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     path.add_argument("--commit", help="what to record as the commit, where this is a copy without its .git")
+    cached = commands.add_parser("cached_mla", help="attention over a slot cache, with append and projections")
+    cached.add_argument("--peers", action="store_true", help="measure plain PyTorch as well")
+    cached.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    cached.add_argument("--commit", help="what to record as the commit, where this is a copy without its .git")
     lists = commands.add_parser("sparse_mla", help="MLA over lists of rows, and the second op of a DSA layer")
     lists.add_argument("--peers", action="store_true", help="measure FlashMLA and DeepGEMM as well, where they are")
     lists.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
@@ -145,6 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.op == "plot":
             from . import plot
             print("\n".join(str(plot.draw_file(file)) for file in options.files))
+        elif options.op == "cached_mla":
+            cached_mla(options.peers, options.json, options.commit, command)
         elif options.op == "o_proj":
             o_proj(options.peers, options.sweep, options.json, options.commit, command)
         elif options.op == "indexer":

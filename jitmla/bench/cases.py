@@ -67,6 +67,44 @@ HOST = [DecodeCase(128, 1, 1, 1024), DecodeCase(16, 1, 1, 1024)]
 
 
 @dataclass(frozen=True)
+class CachedCase:
+    """One cached_mla call. tokens: new ones of each sequence (1: decode); kv: its tokens in the end."""
+
+    heads: int
+    batch: int
+    tokens: int
+    kv: int
+    qk_nope_head_dim: int = 64
+    kv_lora_rank: int = 256
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+
+    def flops(self) -> int:
+        """The absorbed form: both products with the weight, and the attention up to each token itself."""
+        rows = self.batch * self.tokens * self.heads
+        seen = self.kv - (self.tokens - 1) / 2
+        return int(2 * rows * (self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
+                               + seen * (2 * self.kv_lora_rank + self.qk_rope_head_dim)))
+
+    def bytes(self) -> int:
+        """Cache rows, weight, queries and results, each once."""
+        rows, width = self.batch * self.tokens * self.heads, self.kv_lora_rank + self.qk_rope_head_dim
+        head = self.qk_nope_head_dim + self.v_head_dim
+        return 2 * (self.batch * (self.kv + self.tokens) * width + self.heads * head * self.kv_lora_rank
+                    + rows * (head + self.qk_rope_head_dim))
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# Mistral Small 4 on one GPU, decode and prefill; then DeepSeek-V3
+CACHED_MLA = [CachedCase(32, 1, 1, 2048), CachedCase(32, 8, 1, 512), CachedCase(32, 32, 1, 512),
+              CachedCase(32, 1, 128, 128), CachedCase(32, 1, 512, 512), CachedCase(32, 1, 2048, 2048),
+              CachedCase(128, 8, 1, 4096, 128, 512), CachedCase(128, 1, 512, 512, 128, 512)]
+CACHED_HOST = CACHED_MLA[:3]
+
+
+@dataclass(frozen=True)
 class OProjCase:
     """A call of DeepSeek-V4's output path. part: "quantise", "product" or "chain"."""
 

@@ -32,6 +32,11 @@ count every attended row, q and out once. FlashMLA has 64 or 128 heads: fewer ar
 layer is decode of B requests with the named context; in the peers' chain DeepGEMM's paged logits, torch.topk and
 FlashMLA take the places of jitmla's kernels, and the rest is the same."""
 
+CACHED_METHOD = """\
+Attention over a slot cache (`cached_mla`): the same method for GPU times. Eager us is a whole call without a graph,
+host and GPU together: the mean of a burst of 100, the best of five. B sequences, each with T new tokens, up to kv in
+all. The peer is plain PyTorch with the lengths known on the host. Ratio: its eager time over ours."""
+
 INDEXER_METHOD = """\
 Around the indexer of DeepSeek Sparse Attention (`indexer`): the same method, 64 heads, top-k of 2048. Rows x keys, or
 requests x length; windows are causal and aligned at the end. TFLOP/s count 2 * 64 * 128 a cell of a window, GB/s each
@@ -86,6 +91,9 @@ def rounded(value: Any) -> Any:
 
 def case_name(case: dict[str, Any]) -> str:
     """Short: what differs from bf16, 512 + 64, pages of 64; for the output path, from powers of two in float32."""
+    if "tokens" in case and "kv" in case:
+        name = f"h{case['heads']} B{case['batch']} T {case['tokens']} kv {case['kv']}"
+        return f"{name}, rank {case['kv_lora_rank']}, P {case['qk_nope_head_dim']}, V {case['v_head_dim']}"
     if "columns" in case:
         sizes = f"{case['rows']} x {case['columns']}" if case["columns"] else f"{case['rows']}"
         return f"{case['op']} {sizes}" + f", next_n {case['next_n']}" * (case["next_n"] > 1)
@@ -104,6 +112,10 @@ def case_name(case: dict[str, Any]) -> str:
 
 def header(result: dict[str, Any]) -> list[str]:
     peers = [name for name in result["peers"] if name not in result["absent"]]
+    if result["op"] == "cached_mla":
+        return ["case", "jitmla us", "eager us", "TFLOP/s", "GB/s", *(f"{p} {kind}" for p in peers
+                                                                       for kind in ("us", "eager us")), "ratio",
+                "kernel"]
     return ["case", "jitmla us", "TFLOP/s", "GB/s", *["roof"] * has_roof(result), *(f"{p} us" for p in peers), "ratio",
             "kernel"]
 
@@ -126,6 +138,12 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
     for row in result["rows"]:
         ours = row["times"]["jitmla"]
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        if result["op"] == "cached_mla":
+            both = [f"{row['times'][p][kind]:.1f}" for p in peers for kind in ("us", "eager_us")]
+            lines.append([case_name(row["case"]), f"{ours['us']:.1f}", f"{ours['eager_us']:.1f}",
+                          f"{ours['tflops']:.0f}", f"{ours['gbps']:.0f}", *both, ratio,
+                          " + ".join(key.partition("/")[2] for key in row["kernel"].split(" + "))])
+            continue
         lines.append([case_name(row["case"]), f"{ours['us']:.1f}", f"{ours['tflops']:.0f}", f"{ours['gbps']:.0f}",
                       *([f"{roof(result, ours):.0%}"] if has_roof(result) else []),
                       *(f"{row['times'][p]['us']:.1f}" if p in row["times"] else "-" for p in peers), ratio,
@@ -210,9 +228,9 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     newest = sorted(results, key=lambda r: (r["date"], r["command"]), reverse=True)
     sections = [(sweep_markdown if r["op"].endswith("sweep") else markdown)(r) for r in newest]
     sections = sections or ["There are no results yet.\n"]
-    methods = [METHOD, *(text for op, text in (("o_proj", O_PROJ_METHOD), ("sparse_mla", SPARSE_METHOD),
-                                         ("indexer", INDEXER_METHOD))
-                         if any(r["op"] == op for r in results))]
+    more = {"o_proj": O_PROJ_METHOD, "sparse_mla": SPARSE_METHOD, "cached_mla": CACHED_METHOD,
+            "indexer": INDEXER_METHOD}
+    methods = [METHOD, *(text for op, text in more.items() if any(r["op"] == op for r in results))]
     return "\n".join(["# Benchmarks", "", INTRODUCTION, "", "\n\n".join(methods), "", *sections])
 
 

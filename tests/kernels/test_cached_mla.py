@@ -317,10 +317,3 @@ def test_several_kernels_agree_on_a_model(monkeypatch):
     with torch.inference_mode():
         expected = [tiny.generate_plain(model, prompt, 16)[0] for prompt in prompts]
         assert tiny.generate_paged(model, prompts, 16) == expected
-
-
-def test_other_widths_and_pages():
-    """fp16, latent 128 and rope 16 in slots of 100 tokens, which no page of the fast kernels divides."""
-    problem = cached_problem([(50, 3), (0, 4), (90, 2)], heads=3, nope=32, rope=16, rank=128, value=64, max_seq_len=100,
-                             dtype=torch.float16, device="cuda")
-    check(problem)
