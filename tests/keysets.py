@@ -322,6 +322,36 @@ def sparse_covering() -> list[Spec]:
             sparse_spec("fp8", 64, 128)]
 
 
+# ------------------------------------------------------------------------------------- DeepSeek Sparse Attention
+
+
+def card_product(op: str, archs: Iterable[str] | None = None) -> list[Spec]:
+    """Every combination of what the templates of `op` support."""
+    return list(dict.fromkeys(
+        Spec.of(op, arch=arch, **dict(zip(template.supports, values, strict=True)))
+        for template in registry.templates(op) for arch in archs or template.archs
+        for values in itertools.product(*template.supports.values())))
+
+
+USUAL_PROLOGUE = {"heads": 64, "rope_interleave": False, "scale_mode": "pow2_f32", "hadamard": False,
+                  "k_dtype": "bf16", "w_dtype": "fp32", "ln_dtype": "fp32", "positions": "i64"}
+OTHER_PROLOGUE = {"heads": 32, "rope_interleave": True, "scale_mode": "raw_f32", "hadamard": True, "k_dtype": "fp32",
+                  "w_dtype": "bf16", "ln_dtype": "bf16", "positions": "i32"}
+
+
+def prologue_covering() -> list[Spec]:
+    """The usual point, its opposite, and two with half of the values of each."""
+    fields = list(USUAL_PROLOGUE)
+    points = [lambda i: False, lambda i: True, lambda i: i % 2 == 0, lambda i: i % 4 in (1, 2)]
+    return [Spec.of("indexer_prologue", arch=ARCH, **{f: (OTHER_PROLOGUE if other(i) else USUAL_PROLOGUE)[f]
+                                                      for i, f in enumerate(fields)}) for other in points]
+
+
+def simple(op: str) -> Sets:
+    """An op all of whose Specs for Hopper are compiled by the usual run."""
+    return Sets(lambda: card_product(op), lambda: card_product(op, [ARCH]), lambda: card_product(op, [ARCH])[:1])
+
+
 SETS = {
     "mla_decode": Sets(lambda: product() + every_portable(),
                        lambda: covering() + E4M3 + PORTABLE_ON_GPU + PORTABLE_ELSEWHERE, points),
@@ -335,6 +365,11 @@ SETS = {
     "merge_attn_states": Sets(merge_product, merge_covering, lambda: merge_covering()[:1]),
     "gather_latent": Sets(gather_product, gather_covering, lambda: gather_covering()[:1]),
     "sparse_mla": Sets(sparse_product, sparse_covering, sparse_covering),
+    "indexer_prologue": Sets(lambda: card_product("indexer_prologue"), prologue_covering,
+                             lambda: prologue_covering()[:1]),
+    **{op: simple(op) for op in (
+        "cat_quant_fp8", "indexer_k_scatter", "indexer_k_gather", "kv_row_pack", "fp8_mqa_logits",
+        "fp8_paged_mqa_logits", "topk_indices", "local_to_global")},
 }
 
 

@@ -14,8 +14,8 @@ from jitmla.store import Store
 from .support.keys import SO_BYTES, make_key, publish
 from .support.tree import snapshot, unprivileged
 
-PAGES = (8, 16, 32, 64, 128)
-KEYS = [make_key(page_size=page) for page in PAGES]
+ROWS = (8, 16, 32, 64, 512)
+KEYS = [make_key(rows=rows) for rows in ROWS]
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def size(store):
 
 
 def left(store):
-    return [key.spec["page_size"] for key in KEYS if store.path(key).exists()]
+    return [key.spec["rows"] for key in KEYS if store.path(key).exists()]
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -54,7 +54,7 @@ def test_what_is_no_size(text):
 def test_the_least_recently_used_go_first_and_no_more_than_needed(full, seen):
     one = size(full) // len(KEYS)
     evicted = bounds.trim(full.root, 3 * one + 100)
-    assert left(full) == [32, 64, 128] and [r.digest for r in evicted] == [k.digest for k in KEYS[:2]]
+    assert left(full) == [32, 64, 512] and [r.digest for r in evicted] == [k.digest for k in KEYS[:2]]
     assert size(full) <= 3 * one + 100
     told = [e for e in seen if e.kind == "evict"]
     assert [e.fields["key"] for e in told] == [k.digest[:12] for k in KEYS[:2]] and told[0].fields["bytes"] > 4096
@@ -65,7 +65,7 @@ def test_use_keeps_an_entry(full):
     bounds._touched.clear()  # as in a new process
     assert full.find(KEYS[0])
     bounds.trim(full.root, size(full) - 1)
-    assert left(full) == [8, 32, 64, 128]
+    assert left(full) == [8, 32, 64, 512]
 
 
 def test_use_is_noted_once_in_a_process_and_not_within_the_hour(full):
@@ -108,7 +108,7 @@ def test_an_entry_without_mark_counts_from_when_it_was_stored(full):
         (full.root / "v1" / ".used" / key.digest).unlink()
     os.utime(full.path(KEYS[3]), (1, 1))
     bounds.trim(full.root, size(full) - 1)
-    assert left(full) == [8, 16, 32, 128]
+    assert left(full) == [8, 16, 32, 512]
 
 
 def test_pinned_entries_stay_however_little_room_there_is(full):
@@ -123,13 +123,13 @@ def test_pinned_entries_stay_however_little_room_there_is(full):
 
 def test_publishing_trims_to_the_size_of_the_environment_but_keeps_what_it_stored(full, monkeypatch):
     monkeypatch.setenv(env.CACHE_SIZE.name, "1")
-    new = make_key(page_size=100)
+    new = make_key(causal=True)
     assert publish(full, new).path.exists() and full.find(new)
     assert left(full) == []
     monkeypatch.setenv(env.CACHE_SIZE.name, "unlimited")
     for key in KEYS:
         publish(full, key)
-    assert left(full) == list(PAGES)
+    assert left(full) == list(ROWS)
 
 
 def test_a_size_that_is_none_is_an_error_before_anything_is_written(store, key, monkeypatch):
@@ -197,9 +197,9 @@ def test_a_clock_that_is_years_off_changes_the_order_not_the_amount(full, monkey
         used_at(full, KEYS[number], now)  # what the disk's clock would have written
     total = size(full)
     bounds.sweep(full.root)
-    assert left(full) == list(PAGES)
+    assert left(full) == list(ROWS)
     bounds.trim(full.root, total)
-    assert left(full) == list(PAGES)
+    assert left(full) == list(ROWS)
     bounds.trim(full.root, total - 1)
     assert len(left(full)) == len(KEYS) - 1
     bounds.trim(full.root, total * 2 // len(KEYS) + 100)
@@ -241,7 +241,7 @@ def test_sweeping_takes_old_marks_locks_and_failures_of_entries_that_are_gone(fu
 def test_eviction_that_fails_is_told_and_the_entry_is_stored_all_the_same(full, monkeypatch, seen):
     monkeypatch.setenv(env.CACHE_SIZE.name, "1")
     monkeypatch.setattr(bounds, "evict", lambda *a: (_ for _ in ()).throw(PermissionError("not allowed")))
-    assert publish(full, make_key(page_size=100)).path.exists()
+    assert publish(full, make_key(causal=True)).path.exists()
     assert [e.fields["what"] for e in seen if e.kind == "degrade"] == ["eviction"]
 
 

@@ -22,9 +22,12 @@ REGISTER_FILE = 65536
 
 def test_ops():
     assert {op: registry.backends(op) for op in registry.ops()} == {
-        "append_latent": ["portable"], "cached_mla": ["portable"], "fp8_bmm": ["sm90"], "gather_latent": ["simt"],
-        "inv_rope_fp8_quant": ["simt"], "merge_attn_states": ["simt"], "mla_decode": ["sm90", "portable"],
-        "mla_prefill": ["sm90"], "sparse_mla": ["sm90"]}
+        "append_latent": ["portable"], "cached_mla": ["portable"], "cat_quant_fp8": ["simt"], "fp8_bmm": ["sm90"],
+        "fp8_mqa_logits": ["sm90"], "fp8_paged_mqa_logits": ["sm90"], "gather_latent": ["simt"],
+        "indexer_k_gather": ["simt"], "indexer_k_scatter": ["simt"], "indexer_prologue": ["simt"],
+        "inv_rope_fp8_quant": ["simt"], "kv_row_pack": ["simt"], "local_to_global": ["simt"],
+        "merge_attn_states": ["simt"], "mla_decode": ["sm90", "portable"], "mla_prefill": ["sm90"],
+        "sparse_mla": ["sm90"], "topk_indices": ["simt"]}
 
 
 def test_each_op_has_its_sets():

@@ -114,6 +114,31 @@ def cached_mla(peers: bool, json_file: Path | None, commit: str | None, command:
     return result
 
 
+def indexer(peers: bool, json_file: Path | None, commit: str | None, command: str) -> dict[str, Any]:
+    """Measure the ops around DSA's indexer, write the JSON file if asked to, and print the table."""
+    import torch
+
+    from ..errors import NoTemplate
+    if not torch.cuda.is_available():
+        raise NoTemplate("jitmla bench on a machine without an NVIDIA GPU", supported="a CUDA device",
+                         differs="torch.cuda.is_available() is false", remedy="run it where the GPU is")
+    from . import indexer as ours
+    from .timing import ceilings
+    found, absent = ours.available() if peers else ({}, {})
+    result = report.environment(command, commit)
+    result |= {"op": "indexer", "peers": found, "absent": absent, "ceilings": ceilings(), "host": ours.host(),
+               "rows": []}
+    for row in ours.rows(list(found)):
+        result["rows"].append(row)
+        times = ", ".join(f"{name} {t['us']:.1f} us" for name, t in row["times"].items())
+        print(f"{report.case_name(row['case'])}: {times}", file=sys.stderr, flush=True)
+    result["toolchain"] = result["rows"][0]["toolchain"]
+    if json_file:
+        report.write(result, json_file)
+    report.show(result)
+    return result
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code of `python -m jitmla.bench ...`."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -140,6 +165,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     lists.add_argument("--peers", action="store_true", help="measure FlashMLA and DeepGEMM as well, where they are")
     lists.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     lists.add_argument("--commit", help="what to record as the commit, where this is a copy without its .git")
+    around = commands.add_parser("indexer", help="DSA's indexer: prologue, caches, logits, top-k")
+    around.add_argument("--peers", action="store_true", help="measure DeepGEMM, torch and FlashInfer, where they are")
+    around.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    around.add_argument("--commit", help="what to record as the commit, where this is a copy without its .git")
     options = parser.parse_args(argv)
     command = " ".join(["jitmla bench", *argv])
     try:
@@ -150,6 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             cached_mla(options.peers, options.json, options.commit, command)
         elif options.op == "o_proj":
             o_proj(options.peers, options.sweep, options.json, options.commit, command)
+        elif options.op == "indexer":
+            indexer(options.peers, options.json, options.commit, command)
         elif options.op == "sparse_mla":
             sparse_mla(options.peers, options.json, options.commit, command)
         else:
