@@ -25,6 +25,16 @@ from .spec import (
     mla_decode_spec,
     mla_prefill_spec,
 )
+from .spec_indexer import (
+    cat_quant_fp8_spec,
+    fp8_mqa_logits_spec,
+    fp8_paged_mqa_logits_spec,
+    indexer_k_spec,
+    indexer_prologue_spec,
+    kv_row_pack_spec,
+    local_to_global_spec,
+    topk_indices_spec,
+)
 
 PAGE_SIZES = (16, 32, 64, 128)
 MAX_S_Q = 4
@@ -35,6 +45,7 @@ MAX_GROUP_ROWS = 512  # (token, head) rows that jitmla.mla_prefill_absorbed take
 class MlaModel:
     """What MLA needs to know of a model. Names and units are those of its Hugging Face config.
 
+    index_n_heads: of the indexer of DeepSeek Sparse Attention, else 0.
     o_groups, o_lora_rank: of an output projection in groups (DeepSeek-V4), else 0. Such a model has keys and values of
     one latent row, whose last qk_rope_head_dim columns are rotated.
     """
@@ -48,12 +59,14 @@ class MlaModel:
     dtype: str = "bf16"
     o_groups: int = 0
     o_lora_rank: int = 0
+    index_n_heads: int = 0
 
 
 KNOWN = {m.name: m for m in (
     MlaModel("deepseek-v2", 128, 512, 64, 128, 128),
     MlaModel("deepseek-v2-lite", 16, 512, 64, 128, 128),
     MlaModel("deepseek-v3", 128, 512, 64, 128, 128),
+    MlaModel("deepseek-v3.2", 128, 512, 64, 128, 128, index_n_heads=64),
     MlaModel("kimi-k2", 64, 512, 64, 128, 128),
     MlaModel("mistral-small-4", 32, 256, 64, 64, 128),
     MlaModel("deepseek-v4-flash", 64, 512, 64, 448, 512, o_groups=8, o_lora_rank=1024),
@@ -104,7 +117,7 @@ def _from_config(config: Any, path: Path, dtype: str | None) -> MlaModel:
                            remedy="name the dtype that the kernels run in: dtype='bf16'")
     return MlaModel(str(config.get("model_type", path.parent.name)), *(text[f] for f in fields),
                     dtype=dtype or _DTYPES[own], o_groups=text.get("o_groups", 0),
-                    o_lora_rank=text.get("o_lora_rank", 0))
+                    o_lora_rank=text.get("o_lora_rank", 0), index_n_heads=text.get("index_n_heads", 0))
 
 
 def specs_for(name_or_path: str | Path, *, tp: int, arch: str, page_sizes: Iterable[int] = PAGE_SIZES,
@@ -203,7 +216,25 @@ def _output_path(serving: Serving) -> Iterator[Spec]:
     yield fp8_bmm_spec(arch=serving.arch)
 
 
-PARTS = (_dense_decode, _prefill, _slot_cache, _output_path)  # what each part of a model meets
+def _indexer(serving: Serving) -> Iterator[Spec]:
+    heads, arch = serving.dims.index_n_heads, serving.arch
+    if not heads:
+        return
+    for positions, w_dtype, ln_dtype in itertools.product(("i64", "i32"), ("fp32", "bf16"), ("fp32", "bf16")):
+        yield indexer_prologue_spec(arch=arch, heads=heads, rope_interleave=False, scale_mode="pow2_f32",
+                                    hadamard=False, k_dtype="bf16", w_dtype=w_dtype, ln_dtype=ln_dtype,
+                                    positions=positions)
+    yield cat_quant_fp8_spec(arch=arch, scale_mode="pow2_f32")
+    yield from (indexer_k_spec(op, arch=arch) for op in ("indexer_k_scatter", "indexer_k_gather"))
+    yield from (kv_row_pack_spec(arch=arch, row=row) for row in ("fp8", "bf16"))
+    yield from (fp8_mqa_logits_spec(arch=arch, heads=heads, store=store) for store in ("tiles", "clean"))
+    yield from (fp8_paged_mqa_logits_spec(arch=arch, heads=heads, next_n=n) for n in (1, 2))
+    yield from (topk_indices_spec(arch=arch, rows=rows) for rows in ("windows", "lengths"))
+    yield from (local_to_global_spec(arch=arch, workspace=workspace, count=count)
+                for workspace, count in itertools.product((False, True), (False, True)))
+
+
+PARTS = (_dense_decode, _prefill, _slot_cache, _output_path, _indexer)  # what each part of a model meets
 
 
 def keys_for(model: str | Path, tp: int = 1, arch: str = "sm_90a", *, page_sizes: Iterable[int] = PAGE_SIZES,
@@ -212,12 +243,12 @@ def keys_for(model: str | Path, tp: int = 1, arch: str = "sm_90a", *, page_sizes
     """Every Key that serving `model` can reach on `arch` with `tp` ranks, whatever the batch and the lengths. Where the
     host picks a variant for each call, all that it can pick are here.
 
-    model: a known name (deepseek-v2, deepseek-v2-lite, deepseek-v3, deepseek-v4-flash, deepseek-v4-pro, kimi-k2,
-    mistral-small-4), or the path of a Hugging Face config.json. page_sizes: those of the engine's cache. max_s_q: query
-    tokens per request (1 + draft tokens). dtype: "bf16" or "fp16", by default the config's. prefill: whether the server
-    also uses jitmla's prefill ops (mla_prefill, mla_prefill_absorbed, mla_prefill_paged). slot_cache: whether it also
-    uses append_latent and cached_mla (AutoDeploy's cached op). Raises UnknownModel, UnknownArch, InvalidArgument,
-    NoTemplate.
+    model: a known name (deepseek-v2, deepseek-v2-lite, deepseek-v3, deepseek-v3.2, deepseek-v4-flash, deepseek-v4-pro,
+    kimi-k2, mistral-small-4), or the path of a Hugging Face config.json. page_sizes: those of the engine's cache.
+    max_s_q: query tokens per request (1 + draft tokens). dtype: "bf16" or "fp16", by default the config's. prefill:
+    whether the server also uses jitmla's prefill ops (mla_prefill, mla_prefill_absorbed, mla_prefill_paged).
+    slot_cache: whether it also uses append_latent and cached_mla (AutoDeploy's cached op). Raises UnknownModel,
+    UnknownArch, InvalidArgument, NoTemplate.
     """
     specs = specs_for(model, tp=tp, arch=arch, page_sizes=page_sizes, max_s_q=max_s_q, dtype=dtype, prefill=prefill,
                       slot_cache=slot_cache)

@@ -126,7 +126,25 @@ def fp8_bmm_ctas(variant: str, groups: int, tokens: int, columns: int, sms: int)
     return -(-tiles // -(-tiles // sms)) if tiles else 1
 
 
+# ----------------------------------------------------------------------------------------------------- topk_indices
+
+# CTAs that share a row
+TOPK = {"sampled_select/c1t512": 1, "sampled_select/c2t1024": 2, "sampled_select/c8t1024": 8}
+
+
+def _topk_fits(variant: str, *, rows: int, columns: int, sms: int) -> bool:
+    return True
+
+
+def _topk_best(variants: tuple[str, ...], *, rows: int, columns: int, sms: int) -> tuple[str, str]:
+    """As many CTAs for a row as find a multiprocessor each; one where rows alone fill the GPU."""
+    fitting = [v for v in variants if rows * TOPK[v] <= sms] or variants
+    chosen = max(fitting, key=TOPK.__getitem__) if rows < sms else min(fitting, key=TOPK.__getitem__)
+    return chosen, f"{rows} rows with {TOPK[chosen]} CTAs each, {sms} multiprocessors"
+
+
 RULES = {
     "inv_rope_fp8_quant": Rule(("tokens", "heads", "heads_per_group"), _quant_fits, _quant_best),
     "fp8_bmm": Rule(("groups", "tokens", "columns", "k", "sms"), _bmm_fits, _bmm_best),
+    "topk_indices": Rule(("rows", "columns", "sms"), _topk_fits, _topk_best),
 }

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 GARBAGE_PAGES = (2147480000, -1, 2147483647, -2147483648, 1 << 20)  # what unread block-table entries may hold
+E4M3_DOTS = 2.0**-11  # error of a dot product of e4m3 vectors on 8-bit tensor cores, relative to |q| |key|
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 NAN_PATTERN = 0x7FC1  # a NaN of bf16 and fp16; repeated, a NaN of fp32
 GUARD_BYTES = 1024
@@ -184,7 +185,7 @@ class Oracle:
     spread: Tensor  # like out: sum of weight * |value|, what rounding the weights acts on
     logit: Tensor  # like lse: |sm_scale| * |q| * max |key|, what rounding the dot products acts on
 
-    def compare(self, out: Tensor, lse: Tensor | None = None) -> Report:
+    def compare(self, out: Tensor, lse: Tensor | None = None, dots: float = 0.0) -> Report:
         """Every element of every head, no percentages.
 
         inputs="usual": FlashMLA's criterion: out absolute 8e-4 or relative 2.01/128, and a cosine difference of at most
@@ -192,6 +193,8 @@ class Oracle:
         inputs="large": weights and result are each rounded once to the dtype, so out is off by at most
         2 * unit roundoff * sum of weight * |value| (plus half of that for the rest); lse as above, plus a float32
         roundoff of the dot products.
+        dots: what else the dot products may be off by, relative to |q| |key| (E4M3_DOTS): it moves lse as much, and
+        each weight by twice that.
         Either way NaN and infinities must stand at the same places.
         """
         report = Report()
@@ -201,6 +204,7 @@ class Oracle:
             allowed = torch.maximum(torch.full_like(self.out, 8e-4), self.out.abs() * (2.01 / 128))
         else:
             allowed = 3 * UNIT_ROUNDOFF[self.problem.dtype] * self.spread + 1e-4
+        allowed = allowed + 2 * dots * self.logit[..., None] * self.spread
         report.out = _worst("out", got, self.out, allowed, report.faults)
         x = got.double()
         total = (x * x + self.out * self.out).sum()
@@ -212,6 +216,7 @@ class Oracle:
             allowed = torch.maximum(torch.full_like(self.lse, 1e-6), self.lse.abs() * (8.01 / 65536))
             if not usual:
                 allowed = allowed + 1e-6 * self.logit
+            allowed = allowed + dots * self.logit
             report.lse = _worst("lse", got, self.lse, allowed, report.faults)
         return report
 
@@ -220,9 +225,9 @@ class Oracle:
             return result
         return result[torch.tensor(self.requests, dtype=torch.int64, device=result.device)]
 
-    def check(self, out: Tensor, lse: Tensor | None = None) -> Report:
+    def check(self, out: Tensor, lse: Tensor | None = None, dots: float = 0.0) -> Report:
         """`compare`, raising AssertionError with the worst place of each fault."""
-        report = self.compare(out, lse)
+        report = self.compare(out, lse, dots)
         if report.faults:
             p = self.problem
             raise AssertionError("; ".join(report.faults) + f"\n  {report}\n  {len(p.lengths)} requests of "

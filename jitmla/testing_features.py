@@ -41,10 +41,10 @@ class Featured:
         wide[self.tokens] = result[:self.tokens[0].shape[0]]
         return wide
 
-    def check(self, out: Tensor, lse: Tensor) -> Report:
+    def check(self, out: Tensor, lse: Tensor, dots: float = 0.0) -> Report:
         """As Oracle.check."""
         oracle = mla_decode_oracle(self.exact)
-        return oracle.check(self.spread(out, oracle.out.clone()), self.spread(lse, oracle.lse.clone()))
+        return oracle.check(self.spread(out, oracle.out.clone()), self.spread(lse, oracle.lse.clone()), dots)
 
 
 def to_e4m3(values: Tensor, scale: float) -> Tensor:

@@ -133,9 +133,18 @@ def _pairs_of_rows() -> list[tuple[int, ...]]:
     return [tuple(rows[i:i + 2]) for rows in served.values() for i in range(0, len(rows), 2)]
 
 
+def e4m3(dtype: str, latent: int, page: int, rows: int, causal: bool) -> Spec:
+    return Spec.of("mla_decode", arch=ARCH, dtype=dtype, kv_dtype="e4m3", kv_lora_rank=latent, qk_rope_head_dim=64,
+                   page_size=page, rows=rows, causal=causal)
+
+
+# what sm90_fp8 serves, and what tests/kernels/test_mla_decode_e4m3.py runs
+E4M3 = [e4m3(dtype, 512, 64, rows, False) for dtype in ("e4m3", "bf16") for rows in (8, 16, 64, 512)]
+
+
 def product() -> list[Spec]:
     """Every Spec that the shipped cards serve with an sm90 template."""
-    return [spec(*values) for values in itertools.product(DTYPES, LATENTS, PAGES, ROWS, CAUSAL)]
+    return [*(spec(*values) for values in itertools.product(DTYPES, LATENTS, PAGES, ROWS, CAUSAL)), *E4M3]
 
 
 def portable(arch: str, dtype: str, kv_dtype: str, latent: int, rope: int, page: int, rows: int, causal: bool,
@@ -180,7 +189,7 @@ def every_portable() -> list[Spec]:
 
 def points() -> list[Spec]:
     return [*(spec("bf16", 512, 64, rows, rows == max(ROWS)) for rows in ROWS),  # causal: the code it adds is seen
-            PORTABLE_ON_GPU[-1]]
+            e4m3("bf16", 512, 64, 512, False), PORTABLE_ON_GPU[-1]]
 
 
 # ------------------------------------------------------------------------------------------- append_latent, cached_mla
@@ -313,9 +322,39 @@ def sparse_covering() -> list[Spec]:
             sparse_spec("fp8", 64, 128)]
 
 
+# ------------------------------------------------------------------------------------- DeepSeek Sparse Attention
+
+
+def card_product(op: str, archs: Iterable[str] | None = None) -> list[Spec]:
+    """Every combination of what the templates of `op` support."""
+    return list(dict.fromkeys(
+        Spec.of(op, arch=arch, **dict(zip(template.supports, values, strict=True)))
+        for template in registry.templates(op) for arch in archs or template.archs
+        for values in itertools.product(*template.supports.values())))
+
+
+USUAL_PROLOGUE = {"heads": 64, "rope_interleave": False, "scale_mode": "pow2_f32", "hadamard": False,
+                  "k_dtype": "bf16", "w_dtype": "fp32", "ln_dtype": "fp32", "positions": "i64"}
+OTHER_PROLOGUE = {"heads": 32, "rope_interleave": True, "scale_mode": "raw_f32", "hadamard": True, "k_dtype": "fp32",
+                  "w_dtype": "bf16", "ln_dtype": "bf16", "positions": "i32"}
+
+
+def prologue_covering() -> list[Spec]:
+    """The usual point, its opposite, and two with half of the values of each."""
+    fields = list(USUAL_PROLOGUE)
+    points = [lambda i: False, lambda i: True, lambda i: i % 2 == 0, lambda i: i % 4 in (1, 2)]
+    return [Spec.of("indexer_prologue", arch=ARCH, **{f: (OTHER_PROLOGUE if other(i) else USUAL_PROLOGUE)[f]
+                                                      for i, f in enumerate(fields)}) for other in points]
+
+
+def simple(op: str) -> Sets:
+    """An op all of whose Specs for Hopper are compiled by the usual run."""
+    return Sets(lambda: card_product(op), lambda: card_product(op, [ARCH]), lambda: card_product(op, [ARCH])[:1])
+
+
 SETS = {
     "mla_decode": Sets(lambda: product() + every_portable(),
-                       lambda: covering() + PORTABLE_ON_GPU + PORTABLE_ELSEWHERE, points),
+                       lambda: covering() + E4M3 + PORTABLE_ON_GPU + PORTABLE_ELSEWHERE, points),
     "append_latent": Sets(append_product, append_product, lambda: [append_latent_spec(
         arch=ARCH, dtype="bf16", e4m3_cache=True, slots="i64", kv_lora_rank=512, qk_rope_head_dim=64)], append_wanted),
     "cached_mla": Sets(cached_product, cached_covering, lambda: cached_covering()[:2]),
@@ -326,6 +365,11 @@ SETS = {
     "merge_attn_states": Sets(merge_product, merge_covering, lambda: merge_covering()[:1]),
     "gather_latent": Sets(gather_product, gather_covering, lambda: gather_covering()[:1]),
     "sparse_mla": Sets(sparse_product, sparse_covering, sparse_covering),
+    "indexer_prologue": Sets(lambda: card_product("indexer_prologue"), prologue_covering,
+                             lambda: prologue_covering()[:1]),
+    **{op: simple(op) for op in (
+        "cat_quant_fp8", "indexer_k_scatter", "indexer_k_gather", "kv_row_pack", "fp8_mqa_logits",
+        "fp8_paged_mqa_logits", "topk_indices", "local_to_global")},
 }
 
 

@@ -6,6 +6,7 @@ import torch
 import jitmla
 from jitmla.compat import deep_gemm, vllm
 from jitmla.errors import InvalidArgument, JitmlaError
+from jitmla.testing_indexer import DIM, PAGE, exact_logits, index_pool, logits_problem, windows
 from jitmla.testing_o_proj import (
     CHAIN_DIFF,
     FP8,
@@ -73,3 +74,43 @@ def test_other_products(change):
     with pytest.raises(JitmlaError, match="fp8_einsum"):
         deep_gemm.fp8_einsum(call["expr"], (problem.a, problem.a_scale), (problem.b, problem.b_scale), problem.a,
                              call["c"], call["recipe"])
+
+
+def test_deep_gemm_logits():
+    p = logits_problem(6, 40, heads=32)
+    ks, ke = windows(6, 40, "any")
+    got = deep_gemm.fp8_mqa_logits(p.q, (p.k, p.k_scale), p.weights, ks, ke)
+    exact = exact_logits(p.q, p.k, p.k_scale, p.weights)
+    column = torch.arange(40)
+    outside = (column < ks[:, None]) | (column >= ke[:, None])
+    assert torch.equal(got.double(), exact.masked_fill(outside, -torch.inf))
+    packed = deep_gemm.fp8_mqa_logits(p.q, (p.k, p.k_scale), p.weights, ks, ke, clean_logits=False, max_seqlen_k=40)
+    for i in range(6):
+        assert torch.equal(packed[i, :int(ke[i] - ks[i])].double(), exact[i][~outside[i]])
+
+
+@pytest.mark.parametrize("two_dimensions", [True, False])
+@pytest.mark.parametrize("next_n", [1, 2, 3])
+def test_deep_gemm_paged_logits(next_n, two_dimensions):
+    """More queries a request than a kernel takes are flattened."""
+    lens = [3, 70]
+    p = logits_problem(2 * next_n, 128)
+    pool, table = index_pool(4), torch.tensor([[3, 0], [1, 2]], dtype=torch.int32)
+    for r in range(2):
+        slots = torch.cat([torch.arange(PAGE) + int(page) * PAGE for page in table[r]])
+        jitmla.indexer_k_scatter(p.k, p.k_scale, pool, slots)
+    given = torch.tensor(lens, dtype=torch.int32)
+    if two_dimensions:
+        given = torch.stack([given - next_n + d + 1 for d in range(next_n)], 1)
+    meta = deep_gemm.get_paged_mqa_logits_metadata(given, 64, 132)
+    assert meta.shape == (133, 2) and meta.dtype == torch.int32
+    got = deep_gemm.fp8_paged_mqa_logits(p.q.view(2, next_n, 64, DIM), pool, p.weights, given, table, meta, 128)
+    exact = exact_logits(p.q, p.k, p.k_scale, p.weights)
+    for i in range(2 * next_n):
+        n = lens[i // next_n] - next_n + i % next_n + 1
+        assert torch.equal(got[i, :n].double(), exact[i, :n])
+
+
+def test_deep_gemm_paged_logits_are_not_cleaned():
+    with pytest.raises(JitmlaError, match="clean_logits"):
+        deep_gemm.fp8_paged_mqa_logits(None, None, None, None, None, None, 1, clean_logits=True)

@@ -33,8 +33,8 @@ def test_known_models(name, dims):
 
 
 def test_no_other_model_is_known():
-    assert set(KNOWN) == {"deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "kimi-k2", "mistral-small-4",
-                          "deepseek-v4-flash", "deepseek-v4-pro"}
+    assert set(KNOWN) == {"deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "deepseek-v3.2", "kimi-k2",
+                          "mistral-small-4", "deepseek-v4-flash", "deepseek-v4-pro"}
 
 
 @pytest.mark.parametrize("where", ["file", "folder", "str"])

@@ -12,12 +12,14 @@ from jitmla import pick, registry, tune
 from jitmla.bench.cases import OProjCase
 from jitmla.errors import InvalidArgument, InvalidTunings
 from jitmla.spec import Spec, fp8_bmm_spec
+from jitmla.spec_indexer import topk_indices_spec
 
 from .keysets import quant_spec
 
 RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks"
 DRAWN = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 QUANT, BMM = quant_spec("sm_90a", "pow2_f32", False, "i64"), fp8_bmm_spec(arch="sm_90a")
+TOPK = topk_indices_spec(arch="sm_90a", rows="windows")
 TOKENS = st.one_of(st.integers(1, 300), st.integers(1, 65536))
 
 
@@ -101,6 +103,16 @@ def test_the_picks_are_the_best_of_what_was_measured():
         loss[case] = row["us"][name] / min(row["us"].values()) - 1
     assert len(loss) == 136 and max(loss.values()) < 0.065
     assert sum(x > 0.03 for x in loss.values()) <= 7
+
+
+@given(st.integers(1, 5000), st.integers(1, 200000), st.sampled_from([78, 114, 132]))
+@DRAWN
+def test_rows_of_topk_share_what_multiprocessors_there_are(rows, columns, sms):
+    name, why = picked(TOPK, rows=rows, columns=columns, sms=sms)
+    ctas = pick.TOPK[name]
+    assert ctas == constants(TOPK, name)["CLUSTER"] and f"{rows} rows" in why
+    assert ctas == 1 or rows * ctas <= sms
+    assert not [c for c in pick.TOPK.values() if c > ctas and rows * c <= sms], "more would have fitted"
 
 
 def test_tunings_go_before_the_rule():

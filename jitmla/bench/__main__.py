@@ -12,7 +12,7 @@ from ..errors import JitmlaError
 from . import report
 
 
-def mla_decode(peers: bool, json_file: Path | None, commit: str | None, command: str) -> dict[str, Any]:
+def mla_decode(peers: bool, e4m3: bool, json_file: Path | None, commit: str | None, command: str) -> dict[str, Any]:
     """Measure, print the table, and write the JSON file if asked to."""
     import torch
 
@@ -20,10 +20,11 @@ def mla_decode(peers: bool, json_file: Path | None, commit: str | None, command:
     if not torch.cuda.is_available():
         raise NoTemplate("jitmla bench on a machine without an NVIDIA GPU", supported="a CUDA device",
                          differs="torch.cuda.is_available() is false", remedy="run it where the GPU is")
-    from . import mla_decode as ours
-    from .peers import available
+    from . import mla_decode as plain
+    from . import mla_decode_e4m3
     from .timing import ceilings
-    found, absent = available() if peers else ([], {})
+    ours = mla_decode_e4m3 if e4m3 else plain
+    found, absent = ours.available() if peers else ([], {})
     result = report.environment(command, commit)
     result |= {"op": "mla_decode", "peers": {p.name: p.note for p in found}, "absent": absent,
                "ceilings": ceilings(), "host": ours.host(found), "rows": []}
@@ -113,6 +114,31 @@ def cached_mla(peers: bool, json_file: Path | None, commit: str | None, command:
     return result
 
 
+def indexer(peers: bool, json_file: Path | None, commit: str | None, command: str) -> dict[str, Any]:
+    """Measure the ops around DSA's indexer, write the JSON file if asked to, and print the table."""
+    import torch
+
+    from ..errors import NoTemplate
+    if not torch.cuda.is_available():
+        raise NoTemplate("jitmla bench on a machine without an NVIDIA GPU", supported="a CUDA device",
+                         differs="torch.cuda.is_available() is false", remedy="run it where the GPU is")
+    from . import indexer as ours
+    from .timing import ceilings
+    found, absent = ours.available() if peers else ({}, {})
+    result = report.environment(command, commit)
+    result |= {"op": "indexer", "peers": found, "absent": absent, "ceilings": ceilings(), "host": ours.host(),
+               "rows": []}
+    for row in ours.rows(list(found)):
+        result["rows"].append(row)
+        times = ", ".join(f"{name} {t['us']:.1f} us" for name, t in row["times"].items())
+        print(f"{report.case_name(row['case'])}: {times}", file=sys.stderr, flush=True)
+    result["toolchain"] = result["rows"][0]["toolchain"]
+    if json_file:
+        report.write(result, json_file)
+    report.show(result)
+    return result
+
+
 def mla_prefill(peers: bool, json_file: Path | None, commit: str | None, command: str) -> dict[str, Any]:
     """Measure prefill, print the table, and write the JSON file if asked to."""
     import torch
@@ -145,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="op", required=True)
     op = commands.add_parser("mla_decode", help="paged MLA decode")
     op.add_argument("--peers", action="store_true", help="measure FlashMLA and FlashInfer as well, where they are")
+    op.add_argument("--e4m3", action="store_true", help="the cases with an e4m3 cache")
     op.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     op.add_argument("--commit", help="what to record as the commit, where this is a copy without its .git")
     op.add_argument("--plot", type=Path, metavar="PNG", help="draw GB/s and TFLOP/s against the ceilings here")
@@ -167,6 +194,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     lists.add_argument("--peers", action="store_true", help="measure FlashMLA and DeepGEMM as well, where they are")
     lists.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     lists.add_argument("--commit", help="what to record as the commit, where this is a copy without its .git")
+    around = commands.add_parser("indexer", help="DSA's indexer: prologue, caches, logits, top-k")
+    around.add_argument("--peers", action="store_true", help="measure DeepGEMM, torch and FlashInfer, where they are")
+    around.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    around.add_argument("--commit", help="what to record as the commit, where this is a copy without its .git")
     options = parser.parse_args(argv)
     command = " ".join(["jitmla bench", *argv])
     try:
@@ -179,10 +210,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             cached_mla(options.peers, options.json, options.commit, command)
         elif options.op == "o_proj":
             o_proj(options.peers, options.sweep, options.json, options.commit, command)
+        elif options.op == "indexer":
+            indexer(options.peers, options.json, options.commit, command)
         elif options.op == "sparse_mla":
             sparse_mla(options.peers, options.json, options.commit, command)
         else:
-            result = mla_decode(options.peers, options.json, options.commit, command)
+            result = mla_decode(options.peers, options.e4m3, options.json, options.commit, command)
             if options.plot:
                 from . import plot
                 plot.draw(result, options.plot)

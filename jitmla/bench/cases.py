@@ -19,6 +19,7 @@ class DecodeCase:
     qk_rope_head_dim: int = 64
     page_size: int = 64
     dtype: str = "bf16"
+    kv_dtype: str = ""  # "": as q
     ragged: bool = False
 
     def lengths(self) -> list[int]:
@@ -36,7 +37,8 @@ class DecodeCase:
         """The cache rows, q and out, each once."""
         rows = self.batch * self.s_q * self.heads
         width = self.kv_lora_rank + self.qk_rope_head_dim
-        return 2 * (sum(self.lengths()) * width + rows * (width + self.kv_lora_rank))
+        q, kv = (1 if dtype == "e4m3" else 2 for dtype in (self.dtype, self.kv_dtype or self.dtype))
+        return kv * sum(self.lengths()) * width + rows * (q * width + 2 * self.kv_lora_rank)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,6 +65,14 @@ MLA_DECODE = [DecodeCase(*shape) for shape in (
     DecodeCase(96, 1, 8, 16384), DecodeCase(16, 4, 64, 2048), DecodeCase(128, 1, 16, 32768),
     DecodeCase(16, 1, 128, 4096, page_size=1), DecodeCase(128, 1, 128, 4096, page_size=1),  # a gather of single rows
 ]
+# the same with an e4m3 cache; queries of e4m3, or of bf16
+MLA_DECODE_E4M3 = [DecodeCase(*shape, dtype="e4m3", kv_dtype="e4m3") for shape in (
+    (128, 1, 1, 1024), (128, 1, 1, 8192), (128, 1, 8, 4096), (128, 1, 32, 4096), (128, 1, 128, 1024),
+    (128, 1, 128, 4096), (128, 1, 128, 8192), (128, 2, 128, 4096), (64, 1, 32, 4096), (64, 1, 128, 4096),
+    (16, 1, 1, 8192), (16, 1, 8, 4096), (16, 1, 32, 4096), (16, 1, 128, 8192),
+)] + [DecodeCase(*shape, kv_dtype="e4m3") for shape in (
+    (128, 1, 128, 4096), (64, 1, 128, 4096), (16, 1, 1, 8192), (16, 1, 32, 4096), (16, 1, 128, 8192),
+)]
 HOST = [DecodeCase(128, 1, 1, 1024), DecodeCase(16, 1, 1, 1024)]
 
 
@@ -186,6 +196,53 @@ SPARSE_MLA = tuple(
     SparseCase("prefill", heads, 1, 4096, rows, kv_format="bf16") for heads, rows in (
         (128, 8192), (128, 32768), (64, 8192))) + tuple(
     SparseCase("second op", heads, 1, 64, 32768) for heads in (16, 128))
+
+
+@dataclass(frozen=True)
+class IndexerCase:
+    """A call around DSA's indexer, 64 heads, top-k of 2048. rows: tokens, requests, or rows of logits. columns: keys,
+    or length of the context."""
+
+    op: str
+    rows: int
+    columns: int = 0
+    next_n: int = 1
+
+    def pairs(self) -> int:
+        """Cells of the logits: with windows, causal and aligned at the end."""
+        if self.op == "fp8_mqa_logits":
+            return self.rows * self.columns - self.rows * (self.rows - 1) // 2
+        return self.rows * self.next_n * self.columns
+
+    def flops(self) -> int:
+        """Of the products; the other kernels are never limited by theirs."""
+        return 2 * 64 * 128 * self.pairs() if "logits" in self.op else 0
+
+    def bytes(self) -> int:
+        """Each input and each result once."""
+        tokens = self.rows
+        queries = tokens * self.next_n * 64 * 132
+        return {"indexer_prologue": tokens * (64 * 128 * 3 + 3 * 128 + 2 * 4 * 64 + 4 + 8 + 256),
+                "indexer_k_scatter": tokens * (2 * 132 + 8), "kv_row_pack": tokens * (576 * 2 + 656 + 8),
+                "local_to_global": tokens * (2 * 4 * 2048 + 4), "indexer_k_gather": 2 * 132 * tokens,
+                "fp8_mqa_logits": queries + 132 * self.columns + 4 * self.pairs(),
+                "fp8_paged_mqa_logits": queries + 132 * tokens * self.columns + 4 * self.pairs(),
+                "topk_indices": 4 * self.pairs() + 4 * 2048 * tokens}[self.op]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+INDEXER = ([IndexerCase("fp8_mqa_logits", m, n) for m, n in ((2048, 8192), (4096, 32768))]
+           + [IndexerCase("fp8_paged_mqa_logits", b, n, d) for b, n, d in ((64, 8192, 1), (128, 32768, 1), (8, 2048, 1),
+                                                                          (64, 8192, 2))]
+           + [IndexerCase("topk_indices", b, n) for b in (1, 64) for n in (32768, 65536, 163840)]
+           + [IndexerCase("topk_indices", 4096, 32768)]
+           + [IndexerCase(op, tokens) for op in ("indexer_prologue", "indexer_k_scatter", "kv_row_pack",
+                                                 "local_to_global") for tokens in (64, 4096)]
+           + [IndexerCase("indexer_k_gather", 65536)])
+INDEXER_HOST = [IndexerCase("indexer_prologue", 64), IndexerCase("fp8_paged_mqa_logits", 8, 2048),
+                IndexerCase("topk_indices", 1, 32768)]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ..store import Store
 from ..testing import Problem, mla_decode_oracle, mla_decode_problem
 from .cases import HOST, MLA_DECODE, DecodeCase
 from .peers import Peer
+from .peers import available as available
 from .timing import Timing, gpu_times, host_us
 
 OURS = "jitmla"
@@ -59,8 +60,9 @@ def verify(problem: Problem, calls: dict[str, Callable[[], Tensor]]) -> None:
 def kernel_of(case: DecodeCase) -> tuple[str, dict[str, Any]]:
     """Name of the Key that serves the case, and the toolchain that built what is in the cache."""
     spec = mla_decode_spec(arch=dispatch.arch_of(torch.device("cuda", torch.cuda.current_device())), dtype=case.dtype,
-                           kv_lora_rank=case.kv_lora_rank, qk_rope_head_dim=case.qk_rope_head_dim,
-                           page_size=case.page_size, s_q=case.s_q, heads=case.heads, causal=True)
+                           kv_dtype=case.kv_dtype or case.dtype, kv_lora_rank=case.kv_lora_rank,
+                           qk_rope_head_dim=case.qk_rope_head_dim, page_size=case.page_size, s_q=case.s_q,
+                           heads=case.heads, causal=True)
     choice = registry.choose(spec)
     entry = Store().find(choice.key)
     return choice.key.name, dict(entry.key.toolchain or ()) if entry else {}

@@ -42,6 +42,12 @@ Attention over a slot cache (`cached_mla`): the same method for GPU times. Eager
 host and GPU together: the mean of a burst of 100, the best of five. B sequences, each with T new tokens, up to kv in
 all. The peer is plain PyTorch with the lengths known on the host. Ratio: its eager time over ours."""
 
+INDEXER_METHOD = """\
+Around the indexer of DeepSeek Sparse Attention (`indexer`): the same method, 64 heads, top-k of 2048. Rows x keys, or
+requests x length; windows are causal and aligned at the end. TFLOP/s count 2 * 64 * 128 a cell of a window, GB/s each
+input and result once. Peers, where they are installed: DeepGEMM's logits (the kernel that plans paged ones is not in
+its time), torch.topk (unsorted) and FlashInfer's top_k_ragged_transform, which by default is not deterministic."""
+
 INTRODUCTION = """\
 Generated from the files `*.json` in this folder by `make docs`; `jitmla bench mla_decode --peers --json FILE` makes
 such a file. It holds the machine, the date, the commit, the exact command, and the raw samples beside the medians."""
@@ -94,6 +100,9 @@ def case_name(case: dict[str, Any]) -> str:
     if "tokens" in case and "kv" in case:
         name = f"h{case['heads']} B{case['batch']} T {case['tokens']} kv {case['kv']}"
         return f"{name}, rank {case['kv_lora_rank']}, P {case['qk_nope_head_dim']}, V {case['v_head_dim']}"
+    if "columns" in case:
+        sizes = f"{case['rows']} x {case['columns']}" if case["columns"] else f"{case['rows']}"
+        return f"{case['op']} {sizes}" + f", next_n {case['next_n']}" * (case["next_n"] > 1)
     if "topk" in case:
         name = f"{case['part']} h{case['heads']} s_q{case['s_q']} B{case['batch']} topk {case['topk']}"
         return name + f" of {case['rows']}" + ", bf16 rows" * (case["kv_format"] == "bf16")
@@ -109,7 +118,8 @@ def case_name(case: dict[str, Any]) -> str:
     name += f" kv {'1..' if case['ragged'] else ''}{case['kv']}"
     usual = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "page_size": 64, "dtype": "bf16"}
     words = {"kv_lora_rank": "rank ", "qk_rope_head_dim": "rope ", "page_size": "page ", "dtype": ""}
-    return name + "".join(f", {words[f]}{case[f]}" for f in usual if case[f] != usual[f])
+    name += "".join(f", {words[f]}{case[f]}" for f in usual if case[f] != usual[f])
+    return name + (f", {case['kv_dtype']} cache" if case.get("kv_dtype") else "")
 
 
 def header(result: dict[str, Any]) -> list[str]:
@@ -231,7 +241,7 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     sections = [(sweep_markdown if r["op"].endswith("sweep") else markdown)(r) for r in newest]
     sections = sections or ["There are no results yet.\n"]
     more = {"o_proj": O_PROJ_METHOD, "sparse_mla": SPARSE_METHOD, "cached_mla": CACHED_METHOD,
-            "mla_prefill": PREFILL_METHOD}
+            "mla_prefill": PREFILL_METHOD, "indexer": INDEXER_METHOD}
     methods = [METHOD, *(text for op, text in more.items() if any(r["op"] == op for r in results))]
     return "\n".join(["# Benchmarks", "", INTRODUCTION, "", "\n\n".join(methods), "", *sections])
 

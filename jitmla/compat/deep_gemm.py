@@ -1,4 +1,5 @@
-"""DeepGEMM's grouped FP8 product, for the expression and the scales of DeepSeek-V4's output path on Hopper."""
+"""DeepGEMM's signatures: the grouped FP8 product, for the expression and the scales of DeepSeek-V4's output path on
+Hopper, and the indexer logits of DeepSeek Sparse Attention."""
 
 from __future__ import annotations
 
@@ -10,6 +11,9 @@ from torch import Tensor
 from .. import layouts
 from ..errors import InvalidArgument
 from ..ops.fp8_bmm import fp8_bmm
+from .deep_gemm_logits import fp8_mqa_logits as fp8_mqa_logits
+from .deep_gemm_logits import fp8_paged_mqa_logits as fp8_paged_mqa_logits
+from .deep_gemm_logits import get_paged_mqa_logits_metadata as get_paged_mqa_logits_metadata
 
 EXPRESSION, RECIPE = "bhr,hdr->bhd", (1, 128, 128)
 

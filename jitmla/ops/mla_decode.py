@@ -166,13 +166,14 @@ class OnGpu:
     no_lse: Tensor  # stands in where none is wanted; not written
 
     def run(self, q: Tensor, q_pe: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
-            sinks: Tensor | None, out: Tensor, lse: Tensor | None, sm_scale: float, _: Features = PLAIN) -> None:
+            sinks: Tensor | None, out: Tensor, lse: Tensor | None, sm_scale: float,
+            features: Features = PLAIN) -> None:
         if self.out_shape[1] > 1:
             for name, value in (("q", q), ("q_pe", q_pe), ("out", out)):
                 checks.uniform_rows(name, value)
         if self.several_devices and torch.cuda.current_device() != self.device:
             with torch.cuda.device(self.device):
-                return self.run(q, q_pe, kv_cache, block_table, seq_lens, sinks, out, lse, sm_scale)
+                return self.run(q, q_pe, kv_cache, block_table, seq_lens, sinks, out, lse, sm_scale, features)
         workspace, semaphores = scratch(self.device, self.workspace, self.semaphores)
         flags = COOPERATIVE
         if sinks is None:
@@ -187,8 +188,26 @@ class OnGpu:
             flags |= WANTS_LSE
             if lse.shape != self.out_shape[:3]:
                 raise ValueError("lse")
+        scales: tuple[Any, ...] = ()
+        if features.kv_descale is not None:
+            sm_scale, on_device, scales = _scales(sm_scale, features, workspace)
+            flags |= on_device
         self.function(q, q_pe, kv_cache, block_table, seq_lens, sinks, out, lse, workspace, semaphores, sm_scale,
-                      self.pe_offset, flags, *self.launch)
+                      self.pe_offset, flags, *self.launch, *scales)
+
+
+def _scales(sm_scale: float, features: Features, dummy: Tensor) -> tuple[float, int, tuple[Tensor, Tensor, float]]:
+    """(factor of the logits, bits of the flags, (q_descale, kv_descale, factor of out)): the factors have what the host
+    knows, the tensors the rest."""
+    v_scale, flags, descales = 1.0, 0, []
+    for name, bit in (("q_descale", HAS_Q_DESCALE), ("kv_descale", HAS_KV_DESCALE)):
+        value = getattr(features, name)
+        if isinstance(value, Tensor):
+            flags |= bit
+        elif value is not None:
+            sm_scale, v_scale = sm_scale * value, v_scale * value if name == "kv_descale" else v_scale
+        descales.append(value if isinstance(value, Tensor) else dummy)
+    return sm_scale, flags, (*descales, v_scale)
 
 
 @dataclass(frozen=True)
@@ -216,14 +235,8 @@ class OnGpuFull:
         if lse is not None and lse.shape != self.out_shape[:-1]:
             raise ValueError("lse")
         flags = (HAS_SINKS if sinks is not None else 0) | (WANTS_LSE if lse is not None else 0)
-        v_scale, descales = 1.0, []
-        for name, bit in (("q_descale", HAS_Q_DESCALE), ("kv_descale", HAS_KV_DESCALE)):
-            value = getattr(features, name)
-            if isinstance(value, Tensor):
-                flags |= bit
-            elif value is not None:
-                sm_scale, v_scale = sm_scale * value, v_scale * value if name == "kv_descale" else v_scale
-            descales.append(value if isinstance(value, Tensor) else workspace)
+        sm_scale, on_device, (*descales, v_scale) = _scales(sm_scale, features, workspace)
+        flags |= on_device
         lse = self.no_lse if lse is None else lse
         cu_seqlens_q = features.cu_seqlens_q
         if cu_seqlens_q is None:

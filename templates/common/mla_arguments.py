@@ -2,32 +2,44 @@
 
 import cutlass.cute as cute
 import cutlass.cute.runtime as rt
-from cutlass import Float32, Int32
+from cutlass import BFloat16, Float32, Int32
 
 
-def mla_decode_arguments(dtype, latent, rope, page_size):
+def mla_decode_arguments(dtype, latent, rope, page_size, kv_dtype=None):
     """Stand-ins for the arguments. The compiled function refuses a call that differs from them: B, s_q and H are the
-    same everywhere but in lse, which may be a dummy; strides of 16-bit tensors are multiples of 8, or the size is 1."""
+    same everywhere but in lse, which may be a dummy; strides of q, cache and out are multiples of 16 bytes, or the size
+    is 1. With a kv_dtype of its own the cache has scales, and with 8-bit queries out is bf16."""
     batch, s_q, heads = cute.sym_int(), cute.sym_int(), cute.sym_int()
 
     def tensor(dtype, *shape, align, divisor=1, last=1):
         stride = tuple(cute.sym_int64(divisibility=divisor) for _ in shape[1:]) + (last,)
         return rt.make_fake_tensor(dtype, shape, stride, assumed_align=align)
 
+    def wide(dtype, *shape):
+        return tensor(dtype, *shape, align=16, divisor=128 // dtype.width)
+
     n = cute.sym_int
+    scales = ()
+    if kv_dtype is not None:
+        scales = (
+            tensor(Float32, n(), align=4),  # q_descale
+            tensor(Float32, n(), align=4),  # kv_descale
+            Float32(1.0),  # value_scale
+        )
     return (
-        tensor(dtype, batch, s_q, heads, n(), align=16, divisor=8),  # q
-        tensor(dtype, batch, s_q, heads, n(), align=16, divisor=8),  # q_pe
-        tensor(dtype, n(), page_size, latent + rope, align=16, divisor=8),  # kv_cache
+        wide(dtype, batch, s_q, heads, n()),  # q
+        wide(dtype, batch, s_q, heads, n()),  # q_pe
+        wide(kv_dtype or dtype, n(), page_size, latent + rope),  # kv_cache
         tensor(Int32, batch, n(), align=4),  # block_table
         tensor(Int32, batch, align=4),  # seq_lens
         tensor(Float32, n(), align=4),  # sinks
-        tensor(dtype, batch, s_q, heads, latent, align=16, divisor=8),  # out
+        wide(BFloat16 if dtype.width == 8 else dtype, batch, s_q, heads, latent),  # out
         tensor(Float32, n(), n(), n(), last=cute.sym_int64(), align=4),  # lse
         tensor(Float32, n(), align=128),  # workspace
         tensor(Int32, n(), align=4),  # semaphores
         Float32(1.0),  # sm_scale
         *[Int32(1)] * 6,  # pe_offset, flags, parts, fixed, least, bias
+        *scales,
         rt.make_fake_stream(use_tvm_ffi_env_stream=True),
     )
 

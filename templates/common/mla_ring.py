@@ -47,7 +47,7 @@ def packed_rows(x: cute.Tensor, offset: Int32, n: cutlass.Constexpr):
     """(B, s_q, H, columns) from column `offset` on as (s_q * H rows, 64 columns, n tiles, B)."""
     row, request = row_strides(x)
     return cute.make_tensor(
-        x.iterator + cute.assume(offset, divby=8),
+        x.iterator + cute.assume(offset, divby=16),
         cute.make_layout((x.shape[1] * x.shape[2], 64, n, x.shape[0]), stride=(row, 1, 64, request)),
     )
 

@@ -2,7 +2,7 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float16, Float32, Int64
+from cutlass import BFloat16, Float8E4M3FN, Float16, Float32, Int64
 from cutlass.cute.nvgpu import warpgroup
 
 LOG2E = 1.4426950408889634
@@ -13,16 +13,17 @@ EVICT_FIRST, EVICT_NORMAL = 0x12F0000000000000, 0x1000000000000000
 
 def cutlass_dtype(name):
     """The cutlass type of a dtype name."""
-    return {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}[name]
+    return {"e4m3": Float8E4M3FN, "bf16": BFloat16, "fp16": Float16, "fp32": Float32}[name]
 
 
 def smem_atom(dtype):
-    """The 128-byte-swizzled K-major layout atom (8 rows of 128 bytes) of `dtype`."""
-    return warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, dtype)
+    """The swizzled K-major layout atom of 8 rows and 64 columns: 128 bytes a row, 64 of an 8-bit type."""
+    kinds = warpgroup.SmemLayoutAtomKind
+    return warpgroup.make_smem_layout_atom(kinds.K_SW128 if dtype.width == 16 else kinds.K_SW64, dtype)
 
 
 def swz(rows, cols, dtype):
-    """Swizzled (rows, cols) layout: tiles of 128 bytes x rows, one behind the other."""
+    """Swizzled (rows, cols) layout: tiles of rows x 64 columns, one behind the other."""
     return cute.tile_to_shape(smem_atom(dtype), (rows, cols), order=(0, 1))
 
 
@@ -33,7 +34,8 @@ def row_strides(x):
     row = x.stride[2] if x.shape[2] > 1 else x.stride[1]
     row = row if x.shape[1] * x.shape[2] > 1 else Int64(64)
     request = x.stride[0] if x.shape[0] > 1 else Int64(64)
-    return cute.assume(row, divby=8), cute.assume(request, divby=8)
+    divisor = 128 // x.element_type.width
+    return cute.assume(row, divby=divisor), cute.assume(request, divby=divisor)
 
 
 @cute.jit

@@ -1,0 +1,337 @@
+"""What tests of the ops around DSA's indexer share, here and in an engine's own suite: problems, oracles, criteria.
+
+The oracles compute in float64, or byte by byte, and share no code with jitmla.ops.indexer_reference. Whatever must
+not be read is NaN (bytes 0x7F), and whatever must not be written holds a pattern.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .testing_o_proj import calc_diff, cos_sin_table
+
+FP8 = torch.float8_e4m3fn
+PAGE, DIM = 64, 128
+NAN_BYTE, OLD_BYTE = 0x7F, 0xA5
+LOGITS_DIFF = 5e-6
+
+# amax of a row -> its power-of-two scale
+GOLDEN_SCALES = {0.0: 2.0**-22, 1e-4: 2.0**-22, 1.0: 2.0**-8, 3.5: 2.0**-7, 7.0: 2.0**-6, 336.0: 1.0, 448.0: 1.0,
+                 450.0: 2.0, 1000.0: 4.0}
+# amax of 128 columns -> the scale in a row of 656 bytes
+GOLDEN_ROW_SCALES = {0.0: 2.0**-13, 1.0: 2.0**-8, 336.0: 1.0, 448.0: 1.0, 450.0: 2.0}
+
+
+def generator(seed: int, device: torch.device | str) -> torch.Generator:
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+# ------------------------------------------------------------------------------------------------ prologue
+
+
+@dataclass(frozen=True)
+class PrologueProblem:
+    """The arguments of one jitmla.indexer_prologue call."""
+
+    q: Tensor
+    k_raw: Tensor
+    w_raw: Tensor
+    ln_weight: Tensor
+    ln_bias: Tensor
+    positions: Tensor
+    cos_sin_cache: Tensor
+
+    @property
+    def args(self) -> tuple[Tensor, ...]:
+        return (self.q, self.k_raw, self.w_raw, self.ln_weight, self.ln_bias, self.positions, self.cos_sin_cache)
+
+
+def prologue_problem(tokens: int, *, heads: int = 64, k_dtype: torch.dtype = torch.bfloat16,
+                     w_dtype: torch.dtype = torch.float32, ln_dtype: torch.dtype = torch.float32,
+                     positions: torch.dtype = torch.int64, device: torch.device | str = "cpu", seed: int = 0,
+                     apart: bool = False) -> PrologueProblem:
+    """A random problem with rows of all magnitudes, some of zeros. apart: k and w are columns of one wider product, and
+    so is q; what is between them is NaN."""
+    rng = generator(seed, device)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, device=device)
+
+    level = torch.exp(normal(tokens, heads, 1) * 2)
+    level[torch.rand(level.shape, generator=rng, device=device) < 0.05] = 0
+    q, k, w = (normal(tokens, heads, DIM) * level).bfloat16(), normal(tokens, DIM).to(k_dtype), normal(tokens, heads)
+    if apart:
+        wide = torch.full((tokens, heads * DIM + 64), float("nan"), dtype=torch.bfloat16, device=device)
+        wide[:, 32:-32] = q.flatten(1)
+        q = wide[:, 32:-32].unflatten(1, (heads, DIM))
+        both = torch.full((tokens, DIM + 5 + heads), float("nan"), dtype=k_dtype, device=device)
+        both[:, :DIM] = k
+        k = both[:, :DIM]
+        other = torch.full((tokens, heads + 3), float("nan"), dtype=w_dtype, device=device)
+        other[:, 3:] = w
+        w = other[:, 3:]
+    where = torch.randint(0, 8192, (tokens,), generator=rng, device=device).to(positions)
+    return PrologueProblem(q, k, w.to(w_dtype) if not apart else w, (normal(DIM) * 0.2 + 1).to(ln_dtype),
+                           (normal(DIM) * 0.1).to(ln_dtype), where, cos_sin_table().to(device))
+
+
+def exact_rows(p: PrologueProblem, interleave: bool, hadamard: bool, eps: float = 1e-6) -> Tensor:
+    """[tokens, heads + 1, 128] float64: what is quantised, q and behind it k, rounded where the op says."""
+    def bf16(x: Tensor) -> Tensor:
+        return x.to(torch.bfloat16).double()
+
+    k = p.k_raw.to(torch.bfloat16).double()
+    k = (k - k.mean(-1, keepdim=True)) / (k.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
+    k = bf16((k * p.ln_weight.double() + p.ln_bias.double()).float())
+    rows = torch.cat([p.q.double(), k[:, None]], 1)
+    table = p.cos_sin_cache.double()[p.positions.long()]
+    angle = torch.complex(table[:, :32], table[:, 32:])[:, None]
+    if interleave:
+        pair = torch.view_as_complex(rows[..., :64].unflatten(-1, (32, 2)).contiguous()) * angle
+        new = torch.view_as_real(pair).flatten(-2)
+    else:
+        pair = torch.complex(rows[..., :32].contiguous(), rows[..., 32:64].contiguous()) * angle
+        new = torch.cat([pair.real, pair.imag], -1)
+    rows = torch.cat([bf16(new.float()), rows[..., 64:]], -1)
+    if hadamard:
+        i = torch.arange(DIM)
+        bits = i[:, None] & i
+        parity = sum((bits >> b) & 1 for b in range(7)) % 2
+        matrix = (1 - 2 * parity).double().to(rows.device) * DIM**-0.5
+        rows = bf16((rows @ matrix).float())
+    return rows
+
+
+def exact_scales(amax: Tensor, scale_mode: str, floor: float = 1e-4) -> Tensor:
+    """Scales of rows with these magnitudes (float64)."""
+    ratio = (amax.clamp_min(floor).float() / 448.0).double()
+    if scale_mode == "raw_f32":
+        return ratio
+    mantissa, exponent = torch.frexp(ratio)
+    return torch.ldexp(torch.ones_like(ratio), exponent - (mantissa == 0.5).int())
+
+
+def check_codes(codes: Tensor, rows: Tensor, scale: Tensor, allowed: float = 1e-4) -> None:
+    """Raise AssertionError unless `codes` are rows / scale as e4m3: but for `allowed` of them, which are one step
+    off."""
+    ideal = (rows / scale).clamp(-448, 448).float().to(FP8)
+    got, best = codes.contiguous().view(torch.int8).int(), ideal.view(torch.int8).int()
+    got, best = (torch.where(x < 0, -128 - x, x) for x in (got, best))  # in the order of the values; -0 is 0
+    off = (got - best).abs()
+    assert int(off.max()) <= 1, f"a code is {int(off.max())} steps off"
+    share = (off > 0).double().mean().item()
+    assert share <= allowed, f"{share:.1e} of the codes are a step off"
+
+
+def check_prologue(p: PrologueProblem, out: Sequence[Tensor], *, rope_interleave: bool = False,
+                   scale_mode: str = "pow2_f32", hadamard: bool = False) -> None:
+    """Raise AssertionError unless `out` is the prologue of the problem."""
+    q_fp8, k_fp8, k_scale, weights = out
+    tokens, heads, _ = p.q.shape
+    assert q_fp8.shape == (tokens, heads, DIM) and k_fp8.shape == (tokens, DIM) and k_scale.shape == (tokens, 1)
+    assert weights.shape == (tokens, heads)
+    if not tokens:
+        return
+    rows = exact_rows(p, rope_interleave, hadamard)
+    scale = exact_scales(rows.abs().amax(-1), scale_mode)
+    # a rounding to bf16 that fell the other way in float32 may move an amax, and with it a scale
+    steps = k_scale[:, 0].double() / scale[:, heads]
+    got = weights.double() / (p.w_raw.double() * (heads * DIM) ** -0.5)  # the scales of q, in the weights
+    near = torch.cat([(got / scale[:, :heads] - 1).abs().flatten(), (steps - 1).abs()])
+    near = near[near.isfinite()]
+    assert (near > 1e-5).double().mean().item() <= 1e-3, f"{int((near > 1e-5).sum())} of {near.numel()} scales are off"
+    same = (got / scale[:, :heads] - 1).abs() <= 1e-5
+    check_codes(q_fp8[same], rows[:, :heads][same], scale[:, :heads][same][:, None])
+    same = (steps - 1).abs() <= 1e-5
+    check_codes(k_fp8[same], rows[:, heads][same], scale[:, heads][same][:, None], allowed=2e-3)
+
+
+# ------------------------------------------------------------------------------------------------ caches
+
+
+def index_pool(pages: int, pad: int = 0, fill: int = OLD_BYTE, device: torch.device | str = "cpu") -> Tensor:
+    """A pool of the indexer cache, [pages, 64, 1, 132] uint8, pages 8448 + pad bytes apart, all bytes `fill`."""
+    size = PAGE * (DIM + 4)
+    storage = torch.full((pages * (size + pad),), fill, dtype=torch.uint8, device=device)
+    return storage.as_strided((pages, PAGE, 1, DIM + 4), (size + pad, DIM + 4, DIM + 4, 1))
+
+
+def pool_bytes(pool: Tensor) -> bytearray:
+    """All bytes of a pool's memory, what lies between its pages included."""
+    storage = torch.empty(0, dtype=torch.uint8, device=pool.device).set_(pool.untyped_storage())
+    return bytearray(storage.cpu().numpy().tobytes())
+
+
+def scattered(before: bytearray, step: int, codes: Tensor, scales: Tensor, slots: Sequence[int]) -> bytearray:
+    """The bytes of a pool after a scatter, one token at a time."""
+    after = bytearray(before)
+    rows = codes.view(torch.uint8).cpu().numpy()
+    for t, slot in enumerate(slots):
+        if slot >= 0:
+            base = slot // PAGE * step
+            at = base + slot % PAGE * DIM
+            after[at:at + DIM] = rows[t].tobytes()
+            at = base + PAGE * DIM + slot % PAGE * 4
+            after[at:at + 4] = struct.pack("<f", float(scales.flatten()[t]))
+    return after
+
+
+def packed_row(latent: Tensor, rope: Tensor, row: str) -> bytes:
+    """One row of the main cache, from float64."""
+    def raw(x: Tensor) -> bytes:
+        return x.contiguous().view(torch.uint8).numpy().tobytes()
+
+    if row == "bf16":
+        return raw(latent) + raw(rope)
+    tiles = latent.double().view(4, 128)
+    ratio = (tiles.abs().amax(-1).float() / 448.0).clamp_min(1e-4).double()
+    mantissa, exponent = torch.frexp(ratio)
+    scale = torch.ldexp(torch.ones(4, dtype=torch.float64), exponent - (mantissa == 0.5).int())
+    codes = (tiles / scale[:, None]).float().to(FP8)
+    return raw(codes) + struct.pack("<4f", *scale.tolist()) + raw(rope)
+
+
+# ------------------------------------------------------------------------------------------------ logits
+
+
+@dataclass(frozen=True)
+class LogitsProblem:
+    """Queries, keys and their factors. integer: every partial sum is exact in float32, in any order."""
+
+    q: Tensor
+    k: Tensor
+    k_scale: Tensor
+    weights: Tensor
+    integer: bool
+
+
+def logits_problem(rows: int, keys: int, *, heads: int = 64, integer: bool = True, device: torch.device | str = "cpu",
+                   seed: int = 0) -> LogitsProblem:
+    rng = generator(seed, device)
+
+    def drawn(values: Sequence[float], *shape: int) -> Tensor:
+        at = torch.randint(0, len(values), shape, generator=rng, device=device)
+        return torch.tensor(values, dtype=torch.float32, device=device)[at]
+
+    if integer:
+        small = [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0]
+        return LogitsProblem(drawn(small, rows, heads, DIM).to(FP8), drawn(small, keys, DIM).to(FP8),
+                             drawn([0.5, 1.0, 2.0], keys), drawn([-2.0, -1.0, -0.5, 0.5, 1.0, 2.0], rows, heads), True)
+    q, k = (torch.randn(shape, generator=rng, device=device) * 4 for shape in ((rows, heads, DIM), (keys, DIM)))
+    return LogitsProblem(q.to(FP8), k.to(FP8), torch.rand(keys, generator=rng, device=device) + 0.1,
+                         torch.randn(rows, heads, generator=rng, device=device), False)
+
+
+def exact_logits(q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor) -> Tensor:
+    """[rows, keys] float64."""
+    out = torch.empty(q.shape[0], k.shape[0], dtype=torch.float64, device=q.device)
+    keys = k.double()
+    for i in range(0, q.shape[0], 16):
+        dots = (q[i:i + 16].double() @ keys.T).clamp_min(0)
+        out[i:i + 16] = (dots * weights[i:i + 16, :, None].double()).sum(1) * k_scale.double()
+    return out
+
+
+def check_logits(got: Tensor, exact: Tensor, inside: Tensor, integer: bool) -> None:
+    """Raise AssertionError unless the cells `inside` are right: bit for bit on integer problems."""
+    x, y = got[inside].double(), exact[inside]
+    assert bool(x.isfinite().all()), f"{int((~x.isfinite()).sum())} of {x.numel()} cells are not finite"
+    if integer:
+        assert torch.equal(x, y), f"{int((x != y).sum())} of {x.numel()} cells differ"
+    else:
+        diff = calc_diff(x, y)
+        assert diff < LOGITS_DIFF, f"calc_diff {diff:.1e}"
+
+
+def windows(rows: int, keys: int, kind: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Starts and ends: "causal" (aligned at the end), "any", "band" (narrow, increasing, every seventh one empty),
+    "over" (ends behind the last key)."""
+    rng = generator(seed, "cpu")
+    a, b = (torch.randint(0, keys + 1, (rows,), generator=rng) for _ in range(2))
+    if kind == "causal":
+        a, b = torch.zeros(rows), torch.arange(keys - rows + 1, keys + 1).clamp(min=0)
+    elif kind == "band":
+        a = torch.arange(rows) * keys // rows
+        b = (a + torch.randint(0, 90, (rows,), generator=rng)).clamp(max=keys)
+        b[::7] = a[::7]
+    elif kind == "over":
+        b = a + keys
+    else:
+        a, b = torch.minimum(a, b), torch.maximum(a, b)
+    return a.int(), b.int()
+
+
+# ------------------------------------------------------------------------------------------------ top-k
+
+
+def topk_rows(rows: int, n: int, seed: int = 0, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
+    """(name, [rows, n] float32): distributions that have broken implementations of top-k."""
+    rng = generator(seed, device)
+
+    def normal() -> Tensor:
+        return torch.randn(rows, n, generator=rng, device=device)
+
+    def chance(p: float) -> Tensor:
+        return torch.rand(rows, n, generator=rng, device=device) < p
+
+    inf, nan = float("inf"), float("nan")
+    yield "normal", normal()
+    yield "around five", normal() * 0.3 + 5
+    low = torch.randint(0, 1024, (rows, n), generator=rng, device=device, dtype=torch.int32)
+    yield "low bits", (low + 0x3F800000).view(torch.float32)
+    yield "ascending", torch.arange(n, device=device).float().repeat(rows, 1)
+    yield "constant", torch.full((rows, n), 2.5, device=device)
+    yield "zeros", normal().masked_fill(chance(0.9), 0.0)
+    yield "both zeros", torch.where(chance(0.5), 0.0, -0.0) - chance(0.05) * normal().abs()
+    tail = normal()
+    tail[:, 100:] = -inf
+    yield "-inf behind", tail
+    yield "nan and inf", normal().masked_fill(chance(0.3), nan).masked_fill(chance(0.01), inf)
+    nothing = torch.full((rows, n), nan, device=device)
+    nothing[:, ::3], nothing[:, :7] = -inf, 1.0
+    yield "hardly a number", nothing
+    bulge = -normal().abs()
+    bulge[:, n // 2:n // 2 + 2500] += 10
+    yield "in one place", bulge
+    wide = normal()
+    wide[:, n // 3] = 1e30
+    yield "an outlier", wide
+
+
+def exact_topk(logits: Tensor, start: Tensor, end: Tensor, k: int) -> Tensor:
+    """[rows, k] int64: the positions in increasing order, then -1."""
+    out = torch.full((logits.shape[0], k), -1, dtype=torch.int64)
+    for r, (a, b) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
+        row = logits[r, a:max(a, min(b, logits.shape[1]))].double().cpu()
+        n = len(row)
+        if n <= k:
+            out[r, :n] = torch.arange(n)
+            continue
+        row = torch.where(row.isnan(), -torch.inf, row)
+        row[row == 0] = 0.0
+        order = sorted(range(n), key=row.neg().tolist().__getitem__)[:k] if n < 1000 else _largest(row, k)
+        out[r] = torch.tensor(sorted(order))
+    return out
+
+
+def _largest(row: Tensor, k: int) -> list[int]:
+    bound = row.kthvalue(len(row) - k + 1).values
+    above = (row > bound).nonzero().flatten().tolist()
+    return above + (row == bound).nonzero().flatten()[:k - len(above)].tolist()
+
+
+def check_topk(got: Tensor, exact: Tensor) -> None:
+    """Raise AssertionError unless each row of `got` holds the positions of `exact`, -1 at its end alone."""
+    got = got.long().cpu()
+    valid = (exact >= 0).sum(1, keepdim=True)
+    front = torch.arange(got.shape[1]) < valid
+    assert bool((got[~front] == -1).all()) and bool((got[front] >= 0).all()), "-1 elsewhere than at the end"
+    ordered = torch.where(got < 0, 2**40, got).sort(1).values
+    wanted = torch.where(exact < 0, 2**40, exact)
+    bad = (ordered != wanted).any(1)
+    assert not bool(bad.any()), f"{int(bad.sum())} of {len(bad)} rows have other positions"

@@ -1,0 +1,92 @@
+"""Keys of the indexer and their scales out of the pages of its cache, one request behind the other.
+
+    row i, cu_seq_lens[r] <= i < cu_seq_lens[r + 1], is token i - cu_seq_lens[r] of request r
+
+Eight lanes move a token's codes, 16 bytes each, and the first one the scale; the request is found by bisection. Rows
+from cu_seq_lens[R] on, and those of pages with a negative number, are not written.
+"""
+
+# --- constants: replaced when rendered ---
+THREADS = 256
+# --- end of constants ---
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.cute.runtime as rt
+from cutlass import Float8E4M3FN, Float32, Int32, Int64, Uint32
+
+from common.fp8_rows import load_words, store_words
+from common.indexer_page import DIM, PAGE, code_address, fake_cache, scale_address
+
+LANES = 8
+TOKENS = THREADS // LANES
+
+
+class IndexerKGather:
+    # ---------------------------------------------------------------- host
+    @cute.jit
+    def __call__(
+        self,
+        cache: cute.Tensor,
+        table: cute.Tensor,
+        cu_seq_lens: cute.Tensor,
+        k_fp8: cute.Tensor,
+        k_scale: cute.Tensor,
+        stream,
+    ):
+        self.kernel(cache, table, cu_seq_lens, k_fp8, k_scale).launch(
+            grid=[cute.ceil_div(k_fp8.shape[0], TOKENS), 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True
+        )
+
+    # ---------------------------------------------------------------- device
+    @cute.kernel
+    def kernel(
+        self, mCache: cute.Tensor, mTable: cute.Tensor, mStart: cute.Tensor, mK: cute.Tensor, mScale: cute.Tensor
+    ):
+        tid, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        lane = tid % LANES
+        row = block * TOKENS + tid // LANES
+        requests = mTable.shape[0]
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        if row < cutlass.min(mK.shape[0], mStart[requests]):
+            low = Int32(0)  # the last request that does not start behind the row
+            high = requests
+            while high - low > 1:
+                middle = (low + high) // 2
+                behind = mStart[middle] > row
+                high = middle if behind else high
+                low = low if behind else middle
+            token = row - mStart[low]
+            index = token // PAGE
+            page = mTable[low, index] if index < mTable.shape[1] else Int32(-1)
+            if page >= 0:
+                offset = token - index * PAGE
+                codes = load_words(code_address(mCache, page, offset) + 16 * lane, 4)
+                store_words(mK.iterator + (Int64(row) * DIM + 16 * lane), *codes)
+                if lane == 0:
+                    bits = cute.arch.inline_ptx(
+                        "ld.global.b32 {$w0}, [{$r0}];",
+                        write_only_types=[Uint32],
+                        read_only_args=[scale_address(mCache, page, offset).to_llvm_ptr()],
+                    )
+                    mScale[row] = bits.bitcast(Float32)
+
+
+def fake_args():
+    """Stand-ins with the promises of the op: contiguous rows, pages 16-byte aligned; all sizes dynamic."""
+    rows, requests = cute.sym_int(), cute.sym_int()
+    return (
+        fake_cache(),
+        rt.make_fake_tensor(Int32, (requests, cute.sym_int()), (cute.sym_int64(), 1), assumed_align=4),
+        rt.make_fake_tensor(Int32, (cute.sym_int(),), (1,), assumed_align=4),
+        rt.make_fake_tensor(Float8E4M3FN, (rows, DIM), (DIM, 1), assumed_align=16),
+        rt.make_fake_tensor(Float32, (rows,), (1,), assumed_align=16),
+        rt.make_fake_stream(use_tvm_ffi_env_stream=True),
+    )
+
+
+def entry():
+    """What to compile: the host function and its fake arguments."""
+    return IndexerKGather(), fake_args()

@@ -1,0 +1,922 @@
+"""Dense paged MLA decode for sm_90a over an e4m3 cache, any number of query rows: swapped operands, and the values as
+register operands. Queries are e4m3 (8-bit products for the scores) or bf16 or fp16 (the keys are converted).
+
+    S^T (64 tokens x ROWS)     = K . Q^T      A = K: e4m3 tiles in shared memory, or fp16 in registers
+    O^T (LATENT   x ROWS)      = V^T . P^T    A = V^T: fp16 in registers, B = P: fp16 in shared memory
+
+The tensor cores take 8-bit operands from shared memory in one order only (K-major), and V lies there in the other. As
+A operand it may come from registers: a transposing ldmatrix on pairs of bytes brings two columns of two tokens, a byte
+permutation sorts them, and one conversion of two values makes the fp16 operand; nothing is written back to shared
+memory. A fragment row g is then column 2 g of the 16 of its warp and row g + 8 column 2 g + 1, which only the stores of
+O^T have to know. P stays in fp16, so the only rounding that e4m3 brings is that of the inputs.
+
+Keys in registers (16-bit queries) are read the same way without transposition: a thread gets 4 neighbouring columns
+where a fragment has 2 and 2, and Q^T is stored with its columns in that order (permuted in each 16). A bf16 Q goes to
+fp16 times a power of two that brings its largest element to [2^14, 2^15).
+
+Tiling. One CTA per part (mla_split.py) and row tile of ROWS query rows; it walks over 64-token blocks, whatever the
+page size. SLOT_TILES tiles of 64 x 64 are one slot of the ring (mla_ring.py), a block is (LATENT + ROPE) / 64 /
+SLOT_TILES slots.
+
+Pipeline. 512 threads. Warpgroup 0 has the scores and the statistics, warpgroups 1 and 2 every other pair of 64-column
+tiles of O^T, complete for all blocks: nothing is merged at the end. One warp of the last warpgroup issues the TMA and
+runs ahead, also into the next request. P has two buffers: the softmax of a block goes on beside the product before it.
+
+    TMA warp         load b0 | load b1 | load b2 | ...           waits empty[slot], arms full[slot]
+    warpgroup 0      S(b0) P(b0) | S(b1) P(b1) | S(b2) ...       waits full[slot], p_free[b % 2]; arrives at p_full
+    warpgroups 1, 2              | PV(b0)      | PV(b1) ...      wait full[slot], p_full; arrive at empty[slot] when it
+                                                                 is in registers, at p_free when the product is done
+    end of request   warpgroup 0: behind the last S it frees Q (q_free); sums up the weights, writes lse and 1 / sum,
+                     arrives at sums[request % 2] and goes on with the next request
+                     warpgroups 1, 2: wait for that, scale O^T and store it: whole requests to out, pieces to workspace
+    end of the CTA   warpgroups 1, 2 merge the pieces of split requests together with the other CTAs (mla_combine.py)
+
+Warpgroup 0 is at most two blocks ahead of the others, so two buffers of whatever it hands over are enough.
+
+The exponents are relative to a reference: the maximum of the scores when it was last set. It is set again only when a
+score exceeds it by more than SLACK (in log2 units). P is then at most 2^SLACK, the result is the same, and nearly all
+blocks do without a reduction over the tokens and without scaling O^T.
+
+Page ids are read only for pages that hold tokens (j < ceil(L / PAGE_SIZE)): the boxes behind the end of a request
+repeat its last page, and for a request of length 0 they lie outside the tensor map and are filled with zeros. Rows
+behind the end are masked in S and cleared in the registers of V^T (0 * NaN).
+
+Cannot: page sizes other than 16, 32, 64, 128; sm_scale <= 0 (the maximum is taken before scaling); scales that are not
+one number for the tensor; a ROPE width other than 64.
+"""
+
+# --- constants: replaced when rendered ---
+DTYPE = "e4m3"
+LATENT = 512
+ROPE = 64
+PAGE_SIZE = 64
+CAUSAL = False
+ROWS = 64
+SLOT_TILES = 3
+RING = 14
+# --- end of constants ---
+
+from types import SimpleNamespace
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as hh
+from cutlass import BFloat16, Float8E4M3FN, Float16, Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.memory import SmemAllocator
+
+from common.mla_arguments import mla_decode_arguments
+from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
+from common.mla_ring import grouped_pages, packed_rows, page_of_box, ring_box, ring_boxes, ring_layout
+from common.mla_split import interval, n_blocks, partials, sharing, touch_table
+from common.sm90 import EVICT_FIRST, EVICT_NORMAL, INF, LOG2E, cutlass_dtype, ex2, row_strides, smem_atom, swz
+from common.sm90_e4m3 import HAS_KV_DESCALE, HAS_Q_DESCALE, bits_of, load_matrices, of_bits, to_half, transposed_to_half
+
+E4M3_QUERY = DTYPE == "e4m3"
+QUERY = cutlass_dtype(DTYPE)
+OUT = BFloat16 if E4M3_QUERY else QUERY
+SCORE = QUERY if E4M3_QUERY else Float16  # operands of the scores
+BLOCK = 64  # tokens of a block, columns of a tile
+WIDTH = LATENT + ROPE
+TILES = WIDTH // 64
+V_TILES = LATENT // 64
+SLOTS = TILES // SLOT_TILES  # per block
+GROUP_BYTES = 8 * 64 * SLOT_TILES  # 8 tokens of a slot
+SLOT_BYTES = 8 * GROUP_BYTES
+BOXES = BLOCK // min(PAGE_SIZE, BLOCK)  # TMA boxes per slot: pages per block
+BOX_GROUPS = 8 // BOXES  # 8-token groups per box
+Q_BOX = 4  # tiles of a Q box
+COLS = ROWS // 4  # query rows per thread of S^T and O^T
+ACC = 2 * COLS  # accumulators of a thread per tile
+FIRST_BLOCKS = 8192 * 576 // WIDTH  # evict-first for batches up to about 300 MB, as the 16-bit kernels
+BAR_SCORES, BAR_END = 1, 2  # named barriers: warpgroup 0; 1 and 2
+# 65536 in all
+VALUE_REGS, SCORE_REGS, TMA_REGS = (160, 160, 32) if ROWS < 64 else (184, 120, 24)
+K_STEPS = 2  # of an operand that is converted at once: 32 columns of keys, 32 tokens of values
+FRAGMENTS = 3  # of that size in registers
+M_INIT = -1.0e30  # finite: -inf - maximum is never NaN
+SLACK = 14.0  # P up to 2^14: fp16 holds 2^15
+
+assert ROWS in (16, 32, 64) and PAGE_SIZE in (16, 32, 64, 128) and ROPE == 64 and LATENT in (256, 512)
+assert TILES % SLOT_TILES == 0 and RING >= 2 * SLOTS
+# tiles of warpgroup 1 + v, and those of them that lie in the g-th slot of a block
+OWN = [[i for i in range(V_TILES) if i // 2 % 2 == v] for v in (0, 1)]
+
+
+def rows_stack(n):
+    """Shared-memory layout (ROWS rows, 64 columns, n tiles) of Q, one tile behind the other."""
+    return cute.tile_to_shape(smem_atom(SCORE), (ROWS, 64, n), order=(0, 1, 2))
+
+
+@cute.jit
+def over_tokens(x: Float32, is_max: cutlass.Constexpr):
+    """Reduce over the 8 lanes that hold the same query rows (lane % 4)."""
+    for k in cutlass.range_constexpr(3):
+        y = cute.arch.shuffle_sync_bfly(x, offset=4 << k)
+        x = cute.arch.fmax(x, y) if const_expr(is_max) else x + y
+    return x
+
+
+@cute.jit
+def row_of(h: cutlass.Constexpr, lane):
+    """The query row that a thread holds as its h-th."""
+    return (h // 2) * 8 + (lane % 4) * 2 + h % 2
+
+
+def at(h):
+    """Index in an accumulator of the first of a thread's two values (+ 2: the other) of its h-th query row."""
+    return (h // 2) * 4 + h % 2
+
+
+def first_of(tile):
+    """Index of a tile's first value in the O^T of the warpgroup that owns it."""
+    return (tile // 4 * 2 + tile % 2) * ACC
+
+
+@cute.jit
+def slot_of(i: cutlass.Constexpr, slot, phase):
+    """(slot, phase) of the i-th slot of a block that starts at `slot`; SLOTS: the start of the next block."""
+    s = slot + i
+    if const_expr(i == SLOTS or RING % SLOTS != 0):
+        phase = phase ^ 1 if s >= RING else phase
+        s = s - RING if s >= RING else s
+    return s, phase
+
+
+def partial_column(lane, e):
+    """Column of element e of the lane-th float4 of 128 columns in a partial result: as the accumulators have them."""
+    return e // 2 * 64 + (lane >> 3) * 16 + (lane & 7) * 2 + e % 2
+
+
+# measured in sm90_relay: with the code for teams in the kernel the main loop is slower, even where no team is formed
+COMBINE = MlaCombine(LATENT, "bf16" if E4M3_QUERY else DTYPE, partial_column, True, BAR_END, teams=False)
+assert COMBINE.area_floats() * 4 <= RING * SLOT_BYTES + 2 * ROWS * BLOCK * 2  # the ring and P
+
+
+class MlaDecode:
+    # ---------------------------------------------------------------- host
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,
+        q_pe: cute.Tensor,
+        kv_cache: cute.Tensor,
+        block_table: cute.Tensor,
+        seq_lens: cute.Tensor,
+        sinks: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        workspace: cute.Tensor,
+        semaphores: cute.Tensor,
+        sm_scale: Float32,
+        pe_offset: Int32,
+        flags: Int32,
+        parts: Int32,
+        fixed: Int32,
+        least: Int32,
+        bias: Int32,
+        q_descale: cute.Tensor,
+        kv_descale: cute.Tensor,
+        value_scale: Float32,
+        stream,
+    ):
+        """q (B, s_q, H, >= LATENT) and q_pe, whose rope part starts at column pe_offset (q itself and LATENT when they
+        are joined); kv_cache (pages, PAGE_SIZE, LATENT + ROPE); block_table (B, max_pages); seq_lens (B);
+        sinks (>= H); out (B, s_q, H, LATENT); lse (B, s_q, H); workspace: see mla_split.partials; semaphores: zeros,
+        parts * row tiles of them, left as zeros. flags: HAS_SINKS + WANTS_LSE + COOPERATIVE + HAS_Q_DESCALE +
+        HAS_KV_DESCALE; without the first, sinks are not read, without the second, lse is not written and may have any
+        shape. Strides may be anything within these: q, q_pe, kv_cache, out multiples of 16 bytes; the (query token,
+        head) rows of q, q_pe and out evenly spaced. sm_scale > 0 is the factor of the logits and value_scale that of
+        out, but for q_descale[0] and kv_descale[0], one number each, read when flags say so. From parts on: the split;
+        parts * row tiles is at most the number of SMs."""
+        batch, s_q, heads = q.shape[0], q.shape[1], q.shape[2]
+        rows = s_q * heads
+        o_acc, lse_acc = partials(workspace, parts, rows, LATENT)
+        row, request = row_strides(out)
+        mO = cute.make_tensor(out.iterator, cute.make_layout((batch, rows, LATENT), stride=(request, row, 1)))
+
+        g2s = cpasync.CopyBulkTensorTileG2SOp()
+        mQ, mQpe = packed_rows(q, Int32(0), V_TILES), packed_rows(q_pe, pe_offset, 1)
+        tma_q, tma_pe = None, None
+        if const_expr(E4M3_QUERY):
+            tma_q, mQ = cpasync.make_tiled_tma_atom(g2s, mQ, rows_stack(Q_BOX), (ROWS, 64, Q_BOX))
+            tma_pe, mQpe = cpasync.make_tiled_tma_atom(g2s, mQpe, rows_stack(1), (ROWS, 64, 1))
+        tma_k, mK = cpasync.make_tiled_tma_atom(
+            g2s,
+            grouped_pages(kv_cache, PAGE_SIZE, TILES),
+            ring_box(Float8E4M3FN, SLOT_TILES, BOXES),
+            (8, BOX_GROUPS, 64, SLOT_TILES),
+        )
+
+        def mma(dtype, source):
+            major = OperandMajorMode.K
+            return hh.make_trivial_tiled_mma(dtype, dtype, major, major, Float32, (1, 1, 1), (64, ROWS), source)
+
+        source = warpgroup.OperandSource
+        self.kernel(
+            tma_q,
+            mQ,
+            tma_pe,
+            mQpe,
+            tma_k,
+            mK,
+            block_table,
+            seq_lens,
+            sinks,
+            mO,
+            lse,
+            o_acc,
+            lse_acc,
+            semaphores,
+            sm_scale * LOG2E,
+            flags,
+            batch,
+            s_q,
+            heads,
+            cutlass.max(kv_cache.shape[0], 1),
+            parts,
+            fixed,
+            least,
+            bias,
+            q_descale,
+            kv_descale,
+            value_scale,
+            parts // batch,
+            (batch + parts - 1) // parts,
+            mma(SCORE, source.SMEM if E4M3_QUERY else source.RMEM),
+            mma(Float16, source.RMEM),
+        ).launch(
+            grid=[cute.ceil_div(rows, ROWS), 1, parts],
+            block=[512, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+            use_pdl=True,
+            cooperative=(flags & COOPERATIVE) // COOPERATIVE,
+        )
+
+    # -------------------------------------------------------------- device
+    @cute.kernel
+    def kernel(
+        self,
+        tma_q,
+        mQ: cute.Tensor,
+        tma_pe,
+        mQpe: cute.Tensor,
+        tma_k: cute.CopyAtom,
+        mK: cute.Tensor,
+        table: cute.Tensor,
+        seqlens: cute.Tensor,
+        sinks: cute.Tensor,
+        mO: cute.Tensor,
+        lse: cute.Tensor,
+        o_acc: cute.Tensor,
+        lse_acc: cute.Tensor,
+        semaphores: cute.Tensor,
+        scale: Float32,
+        flags: Int32,
+        batch: Int32,
+        s_q: Int32,
+        heads: Int32,
+        pages: Int32,
+        parts: Int32,
+        fixed: Int32,
+        least: Int32,
+        bias: Int32,
+        q_descale: cute.Tensor,
+        kv_descale: cute.Tensor,
+        value_scale: Float32,
+        parts_per_request: Int32,
+        requests_per_part: Int32,
+        mma_qk: cute.TiledMma,
+        mma_pv: cute.TiledMma,
+    ):
+        tid, _, _ = cute.arch.thread_idx()
+        row_tile, _, part = cute.arch.block_idx()
+        row_tiles, _, _ = cute.arch.grid_dim()
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        wg = warp_idx // 4
+        t = tid % 128
+        lane = tid % 32
+        row0 = row_tile * ROWS
+
+        smem = SmemAllocator()
+
+        def swizzled(layout, dtype):
+            return smem.allocate_tensor(dtype, layout.outer, 1024, swizzle=layout.inner)
+
+        sK = swizzled(ring_layout(Float8E4M3FN, SLOT_TILES, RING), Float8E4M3FN)
+        sP = swizzled(swz(ROWS, 2 * BLOCK, Float16), Float16)
+        sQ = swizzled(swz(ROWS, WIDTH, SCORE), SCORE)
+        sX = smem.allocate_tensor(Float32, cute.make_layout((4, ROWS)), 16)  # maxima or sums: warp, row
+        sM = smem.allocate_tensor(Float32, cute.make_layout(ROWS), 16)  # references at the end of a request
+        sFactor = smem.allocate_tensor(Float32, cute.make_layout((ROWS, 2)), 16)  # of O when the reference was set
+        sInv = smem.allocate_tensor(Float32, cute.make_layout((ROWS, 2)), 16)  # value scale / sum of the weights
+        sBack = smem.allocate_tensor(Int32, cute.make_layout(ROWS), 16)  # causal: tokens at the end a row does not see
+        sAbove = smem.allocate_tensor(Int32, cute.make_layout((4, 2)), 16)  # per warp: a score is above the reference
+        sAgain = smem.allocate_tensor(Int32, cute.make_layout(2), 16)  # the reference was set again
+        sI = smem.allocate_tensor(Int32, cute.make_layout(6), 16)  # what mla_split.interval returned
+        sShare = smem.allocate_tensor(Int32, cute.make_layout(6), 16)  # what mla_split.sharing returned, r0, r1
+        full = smem.allocate_array(Int64, RING)
+        empty = smem.allocate_array(Int64, RING)
+        p_full = smem.allocate_array(Int64, 2)
+        p_free = smem.allocate_array(Int64, 2)
+        sums = smem.allocate_array(Int64, 2)
+        q_full = smem.allocate_array(Int64, 1)
+        q_free = smem.allocate_array(Int64, 1)
+
+        if warp_idx == 12:
+            cpasync.prefetch_descriptor(tma_k)
+            if const_expr(E4M3_QUERY):
+                cpasync.prefetch_descriptor(tma_q)
+                cpasync.prefetch_descriptor(tma_pe)
+        if warp_idx == 0:
+            with cute.arch.elect_one():
+                for i in cutlass.range_constexpr(RING):
+                    cute.arch.mbarrier_init(full + i, 1)
+                    cute.arch.mbarrier_init(empty + i, 8)
+                for i in cutlass.range_constexpr(2):
+                    cute.arch.mbarrier_init(p_full + i, 4)
+                    cute.arch.mbarrier_init(p_free + i, 8)
+                    cute.arch.mbarrier_init(sums + i, 4)
+                cute.arch.mbarrier_init(q_full, 1)
+                cute.arch.mbarrier_init(q_free, 4)
+            cute.arch.mbarrier_init_fence()
+
+        one = cute.make_layout(1)
+        q_tiles = cute.local_tile(sQ, (ROWS, 64), (0, None))  # (row, column, tile)
+        p_tiles = cute.local_tile(sP, (ROWS, BLOCK), (0, None))  # (row, token, buffer)
+        tQs, tQg, tPs, tPg = None, None, None, None
+        if const_expr(E4M3_QUERY):
+            tQs, tQg = cpasync.tma_partition(
+                tma_q,
+                0,
+                one,
+                cute.group_modes(cute.local_tile(q_tiles, (ROWS, 64, Q_BOX), (0, 0, None)), 0, 3),
+                cute.group_modes(cute.local_tile(mQ, (ROWS, 64, Q_BOX), (None, 0, None, None)), 0, 3),
+            )
+            tPs, tPg = cpasync.tma_partition(
+                tma_pe,
+                0,
+                one,
+                cute.group_modes(
+                    cute.local_tile(cute.domain_offset((0, 0, V_TILES), q_tiles), (ROWS, 64, 1), (0, 0, 0)), 0, 3
+                ),
+                cute.group_modes(cute.local_tile(mQpe, (ROWS, 64, 1), (None, 0, 0, None)), 0, 3),
+            )
+        tKs, tKg = cpasync.tma_partition(
+            tma_k,
+            0,
+            one,
+            cute.group_modes(cute.make_tensor(sK.iterator, ring_boxes(SLOT_TILES, BOXES, RING)), 0, 4),
+            cute.group_modes(cute.local_tile(mK, (8, BOX_GROUPS, 64, SLOT_TILES), (0, None, 0, None, None)), 0, 4),
+        )
+        qk = mma_qk.get_slice(t)
+        pv = mma_pv.get_slice(t)
+        # P^T leaves the registers transposed: the rows in memory are query rows
+        stsm = cute.make_tiled_copy_C(cute.make_copy_atom(warp.StMatrix8x8x16bOp(True, 4), Float16), mma_qk)
+        stsm_thr = stsm.get_slice(t)
+        p_view = cute.make_tensor(p_tiles.iterator, cute.select(p_tiles.layout, mode=[1, 0, 2]))  # (token, row, buffer)
+
+        # read-only in loops and branches: what is assigned there would have to be a value of the program
+        c = SimpleNamespace(
+            full=full,
+            empty=empty,
+            p_full=p_full,
+            p_free=p_free,
+            sums=sums,
+            q_full=q_full,
+            q_free=q_free,
+            tma_q=tma_q,
+            tQs=tQs,
+            tQg=tQg,
+            tma_pe=tma_pe,
+            tPs=tPs,
+            tPg=tPg,
+            tma_k=tma_k,
+            tKs=tKs,
+            tKg=tKg,
+            ring=sK.iterator.toint(),
+            sQ=sQ,
+            mQ=mQ,
+            mQpe=mQpe,
+            sX=sX,
+            sM=sM,
+            sFactor=sFactor,
+            sInv=sInv,
+            sBack=sBack,
+            sAbove=sAbove,
+            sAgain=sAgain,
+            sI=sI,
+            s_shape=qk.partition_shape_C((BLOCK, ROWS)),
+            op_qk=mma_qk.op,
+            op_pv=mma_pv.op,
+            tK=qk.make_fragment_A(qk.partition_A(sK)) if E4M3_QUERY else None,
+            tQ=qk.make_fragment_B(qk.partition_B(q_tiles)),
+            tP=pv.make_fragment_B(pv.partition_B(p_tiles)),
+            stsm=stsm,
+            stsm_thr=stsm_thr,
+            tPst=stsm_thr.partition_D(p_view),
+            seqlens=seqlens,
+            part=part,
+            row_tile=row_tile,
+            row0=row0,
+            rows=s_q * heads,
+            lane=lane,
+            t=t,
+            w=warp_idx % 4,
+        )
+
+        if warp_idx == 13:
+            touch_table(table, seqlens, batch, part, parts_per_request, requests_per_part, PAGE_SIZE, lane)
+        # everything above overlaps the previous kernel's tail
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()  # all CTAs run: nobody can take the SM of one that others wait for
+        if warp_idx == 12:
+            r0, r1, j0, j1, total, unit = interval(
+                seqlens, batch, part, parts, fixed, least, bias, parts_per_request, requests_per_part, lane
+            )
+            if lane == 0:
+                sI[0] = r0
+                sI[1] = r1
+                sI[2] = j0
+                sI[3] = j1
+                sI[4] = total
+                sI[5] = unit
+        if const_expr(CAUSAL):
+            # not on tid: the compiler would not take the warps for converged, and move descriptors for every MMA
+            if warp_idx < (ROWS + 31) // 32:
+                if lane < ROWS:
+                    sBack[tid] = cutlass.max(s_q - 1 - (row0 + tid) // heads, 0)
+        cute.arch.sync_threads()
+        if wg == 3:
+            cute.arch.setmaxregister_decrease(TMA_REGS)
+            if warp_idx == 12:
+                self.produce(c, table, pages, row_tiles)
+        elif wg == 0:
+            if const_expr(SCORE_REGS > 128):
+                cute.arch.setmaxregister_increase(SCORE_REGS)
+            else:
+                cute.arch.setmaxregister_decrease(SCORE_REGS)
+            if (flags & HAS_Q_DESCALE) != 0:
+                scale = scale * q_descale[0]
+            if (flags & HAS_KV_DESCALE) != 0:
+                scale = scale * kv_descale[0]
+                value_scale = value_scale * kv_descale[0]
+            self.scores(c, scale, value_scale, lse, lse_acc, sinks, flags, s_q, heads)
+        else:
+            cute.arch.setmaxregister_increase(VALUE_REGS)
+            # while the first loads are under way; a branch on tid would make the compiler take the warps for diverged
+            if warp_idx == 4:
+                p0, n, sharers, started = sharing(seqlens, part, parts_per_request, sI[5], sI[0], sI[1], sI[2], sI[3])
+                if lane == 0:
+                    sShare[0] = p0
+                    sShare[1] = n
+                    sShare[2] = sharers
+                    sShare[3] = started
+                    sShare[4] = sI[0]
+                    sShare[5] = sI[1]
+            if wg == 1:
+                self.values(c, 0, mO, o_acc)
+            else:
+                self.values(c, 1, mO, o_acc)
+            # every load into the ring has been waited for; `sums` ordered what warpgroup 0 wrote to lse_acc
+            area = cute.recast_ptr(sK.iterator, dtype=Float32)
+            COMBINE.run(
+                area, sShare, mO, lse, sinks, o_acc, lse_acc, semaphores, flags, heads, part, row_tile, row_tiles,
+                row0, cutlass.min(s_q * heads - row0, ROWS), tid - 128,
+            )  # fmt: skip
+
+    @cute.jit
+    def piece(self, c, req):
+        """(length, first block, end block, has it the whole request) of a request of this CTA."""
+        seqlen = c.seqlens[req]
+        blocks = n_blocks(seqlen)
+        b0 = c.sI[2] if req == c.sI[0] else Int32(0)
+        b1 = c.sI[3] if (req == c.sI[1] and c.sI[3] > 0) else blocks
+        return seqlen, b0, b1, b0 == 0 and b1 == blocks
+
+    @cute.jit
+    def arrive(self, barrier):
+        """One arrival of a warp, behind what its lanes have done."""
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(barrier)
+
+    # ------------------------------------------------------------ TMA warp
+    @cute.jit
+    def load_q(self, c, req):
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(c.q_full, ROWS * WIDTH)
+        for i in cutlass.range_constexpr(V_TILES // Q_BOX):
+            cute.copy(c.tma_q, c.tQg[None, c.row_tile, i, req], c.tQs[None, i], tma_bar_ptr=c.q_full)
+        cute.copy(c.tma_pe, c.tPg[None, c.row_tile, req], c.tPs, tma_bar_ptr=c.q_full)
+
+    @cute.jit
+    def produce(self, c, table, pages, row_tiles):
+        lane, sI = c.lane, c.sI
+        slot = Int32(0)
+        phase = Int32(1)
+        phase_q = Int32(0)
+        policy = Int64(EVICT_FIRST) if sI[4] <= FIRST_BLOCKS or row_tiles > 1 else Int64(EVICT_NORMAL)
+        for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
+            seqlen, b0, b1, _ = self.piece(c, req)
+            last = (seqlen + (PAGE_SIZE - 1)) // PAGE_SIZE - 1
+            page = page_of_box(table, req, b0, last, lane, pages, PAGE_SIZE)
+            if const_expr(E4M3_QUERY):
+                if req == sI[0]:
+                    self.load_q(c, req)
+            for j in cutlass.range(b0, b1, unroll=1):
+                following = page_of_box(table, req, cutlass.min(j + 1, b1 - 1), last, lane, pages, PAGE_SIZE)
+                box_pages = [page]
+                if const_expr(BOXES > 1):
+                    box_pages = [cute.arch.shuffle_sync(page, offset=u) for u in range(BOXES)]
+                part_of_page = j % (PAGE_SIZE // BLOCK) if const_expr(PAGE_SIZE > BLOCK) else 0
+                for i in cutlass.range_constexpr(SLOTS):
+                    full = c.full + slot
+                    cute.arch.mbarrier_wait(c.empty + slot, phase)
+                    with cute.arch.elect_one():
+                        cute.arch.mbarrier_arrive_and_expect_tx(full, SLOT_BYTES)
+                    for u in cutlass.range_constexpr(BOXES):
+                        cute.copy(
+                            c.tma_k,
+                            c.tKg[None, part_of_page, i, box_pages[u]],
+                            c.tKs[None, u, slot],
+                            tma_bar_ptr=full,
+                            cache_policy=policy,
+                        )
+                    slot = slot + 1
+                    phase = phase ^ 1 if slot == RING else phase
+                    slot = Int32(0) if slot == RING else slot
+                page = following
+                if const_expr(E4M3_QUERY):
+                    if j == b0 and req != sI[0]:
+                        cute.arch.mbarrier_wait(c.q_free, phase_q)  # the last scores of the previous request are there
+                        phase_q = phase_q ^ 1
+                        self.load_q(c, req)
+
+    # -------------------------------------------------------------- queries of 16 bits
+    @cute.jit
+    def fetch_query(self, c, req, row, tile):
+        """This thread's 16 columns of a tile of a query row: those of lane % 4."""
+        rX = cute.make_rmem_tensor((16,), QUERY)
+        rX.fill(0.0)
+        if c.row0 + row < c.rows:
+            for e in cutlass.range_constexpr(2):
+                to = cute.local_tile(rX, (8,), (e,))
+                at8 = c.lane % 4 * 2 + e
+                if tile < V_TILES:
+                    cute.autovec_copy(cute.local_tile(c.mQ[c.row0 + row, None, tile, req], (8,), (at8,)), to)
+                else:
+                    cute.autovec_copy(cute.local_tile(c.mQpe[c.row0 + row, None, 0, req], (8,), (at8,)), to)
+        return rX
+
+    @cute.jit
+    def largest(self, c, req):
+        """The largest finite magnitude in this CTA's rows of Q."""
+        sX = c.sX
+        top = Float32(0.0)
+        for i in cutlass.range(c.t // 4, ROWS * TILES, 32, unroll=2):
+            rX = self.fetch_query(c, req, i % ROWS, i // ROWS)
+            for e in cutlass.range_constexpr(16):
+                x = rX[e].to(Float32)
+                x = cute.arch.fmax(x, -x)
+                top = cute.arch.fmax(top, x if x < INF else Float32(0.0))
+        for k in cutlass.range_constexpr(5):
+            top = cute.arch.fmax(top, cute.arch.shuffle_sync_bfly(top, offset=1 << k))
+        if c.lane == 0:
+            sX[c.w, 0] = top
+        cute.arch.barrier(barrier_id=BAR_SCORES, number_of_threads=128)
+        return cute.arch.fmax(cute.arch.fmax(sX[0, 0], sX[1, 0]), cute.arch.fmax(sX[2, 0], sX[3, 0]))
+
+    @cute.jit
+    def convert_query(self, c, req):
+        """Q as the products want it: fp16, columns permuted in each 16. Returns the factor that makes up for the power
+        of two that Q was multiplied by."""
+        sQ = c.sQ
+        raise_by = Float32(1.0)
+        make_up = Float32(1.0)
+        cute.arch.barrier(barrier_id=BAR_SCORES, number_of_threads=128)  # sX may still be read
+        if const_expr(DTYPE == "bf16"):
+            exponent = (bits_of(self.largest(c, req)) >> 23) - 141  # floor(log2) - 14
+            exponent = cutlass.min(cutlass.max(exponent, -126), 126)
+            raise_by = of_bits((127 - exponent) << 23)
+            make_up = of_bits((127 + exponent) << 23)
+        for i in cutlass.range(c.t // 4, ROWS * TILES, 32, unroll=2):
+            row, tile = i % ROWS, i // ROWS
+            rX = self.fetch_query(c, req, row, tile)
+            rY = cute.make_rmem_tensor((16,), Float16)
+            for e in cutlass.range_constexpr(16):
+                x = rX[e % 8 // 2 * 4 + e // 8 * 2 + e % 2]
+                if const_expr(DTYPE == "bf16"):
+                    rY[e] = (x.to(Float32) * raise_by).to(Float16)
+                else:
+                    rY[e] = x
+            for e in cutlass.range_constexpr(2):
+                to = cute.local_tile(sQ[row, None], (8,), (tile * 8 + c.lane % 4 * 2 + e,))
+                cute.autovec_copy(cute.local_tile(rY, (8,), (e,)), to)
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier(barrier_id=BAR_SCORES, number_of_threads=128)
+        return make_up
+
+    # -------------------------------------------------------------- scores
+    @cute.jit
+    def raise_reference(self, c, rS, rM, rL, scale, buf):
+        """Set the reference to the maximum so far: over two registers, 8 lanes, 4 warps."""
+        lane, sX, sFactor = c.lane, c.sX, c.sFactor
+        for h in cutlass.range_constexpr(COLS):
+            top = over_tokens(cute.arch.fmax(rS[at(h)], rS[at(h) + 2]), True)
+            if lane < 4:
+                sX[c.w, row_of(h, lane)] = top
+        cute.arch.barrier(barrier_id=BAR_SCORES, number_of_threads=128)
+        for h in cutlass.range_constexpr(COLS):
+            row = row_of(h, lane)
+            top = cute.arch.fmax(cute.arch.fmax(sX[0, row], sX[1, row]), cute.arch.fmax(sX[2, row], sX[3, row]))
+            m = cute.arch.fmax(rM[h], top * scale)
+            factor = ex2(rM[h] - m)
+            rM[h] = m
+            rL[h] = rL[h] * factor
+            if c.w == 0 and lane < 4:
+                sFactor[row, buf] = factor
+
+    @cute.jit
+    def dot(self, c, rS, slot, phase):
+        """S^T = K Q^T, 8-bit operands in shared memory."""
+        qk = cute.make_mma_atom(c.op_qk)
+        qk.set(warpgroup.Field.ACCUMULATE, False)
+        for g in cutlass.range_constexpr(SLOTS):
+            s, ph = slot_of(g, slot, phase)
+            cute.arch.mbarrier_wait(c.full + s, ph)
+            # a shuffle: the descriptors of this slot are then computed here and not moved to and fro before the wait
+            s = cute.arch.make_warp_uniform(s)
+            warpgroup.fence()
+            for i in cutlass.range_constexpr(SLOT_TILES):
+                for x in cutlass.range_constexpr(2):
+                    tile = g * SLOT_TILES + i
+                    cute.gemm(qk, rS, c.tK[None, None, (x, i), s], c.tQ[None, None, x, tile], rS)
+                    qk.set(warpgroup.Field.ACCUMULATE, True)
+            warpgroup.commit_group()
+        warpgroup.wait_group(0)
+
+    @cute.jit
+    def dot_converted(self, c, rS, slot, phase):
+        """S^T = K Q^T, K through registers: matrices of 8 tokens and 16 columns, of the 16 tokens of this warp."""
+        lane = c.lane
+        group = 2 * c.w + (lane >> 3 & 1)
+        base = c.ring + group * GROUP_BYTES + (lane & 7) * 64 + (((lane >> 4) ^ (lane & 7) >> 1) << 4)
+        qk = cute.make_mma_atom(c.op_qk)
+        qk.set(warpgroup.Field.ACCUMULATE, False)
+        rA = [cute.make_rmem_tensor(((2, 2, 2), 1, K_STEPS), Float16) for _ in range(FRAGMENTS)]
+        for g in cutlass.range_constexpr(SLOTS):
+            s, ph = slot_of(g, slot, phase)
+            cute.arch.mbarrier_wait(c.full + s, ph)
+            address = base + s * SLOT_BYTES
+            for i in cutlass.range_constexpr(2 * SLOT_TILES):
+                half = g * 2 * SLOT_TILES + i  # of a tile
+                if const_expr(half >= FRAGMENTS):
+                    warpgroup.wait_group(FRAGMENTS - 1)
+                rAi = rA[half % FRAGMENTS]
+                rK = cute.recast_tensor(rAi, Int32)
+                m = load_matrices(address ^ 32 * (i % 2), i // 2 * 512, False)
+                for u in cutlass.range_constexpr(4):
+                    lo, hi = to_half(m[u])
+                    # k-step u // 2, tokens 8 (u % 2) ..: the lower and the upper half of its columns
+                    rK[u // 2 * 4 + u % 2] = lo
+                    rK[u // 2 * 4 + u % 2 + 2] = hi
+                warpgroup.fence()
+                for x in cutlass.range_constexpr(K_STEPS):
+                    cute.gemm(qk, rS, rAi[None, None, x], c.tQ[None, None, half % 2 * 2 + x, half // 2], rS)
+                    qk.set(warpgroup.Field.ACCUMULATE, True)
+                warpgroup.commit_group()
+        warpgroup.wait_group(0)
+
+    @cute.jit
+    def score_block(self, c, rM, rL, scale, slot, phase, tok0, seqlen, cut, min_lim, number, is_last):
+        """Scores and weights of one block. cut: tokens of the piece; min_lim: tokens that every row may see;
+        number: of the block in this CTA; is_last: of this request."""
+        lane, w = c.lane, c.w
+        sAbove, sAgain = c.sAbove, c.sAgain  # storing through c would make all of it loop-carried
+        buf = number & 1
+        rS = cute.make_rmem_tensor(c.s_shape, Float32)
+        rP = cute.make_rmem_tensor(c.s_shape, Float16)
+        if const_expr(E4M3_QUERY):
+            self.dot(c, rS, slot, phase)
+            if is_last:
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive(c.q_free)
+        else:
+            self.dot_converted(c, rS, slot, phase)
+        if tok0 + BLOCK > min_lim:
+            for h in cutlass.range_constexpr(COLS):
+                lim = cut
+                if const_expr(CAUSAL):
+                    lim = cutlass.min(cut, seqlen - c.sBack[row_of(h, lane)])
+                for u in cutlass.range_constexpr(2):
+                    tok = tok0 + w * 16 + lane // 4 + 8 * u
+                    rS[at(h) + 2 * u] = rS[at(h) + 2 * u] if tok < lim else -Float32(INF)
+        # what is written from here on was read two blocks before
+        cute.arch.mbarrier_wait(c.p_free + buf, (number >> 1 & 1) ^ 1)
+        above = -Float32(INF)
+        for h in cutlass.range_constexpr(COLS):
+            above = cute.arch.fmax(above, cute.arch.fmax(rS[at(h)], rS[at(h) + 2]) * scale - rM[h])
+        above_any = Int32(1) if cute.arch.vote_any_sync(above > SLACK) else Int32(0)
+        if lane == 0:
+            sAbove[w, buf] = above_any
+        cute.arch.barrier(barrier_id=BAR_SCORES, number_of_threads=128)
+        again = sAbove[0, buf] | sAbove[1, buf] | sAbove[2, buf] | sAbove[3, buf]
+        if again != 0:
+            self.raise_reference(c, rS, rM, rL, scale, buf)
+        if c.t == 0:
+            sAgain[buf] = again
+        for h in cutlass.range_constexpr(COLS):
+            a = ex2(rS[at(h)] * scale - rM[h])
+            b = ex2(rS[at(h) + 2] * scale - rM[h])
+            rS[at(h)] = a
+            rS[at(h) + 2] = b
+            rL[h] = rL[h] + (a + b)
+        rP.store(rS.load().to(Float16))
+        cute.copy(c.stsm, c.stsm_thr.retile(rP), c.tPst[None, None, None, buf])
+        cute.arch.fence_view_async_shared()
+        self.arrive(c.p_full + buf)
+
+    @cute.jit
+    def scores(self, c, scale, value_scale, lse, lse_acc, sinks, flags, s_q, heads):
+        """Warpgroup 0."""
+        lane, t, sX, sM, sInv, sI = c.lane, c.t, c.sX, c.sM, c.sInv, c.sI
+        rM = cute.make_rmem_tensor((COLS,), Float32)
+        rL = cute.make_rmem_tensor((COLS,), Float32)
+        slot = Int32(0)
+        phase = Int32(0)
+        phase_q = Int32(0)
+        number = Int32(0)
+        for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
+            seqlen, b0, b1, whole = self.piece(c, req)
+            cut = cutlass.min(seqlen, b1 * BLOCK)
+            min_lim = cut
+            if const_expr(CAUSAL):
+                min_lim = cutlass.min(cut, seqlen - (s_q - 1))
+            rM.fill(M_INIT)
+            rL.fill(0.0)
+            q_scale = scale
+            if const_expr(E4M3_QUERY):
+                cute.arch.mbarrier_wait(c.q_full, phase_q)
+                phase_q = phase_q ^ 1
+            else:
+                q_scale = scale * self.convert_query(c, req)
+            for j in cutlass.range(b0, b1, unroll=1):
+                self.score_block(
+                    c, rM, rL, q_scale, slot, phase, j * BLOCK, seqlen, cut, min_lim, number, j == b1 - 1
+                )  # fmt: skip
+                number = number + 1
+                slot, phase = slot_of(SLOTS, slot, phase)
+            # sums of the weights
+            cute.arch.barrier(barrier_id=BAR_SCORES, number_of_threads=128)  # sX may still be read
+            for h in cutlass.range_constexpr(COLS):
+                total = over_tokens(rL[h], False)
+                if lane < 4:
+                    sX[c.w, row_of(h, lane)] = total
+                    if c.w == 0:
+                        sM[row_of(h, lane)] = rM[h]
+            cute.arch.barrier(barrier_id=BAR_SCORES, number_of_threads=128)
+            parity = (req - sI[0]) & 1
+            if t < ROWS:
+                row = c.row0 + t
+                total = (sX[0, t] + sX[1, t]) + (sX[2, t] + sX[3, t])
+                weights = total
+                if (flags & HAS_SINKS) != 0 and whole and row < s_q * heads:
+                    weights = total + ex2(sinks[row % heads] * LOG2E - sM[t])
+                sInv[t, parity] = cute.arch.rcp_approx(weights) * value_scale if total > 0.0 else Float32(0.0)
+                if row < s_q * heads:
+                    value = cute.math.log2(total, fastmath=True) + sM[t] if total > 0.0 else -Float32(INF)
+                    if not whole:
+                        lse_acc[self.piece_slot(c, b0), row] = value
+                    elif (flags & WANTS_LSE) != 0:
+                        lse[req, row // heads, row % heads] = value * (1.0 / LOG2E)
+            self.arrive(c.sums + parity)
+
+    @cute.jit
+    def piece_slot(self, c, b0):
+        """Slot of the partial results of a piece that starts at block b0."""
+        return 2 * c.part if b0 > 0 else 2 * c.part + 1
+
+    # -------------------------------------------------------------- values
+    @cute.jit
+    def scale_o(self, c, rO, sScale):
+        for k in cutlass.range_constexpr(COLS // 2):
+            pair = cute.make_rmem_tensor((2,), Float32)
+            cute.autovec_copy(cute.local_tile(sScale, (2,), (k * 4 + c.lane % 4,)), pair)
+            for i in cutlass.range_constexpr(cute.size(rO) // ACC):
+                for e in cutlass.range_constexpr(4):
+                    rO[i * ACC + k * 4 + e] = rO[i * ACC + k * 4 + e] * pair[e % 2]
+
+    @cute.jit
+    def fetch_values(self, c, rA, base, tile: cutlass.Constexpr, half: cutlass.Constexpr, slot, valid):
+        """Half a tile of V^T as fp16 fragments: the 16 columns of this warp, 32 tokens, zeros from `valid` on."""
+        rV = cute.recast_tensor(rA, Int32)
+        s, _ = slot_of(tile // SLOT_TILES, slot, 0)
+        rX = cute.make_rmem_tensor((4,), Int32)
+        m = load_matrices(base + s * SLOT_BYTES, tile % SLOT_TILES * 512 + half * 4 * GROUP_BYTES, True)
+        for u in cutlass.range_constexpr(4):
+            rX[u] = m[u]
+        if valid < BLOCK:
+            for u in cutlass.range_constexpr(4):
+                token = 32 * half + 8 * u + c.lane % 4 * 2
+                keep = Int32(0xFFFF) if token < valid else Int32(0)
+                keep = Int32(-1) if token + 1 < valid else keep
+                rX[u] = rX[u] & keep
+        for u in cutlass.range_constexpr(4):
+            even, odd = transposed_to_half(rX[u])
+            rV[2 * u] = even
+            rV[2 * u + 1] = odd
+
+    @cute.jit
+    def value_block(self, c, v: cutlass.Constexpr, rO, base, slot, phase, valid, number, is_last):
+        """O^T += V^T P^T of one block."""
+        buf = number & 1
+        halves = [(tile, half) for tile in OWN[v] for half in (0, 1)]
+        rA = [cute.make_rmem_tensor(((2, 2, 2), 1, K_STEPS), Float16) for _ in range(FRAGMENTS)]
+        for g in cutlass.range_constexpr(SLOTS):
+            s, ph = slot_of(g, slot, phase)
+            cute.arch.mbarrier_wait(c.full + s, ph)
+        for n in cutlass.range_constexpr(FRAGMENTS - 1):
+            self.fetch_values(c, rA[n], base, *halves[n], slot, valid)
+        cute.arch.mbarrier_wait(c.p_full + buf, number >> 1 & 1)
+        if c.sAgain[buf] != 0:
+            self.scale_o(c, rO, c.sFactor[None, buf])
+        pv = cute.make_mma_atom(c.op_pv)
+        pv.set(warpgroup.Field.ACCUMULATE, True)
+        for n in cutlass.range_constexpr(len(halves)):
+            tile, half = halves[n]
+            rOi = cute.make_tensor(rO.iterator + first_of(tile), cute.make_layout(c.s_shape))
+            warpgroup.fence()
+            for x in cutlass.range_constexpr(K_STEPS):
+                cute.gemm(pv, rOi, rA[n % FRAGMENTS][None, None, x], c.tP[None, None, half * K_STEPS + x, buf], rOi)
+            warpgroup.commit_group()
+            ahead = n + FRAGMENTS - 1
+            if const_expr(ahead < len(halves)):
+                if const_expr(n > 0):
+                    warpgroup.wait_group(1)
+                self.fetch_values(c, rA[ahead % FRAGMENTS], base, *halves[ahead], slot, valid)
+        cute.arch.sync_warp()
+        for g in cutlass.range_constexpr(SLOTS):
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(c.empty + slot_of(g, slot, 0)[0])
+        warpgroup.wait_group(0)
+        if not is_last:
+            self.arrive(c.p_free + buf)
+
+    @cute.jit
+    def values(self, c, v: cutlass.Constexpr, mO, o_acc):
+        """Warpgroup 1 + v: its tiles of O^T."""
+        sI, lane = c.sI, c.lane
+        base = c.ring + (lane >> 3) * GROUP_BYTES + (lane & 7) * 64 + ((c.w ^ (lane & 7) >> 1) << 4)
+        rO = cute.make_rmem_tensor((V_TILES // 2 * ACC,), Float32)
+        slot = Int32(0)
+        phase = Int32(0)
+        number = Int32(0)
+        for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
+            seqlen, b0, b1, whole = self.piece(c, req)
+            rO.fill(0.0)
+            for j in cutlass.range(b0, b1, unroll=1):
+                self.value_block(c, v, rO, base, slot, phase, seqlen - j * BLOCK, number, j == b1 - 1)
+                number = number + 1
+                slot, phase = slot_of(SLOTS, slot, phase)
+            order = req - sI[0]
+            cute.arch.mbarrier_wait(c.sums + (order & 1), order >> 1 & 1)
+            self.scale_o(c, rO, c.sInv[None, order & 1])
+            self.arrive(c.p_free + ((number - 1) & 1))  # of the last block: sInv is read too
+            if whole:
+                self.store_whole(c, v, rO, mO, req)
+            else:
+                self.store_piece(c, v, rO, o_acc, self.piece_slot(c, b0))
+
+    @cute.jit
+    def store_whole(self, c, v: cutlass.Constexpr, rO, mO, req):
+        """To `out`: 8 lanes store 16 neighbouring columns of a row."""
+        rY = cute.make_rmem_tensor((2,), OUT)
+        for h in cutlass.range_constexpr(COLS):
+            row = c.row0 + row_of(h, c.lane)
+            if row < mO.shape[1]:
+                for tile in OWN[v]:
+                    for e in cutlass.range_constexpr(2):
+                        rY[e] = rO[first_of(tile) + at(h) + 2 * e].to(OUT)
+                    to = tile * 32 + c.w * 8 + c.lane // 4
+                    cute.autovec_copy(rY, cute.local_tile(mO[req, row, None], (2,), (to,)))
+
+    @cute.jit
+    def store_piece(self, c, v: cutlass.Constexpr, rO, o_acc, at_slot):
+        """To the workspace with permuted columns: a row of two tiles has four accumulators of a thread, 128 bytes of 8
+        lanes."""
+        v4 = cute.make_rmem_tensor((4,), Float32)
+        for h in cutlass.range_constexpr(COLS):
+            row = c.row0 + row_of(h, c.lane)
+            if row < o_acc.shape[1]:
+                for pair in cutlass.range_constexpr(v, V_TILES // 2, 2):
+                    for e in cutlass.range_constexpr(4):
+                        v4[e] = rO[first_of(2 * pair + e // 2) + at(h) + e % 2 * 2]
+                    to = pair * 32 + c.w * 8 + c.lane // 4
+                    cute.autovec_copy(v4, cute.local_tile(o_acc[at_slot, row, None], (4,), (to,)))
+
+
+def entry():
+    """What to compile: the host function and its fake arguments."""
+    return MlaDecode(), mla_decode_arguments(QUERY, LATENT, ROPE, PAGE_SIZE, Float8E4M3FN)

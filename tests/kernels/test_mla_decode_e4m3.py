@@ -1,0 +1,99 @@
+"""mla_decode over e4m3 caches on the native kernels against float64: each variant, page sizes, MTP, splits, scales."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import jitmla
+from jitmla import registry
+from jitmla.spec import mla_decode_spec
+from jitmla.testing import E4M3_DOTS, mla_decode_problem
+from jitmla.testing_features import featured
+
+from ..keysets import E4M3
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: torch.cuda.is_available() is false"),
+    pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+                       reason="needs a GPU of compute capability 9.0: the kernels under test are for sm_90a"),
+]
+EDGES = [0, 1, 2, 63, 64, 65, 127, 128, 129, 700, 4096]
+NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "e4m3": torch.bfloat16}
+
+
+def posed(spec, lengths, **options):
+    """A problem that `spec` serves: as many heads as its bucket holds, two query tokens where it is causal."""
+    s_q = 2 if spec["causal"] else 1
+    heads = {8: 8, 16: 16, 32: 32, 64: 64, 512: 256}[spec["rows"]] // 2 // (2 if spec["causal"] else 1) + 1
+    heads = min(heads, 128)
+    which = {"q": "e4m3" if spec["dtype"] == "e4m3" else "plain", "descale": options.pop("descale", "tensor")}
+    plain = mla_decode_problem(lengths, heads=heads, s_q=s_q, page_size=spec["page_size"],
+                               kv_lora_rank=spec["kv_lora_rank"], dtype=NAMES[spec["dtype"]], device="cuda", **options)
+    case = featured(plain, kv="e4m3", scales=(0.02, 0.02) if plain.inputs == "usual" else (0.1, 0.1), **which)
+    met = mla_decode_spec(arch=spec["arch"], dtype=spec["dtype"], kv_dtype="e4m3", kv_lora_rank=spec["kv_lora_rank"],
+                          qk_rope_head_dim=64, page_size=spec["page_size"], s_q=s_q, heads=heads, causal=True)
+    assert met == spec and registry.choose(met).template.name == "sm90_fp8"
+    return case
+
+
+def run(case):
+    return jitmla.mla_decode(*case.args, **case.kwargs, return_lse=True)
+
+
+def check(case, out, lse):
+    return case.check(out, lse, E4M3_DOTS if "q_descale" in case.kwargs else 0.0)
+
+
+def same(a, b):
+    return all(bool((x.view(torch.uint8) == y.view(torch.uint8)).all()) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("spec", E4M3, ids=str)
+def test_every_variant(spec):
+    for options in ({"lengths": EDGES}, {"lengths": [9000], "sinks": "mixed", "query": "pair", "descale": "float"},
+                    {"lengths": [(i * 37) % 400 for i in range(160)], "query": "views", "sinks": "finite"},
+                    {"lengths": [3, 2000, 0, 70], "inputs": "large", "row_pad": 16, "q_pad": 16}):
+        case = posed(spec, seed=len(options), **options)
+        result = run(case)
+        check(case, *result)
+        assert same(result, run(case)), "not the same bits"
+
+
+@pytest.mark.parametrize("spec", [s for s in E4M3 if s["rows"] == 16 and not s["causal"]], ids=str)
+def test_captured_graph_stays_right(spec):
+    """One capture, then lengths that split otherwise."""
+    case = posed(spec, [4096, 64, 700, 2500], seed=3)
+    out, lse = run(case)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        jitmla.mla_decode(*case.args, **case.kwargs, out=out, lse=lse)
+    for lengths in ([17, 0, 513, 1], [0, 0, 0, 2500], [4096, 64, 700, 2500]):
+        case.args[3].copy_(torch.tensor(lengths))
+        out.fill_(float("nan"))
+        lse.fill_(float("nan"))
+        graph.replay()
+        assert same((out, lse), run(case)), lengths
+
+
+def test_scales_count_once():
+    """Three scales, none of them 1, as numbers and as tensors: the logits have both descales, out has the cache's."""
+    plain = mla_decode_problem([300, 65], heads=16, device="cuda", seed=5)
+    results = []
+    for descale in ("float", "tensor"):
+        case = featured(plain, kv="e4m3", q="e4m3", descale=descale, scales=(0.37, 0.0131))
+        result = run(case)
+        check(case, *result)
+        results.append(result)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-2, atol=1e-4)
+
+
+def test_large_bf16_queries_fit_fp16():
+    """|q| beyond what fp16 holds, in one head; small ones in another."""
+    case = posed(next(s for s in E4M3 if s["dtype"] == "bf16" and s["rows"] == 16 and s["kv_lora_rank"] == 512),
+                 [300, 64], seed=6, sm_scale=1e-6)
+    q = case.args[0]
+    q[:, :, 0] *= 3e6
+    q[:, :, 1] *= 1e-3
+    check(case, *run(case))
