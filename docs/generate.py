@@ -1,5 +1,5 @@
-"""Writes the pages that are generated: docs/env.md, docs/schema.md, docs/benchmarks/README.md, the support matrix
-in README.md, and the figures in docs/cache.md.
+"""Writes the pages that are generated: docs/kernels.md, docs/env.md, docs/schema.md, docs/benchmarks/README.md, and the
+figures in docs/cache.md.
 
 `make docs` runs it; tests/test_docs.py fails when a page differs from what this would write.
 """
@@ -17,17 +17,15 @@ from jitmla.bench import report
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "comparisons" / "budget.json"
 FIGURES_BEGIN, FIGURES_END = "<!-- figures: written by `make docs` -->", "<!-- end of figures -->"
-BEGIN, END = "<!-- support matrix: written by `make docs` -->", "<!-- end of support matrix -->"
 
 
 def pages() -> dict[Path, str]:
     """Every generated page and its text."""
-    readme = ROOT / "README.md"
     cache = ROOT / "docs" / "cache.md"
     benchmarks = ROOT / "docs" / "benchmarks"
     return {benchmarks / "README.md": report.page(report.read(benchmarks)),
             ROOT / "docs" / "env.md": env.as_markdown(), ROOT / "docs" / "schema.md": schema_page(),
-            readme: _filled(readme, BEGIN, END, matrix()), cache: _filled(cache, FIGURES_BEGIN, FIGURES_END, figures())}
+            ROOT / "docs" / "kernels.md": kernels_page(), cache: _filled(cache, FIGURES_BEGIN, FIGURES_END, figures())}
 
 
 def _filled(page: Path, begin: str, end: str, text: str) -> str:
@@ -47,9 +45,11 @@ def figures() -> str:
         f"{machine['python']}, CuTe DSL {dict(machine['toolchain'])['cute_dsl']}, {machine['date']}.")
 
 
-def matrix() -> str:
+def kernels_page() -> str:
     """One table for each op: a row for each template, a column for each field that its cards restrict."""
-    return "\n\n".join(_table_of(op) for op in registry.ops())
+    parts = ["# Kernels", "Generated from the template cards (`templates/*/card.toml`); `jitmla kernels` prints the same. A page "
+             "size of 0 stands for any that is not listed.", *(_table_of(op) for op in registry.ops())]
+    return "\n\n".join(parts) + "\n"
 
 
 def _table_of(op: str) -> str:
@@ -58,7 +58,7 @@ def _table_of(op: str) -> str:
     rows = [["arch", "backend", "template", *(_title(f) for f in fields)]]
     rows += [[", ".join(t.archs), t.backend, t.name, *(_values(op, f, t.supports.get(f, ["any"])) for f in fields)]
              for t in templates]
-    return f"**{op}**\n\n" + _markdown(rows)
+    return f"## {op}\n\n" + _markdown(rows)
 
 
 def _title(field: str) -> str:
