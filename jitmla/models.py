@@ -24,6 +24,7 @@ from .spec import (
     merge_attn_states_spec,
     mla_decode_spec,
     mla_prefill_spec,
+    sparse_mla_spec,
 )
 from .spec_indexer import (
     cat_quant_fp8_spec,
@@ -234,7 +235,19 @@ def _indexer(serving: Serving) -> Iterator[Spec]:
                 for workspace, count in itertools.product((False, True), (False, True)))
 
 
-PARTS = (_dense_decode, _prefill, _slot_cache, _output_path, _indexer)  # what each part of a model meets
+def _sparse_attention(serving: Serving) -> Iterator[Spec]:
+    """sparse_mla_decode over rows of either format, and sparse_mla_prefill, whose rows are bf16 and whose Spec is the
+    same."""
+    dims = serving.dims
+    if not dims.index_n_heads or dims.o_groups:
+        return
+    for kv_format in ("fp8", "bf16"):
+        yield sparse_mla_spec(arch=serving.arch, kv_format=kv_format, kv_lora_rank=dims.kv_lora_rank,
+                              qk_rope_head_dim=dims.qk_rope_head_dim, heads=serving.heads)
+
+
+# what each part of a model meets
+PARTS = (_dense_decode, _prefill, _slot_cache, _output_path, _indexer, _sparse_attention)
 
 
 def keys_for(model: str | Path, tp: int = 1, arch: str = "sm_90a", *, page_sizes: Iterable[int] = PAGE_SIZES,

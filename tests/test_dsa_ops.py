@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import jitmla
 from jitmla import dsa
 from jitmla.dsa.batch import plan_chunks
 from jitmla.errors import InvalidArgument
@@ -15,8 +14,7 @@ from jitmla.testing_dsa import dsa_batch, dsa_layer, dsa_oracle
 
 OPS = torch.ops.jitmla
 HIDDEN, HEADS, TOPK = 96, 3, 24
-pytestmark = [pytest.mark.filterwarnings("default"),  # opcheck warns about its own internals
-              pytest.mark.skipif("indexer_prologue" not in jitmla.OPS, reason="needs the ops of the indexer")]
+pytestmark = pytest.mark.filterwarnings("default")  # opcheck warns about its own internals
 
 
 def small(key="layer", **options):

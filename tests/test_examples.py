@@ -9,7 +9,6 @@ import tempfile
 
 import pytest
 
-import jitmla
 from jitmla import bundle
 from jitmla.store import Store
 
@@ -105,7 +104,6 @@ def test_cuda_graph(python_env):
     assert done.stdout.count("agrees with the reference") == 2
 
 
-@pytest.mark.skipif("indexer_prologue" not in jitmla.OPS, reason="needs the ops of the indexer")
 def test_dsa_layer(python_env):
     done = run({**python_env, "CUDA_VISIBLE_DEVICES": ""}, "dsa_layer.py")
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import fx
 
-import jitmla
 from jitmla import dsa
 from jitmla.engines import piecewise
 from jitmla.testing_dsa import dsa_batch, dsa_layer
@@ -45,7 +44,6 @@ def pad(batch, tokens, seed):
     return hidden, positions
 
 
-@pytest.mark.skipif("indexer_prologue" not in jitmla.OPS, reason="needs the ops of the indexer")
 def test_three_layers_are_four_spans_and_three_cuts(layers):
     torch.compiler.reset()
     backend = piecewise.Backend(sizes=[])

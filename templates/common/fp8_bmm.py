@@ -1,25 +1,8 @@
-"""What the fp8_bmm templates share: the signature, and layouts of e4m3 tiles in shared memory."""
+"""What the fp8_bmm templates share: the signature, and how TMA sees its tensors."""
 
 import cutlass.cute as cute
 import cutlass.cute.runtime as rt
-import cutlass.utils.hopper_helpers as hh
 from cutlass import BFloat16, Float8E4M3FN, Float32, Int32
-from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
-
-from common.sm90 import smem_atom
-
-
-def ring(rows, stages, dtype=Float8E4M3FN, cols=128):
-    """Swizzled (rows, cols, stages) layout."""
-    return cute.tile_to_shape(smem_atom(dtype), (rows, cols, stages), order=(0, 1, 2))
-
-
-def tiled_mma(n):
-    """64 x n wgmma of one warpgroup, both operands K-major in shared memory."""
-    major = OperandMajorMode.K
-    return hh.make_trivial_tiled_mma(
-        Float8E4M3FN, Float8E4M3FN, major, major, Float32, (1, 1, 1), (64, n), warpgroup.OperandSource.SMEM
-    )
 
 
 def outer_last(x):

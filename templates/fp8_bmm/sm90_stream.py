@@ -34,7 +34,8 @@ from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
-from common.fp8_bmm import fake_args, outer_last, ring, tiled_mma
+from common.fp8_bmm import fake_args, outer_last
+from common.fp8_tiles import ring, tiled_mma
 from common.sm90 import EVICT_FIRST, issue, swz
 
 BLOCK = 128  # of K, and of N for b_scale
