@@ -47,8 +47,8 @@ def figures() -> str:
 
 def kernels_page() -> str:
     """One table for each op: a row for each template, a column for each field that its cards restrict."""
-    parts = ["# Kernels", "Generated from the template cards (`templates/*/card.toml`); `jitmla kernels` prints the same. A page "
-             "size of 0 stands for any that is not listed.", *(_table_of(op) for op in registry.ops())]
+    parts = ["# Kernels", "Generated from the template cards (`templates/*/card.toml`); `jitmla kernels` prints the "
+             "same. A page size of 0 stands for any that is not listed.", *(_table_of(op) for op in registry.ops())]
     return "\n\n".join(parts) + "\n"
 
 
