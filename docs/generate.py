@@ -1,5 +1,5 @@
-"""Writes the pages that are generated: docs/kernels.md, docs/env.md, docs/schema.md, docs/benchmarks/README.md, and the
-figures in docs/cache.md.
+"""Writes the pages that are generated: docs/kernels.md, docs/env.md, docs/schema.md, docs/benchmarks/README.md, the
+support matrix in README.md, and the figures in docs/cache.md.
 
 `make docs` runs it; tests/test_docs.py fails when a page differs from what this would write.
 """
@@ -7,6 +7,7 @@ figures in docs/cache.md.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,19 @@ from jitmla.bench import report
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "comparisons" / "budget.json"
+BEGIN, END = "<!-- support matrix: written by `make docs` -->", "<!-- end of support matrix -->"
 FIGURES_BEGIN, FIGURES_END = "<!-- figures: written by `make docs` -->", "<!-- end of figures -->"
 
 
 def pages() -> dict[Path, str]:
     """Every generated page and its text."""
+    readme = ROOT / "README.md"
     cache = ROOT / "docs" / "cache.md"
     benchmarks = ROOT / "docs" / "benchmarks"
     return {benchmarks / "README.md": report.page(report.read(benchmarks)),
             ROOT / "docs" / "env.md": env.as_markdown(), ROOT / "docs" / "schema.md": schema_page(),
-            ROOT / "docs" / "kernels.md": kernels_page(), cache: _filled(cache, FIGURES_BEGIN, FIGURES_END, figures())}
+            ROOT / "docs" / "kernels.md": kernels_page(), readme: _filled(readme, BEGIN, END, matrix()),
+            cache: _filled(cache, FIGURES_BEGIN, FIGURES_END, figures())}
 
 
 def _filled(page: Path, begin: str, end: str, text: str) -> str:
@@ -45,10 +49,24 @@ def figures() -> str:
         f"{machine['python']}, CuTe DSL {dict(machine['toolchain'])['cute_dsl']}, {machine['date']}.")
 
 
+def matrix() -> str:
+    """A row for each op, a column for each group of architectures that the cards treat alike."""
+    archs = dict.fromkeys(arch for op in registry.ops() for t in registry.templates(op) for arch in t.archs)
+    serving = {arch: tuple(tuple(t.backend for t in registry.templates(op) if arch in t.archs) for op in registry.ops())
+               for arch in sorted(archs, key=lambda arch: int(re.sub(r"\D", "", arch)))}
+    groups: dict[Any, list[str]] = {}
+    for arch, backends in serving.items():
+        groups.setdefault(backends, []).append(arch)
+    rows = [["op", *(", ".join(group) for group in groups.values())]]
+    rows += [[f"`{op}`", *(", ".join(dict.fromkeys(backends[i])) or "-" for backends in groups)]
+             for i, op in enumerate(registry.ops())]
+    return _markdown(rows)
+
+
 def kernels_page() -> str:
     """One table for each op: a row for each template, a column for each field that its cards restrict."""
-    parts = ["# Kernels", "Generated from the template cards (`templates/*/card.toml`); `jitmla kernels` prints the same. A page "
-             "size of 0 stands for any that is not listed.", *(_table_of(op) for op in registry.ops())]
+    parts = ["# Kernels", "Generated from the template cards (`templates/*/card.toml`); `jitmla kernels` prints the "
+             "same. A page size of 0 stands for any that is not listed.", *(_table_of(op) for op in registry.ops())]
     return "\n\n".join(parts) + "\n"
 
 

@@ -40,6 +40,14 @@ from .spec_indexer import (
 PAGE_SIZES = (16, 32, 64, 128)
 MAX_S_Q = 4
 MAX_GROUP_ROWS = 512  # (token, head) rows that jitmla.mla_prefill_absorbed takes together
+USES = {  # what a server may use beside plain mla_decode, each with kernels of its own
+    "prefill": "mla_prefill, mla_prefill_absorbed, mla_prefill_paged",
+    "slot_cache": "append_latent, cached_mla",
+    "e4m3_cache": "mla_decode over an e4m3 cache, with q in e4m3 or not",
+    "compact": "mla_decode with cu_seqlens_q",
+    "split_cache": "mla_decode over a cache of two tensors",
+    "batch_invariant": "mla_decode with batch_invariant=True",
+}
 
 
 @dataclass(frozen=True)
@@ -122,21 +130,21 @@ def _from_config(config: Any, path: Path, dtype: str | None) -> MlaModel:
 
 
 def specs_for(name_or_path: str | Path, *, tp: int, arch: str, page_sizes: Iterable[int] = PAGE_SIZES,
-              max_s_q: int = MAX_S_Q, dtype: str | None = None, prefill: bool = False, slot_cache: bool = False
-              ) -> list[Spec]:
-    """Every Spec that serving the model can meet: any batch and lengths, s_q up to max_s_q, causal or not; with
-    `prefill` also those of jitmla's prefill ops, where they are used instead of another library's; with `slot_cache`
-    those of append_latent and cached_mla, where an engine leaves its cache to jitmla; for
-    DeepSeek-V4 those of its output path (attention itself is not served yet), with positions of 32 or 64 bits and both
-    float32 scales."""
+              max_s_q: int = MAX_S_Q, dtype: str | None = None, uses: Iterable[str] = ()) -> list[Spec]:
+    """Every Spec that serving the model can meet: any batch and lengths, s_q up to max_s_q, causal or not, and whatever
+    goes with `uses` (see USES); for DeepSeek-V4 those of its output path (attention itself is not served yet), with
+    positions of 32 or 64 bits and both float32 scales."""
     arches.check(arch)
     dims = model(name_or_path, dtype)
     if tp < 1 or dims.num_attention_heads % tp:
         raise InvalidArgument(f"tp={tp} for {dims.name}",
                               supported=f"a divisor of its {dims.num_attention_heads} heads",
                               differs="heads cannot be split evenly")
-    serving = Serving(dims, dims.num_attention_heads // tp, tp, arch, tuple(page_sizes), max_s_q, prefill,
-                      slot_cache)
+    used = frozenset((uses,) if isinstance(uses, str) else uses)
+    if not used <= USES.keys():
+        raise InvalidArgument(f"the kernels for {', '.join(sorted(used - USES.keys()))}", supported=", ".join(USES),
+                              differs="there is no such use")
+    serving = Serving(dims, dims.num_attention_heads // tp, tp, arch, tuple(page_sizes), max_s_q, used)
     return list(dict.fromkeys(spec for part in PARTS for spec in part(serving)))
 
 
@@ -150,25 +158,33 @@ class Serving:
     arch: str
     page_sizes: tuple[int, ...]
     max_s_q: int
-    prefill: bool
-    slot_cache: bool
+    uses: frozenset[str]
+
+    def with_and_without(self, use: str) -> tuple[bool, ...]:
+        return (False, True) if use in self.uses else (False,)
 
 
 def _dense_decode(serving: Serving) -> Iterator[Spec]:
     dims = serving.dims
     if dims.o_groups:
         return
-    for page_size, s_q, causal in itertools.product(serving.page_sizes, range(1, serving.max_s_q + 1), (True, False)):
-        yield mla_decode_spec(arch=serving.arch, dtype=dims.dtype, kv_lora_rank=dims.kv_lora_rank,
+    caches: list[tuple[str, str | None]] = [(dims.dtype, None)]
+    if "e4m3_cache" in serving.uses:
+        caches += [(dims.dtype, "e4m3"), ("e4m3", None)]
+    options = itertools.product(*map(serving.with_and_without, ("split_cache", "compact", "batch_invariant")))
+    for (dtype, kv_dtype), (split, compact, invariant), page_size, s_q, causal in itertools.product(
+            caches, list(options), serving.page_sizes, range(1, serving.max_s_q + 1), (True, False)):
+        yield mla_decode_spec(arch=serving.arch, dtype=dtype, kv_dtype=kv_dtype, kv_lora_rank=dims.kv_lora_rank,
                               qk_rope_head_dim=dims.qk_rope_head_dim, page_size=page_size, s_q=s_q,
-                              heads=serving.heads, causal=causal)
+                              heads=serving.heads, causal=causal, split_cache=split, compact=compact,
+                              batch_invariant=invariant)
 
 
 def _slot_cache(serving: Serving) -> Iterator[Spec]:
     """append_latent, and what cached_mla launches: before and after the attention, and that for tiles of tokens (those
     of one are in _dense_decode)."""
     dims = serving.dims
-    if dims.o_groups or not serving.slot_cache:
+    if dims.o_groups or "slot_cache" not in serving.uses:
         return
     for e4m3 in (False, True):
         yield append_latent_spec(arch=serving.arch, dtype=dims.dtype, e4m3_cache=e4m3, slots="i64",
@@ -186,7 +202,7 @@ def _prefill(serving: Serving) -> Iterator[Spec]:
     """The MHA form, with chunks of a cached prefix: new tokens causally, chunks not, merged in float32 or as they are;
     and the absorbed form, whose groups of tokens fill the rows of decode kernels."""
     dims = serving.dims
-    if dims.o_groups or not serving.prefill:
+    if dims.o_groups or "prefill" not in serving.uses:
         return
     for causal in (True, False):
         yield mla_prefill_spec(arch=serving.arch, dtype=dims.dtype, v_head_dim=dims.v_head_dim, causal=causal,
@@ -251,18 +267,18 @@ PARTS = (_dense_decode, _prefill, _slot_cache, _output_path, _indexer, _sparse_a
 
 
 def keys_for(model: str | Path, tp: int = 1, arch: str = "sm_90a", *, page_sizes: Iterable[int] = PAGE_SIZES,
-             max_s_q: int = MAX_S_Q, dtype: str | None = None, prefill: bool = False, slot_cache: bool = False
+             max_s_q: int = MAX_S_Q, dtype: str | None = None, uses: Iterable[str] = (), backend: str = "auto"
              ) -> list[Key]:
     """Every Key that serving `model` can reach on `arch` with `tp` ranks, whatever the batch and the lengths. Where the
     host picks a variant for each call, all that it can pick are here.
 
     model: a known name (deepseek-v2, deepseek-v2-lite, deepseek-v3, deepseek-v3.2, deepseek-v4-flash, deepseek-v4-pro,
     kimi-k2, mistral-small-4), or the path of a Hugging Face config.json. page_sizes: those of the engine's cache.
-    max_s_q: query tokens per request (1 + draft tokens). dtype: "bf16" or "fp16", by default the config's. prefill:
-    whether the server also uses jitmla's prefill ops (mla_prefill, mla_prefill_absorbed, mla_prefill_paged).
-    slot_cache: whether it also uses append_latent and cached_mla (AutoDeploy's cached op). Raises UnknownModel,
-    UnknownArch, InvalidArgument, NoTemplate.
+    max_s_q: query tokens per request (1 + draft tokens; with compact queries, max_q_len). dtype: "bf16" or "fp16", by
+    default the config's. uses: what the server uses beside plain mla_decode, of "prefill" (jitmla's prefill ops),
+    "slot_cache" (append_latent and cached_mla), "e4m3_cache", "compact" (cu_seqlens_q), "split_cache" (a cache of two
+    tensors) and "batch_invariant". backend: what its calls name. Raises UnknownModel, UnknownArch, InvalidArgument,
+    NoTemplate.
     """
-    specs = specs_for(model, tp=tp, arch=arch, page_sizes=page_sizes, max_s_q=max_s_q, dtype=dtype, prefill=prefill,
-                      slot_cache=slot_cache)
-    return list(dict.fromkeys(choice.key for spec in specs for choice in registry.choices(spec)))
+    specs = specs_for(model, tp=tp, arch=arch, page_sizes=page_sizes, max_s_q=max_s_q, dtype=dtype, uses=uses)
+    return list(dict.fromkeys(choice.key for spec in specs for choice in registry.choices(spec, backend)))

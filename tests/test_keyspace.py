@@ -16,6 +16,7 @@ fake_tensor = pytest.importorskip("torch._subclasses.fake_tensor")
 TP = (1, 2, 4, 8, 16, 32, 64, 128)
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICE = "cuda:0"
+FEATURES = ("e4m3_cache", "compact", "split_cache", "batch_invariant")  # of models.USES, those of mla_decode
 
 
 class Planned(Exception):
@@ -24,16 +25,20 @@ class Planned(Exception):
 
 @st.composite
 def calls(draw):
-    """(how a model is served, one call that its server makes). Sizes from everyday to absurd; empty ones too."""
+    """(how a model is served, what it uses, one call that its server makes). Sizes from everyday to absurd; empty ones
+    too."""
     name = draw(st.sampled_from(sorted(name for name, dims in KNOWN.items() if not dims.o_groups)))
     tp = draw(st.sampled_from([t for t in TP if KNOWN[name].num_attention_heads % t == 0]))
     dtype = draw(st.sampled_from([None, "bf16", "fp16"]))
-    page_size, s_q = draw(st.sampled_from(PAGE_SIZES)), draw(st.integers(1, MAX_S_Q))
-    batch = draw(st.one_of(st.integers(1, 9), st.integers(1, 5000)))
+    uses = draw(st.sets(st.sampled_from(FEATURES)))
+    page_size = draw(st.sampled_from(PAGE_SIZES if not uses else (*PAGE_SIZES, 1, 7, 64)))
+    s_q, batch = draw(st.integers(1, MAX_S_Q)), draw(st.one_of(st.integers(1, 9), st.integers(1, 5000)))
     pages, table = draw(st.integers(0, 1 << 26)), draw(st.integers(0, 1 << 15))
-    options = {name: draw(st.booleans()) for name in ("causal", "sinks", "out", "lse", "return_lse", "padded")}
-    return (name, tp, dtype), (page_size, s_q, batch, pages, table, options, draw(st.sampled_from(
-        ["joined", "pair", "views", "list"])), draw(st.sampled_from(["auto", "sm90"])))
+    options = {name: draw(st.booleans()) for name in ("causal", "sinks", "out", "lse", "return_lse", "padded", "e4m3_q",
+                                                      *sorted(uses))}
+    form = draw(st.sampled_from(["joined", "pair", "views", "list"]))
+    backend = draw(st.sampled_from(["auto", "portable"] if uses else ["auto", "sm90"]))
+    return (name, tp, dtype), tuple(sorted(uses)), (page_size, s_q, batch, pages, table, options, form, backend)
 
 
 def arguments(serving, call):
@@ -42,23 +47,38 @@ def arguments(serving, call):
     page_size, s_q, batch, pages, table, options, form, backend = call
     dims = KNOWN[name]
     heads, rank, rope = dims.num_attention_heads // tp, dims.kv_lora_rank, dims.qk_rope_head_dim
-    kind = TORCH_DTYPES[dtype or dims.dtype]
+    out_kind = kv_kind = kind = TORCH_DTYPES[dtype or dims.dtype]
+    features = {}
+    if options.get("e4m3_cache"):
+        kv_kind = torch.float8_e4m3fn
+        features["kv_descale"] = 0.5
+        if options["e4m3_q"]:
+            kind, out_kind = kv_kind, torch.bfloat16
+            features["q_descale"] = torch.ones(1, device=DEVICE)
+    if options.get("batch_invariant"):
+        features["batch_invariant"] = True
+    lead = (batch, s_q)
+    if options.get("compact"):
+        lead = (batch * s_q,)
+        features |= {"cu_seqlens_q": torch.zeros(batch + 1, dtype=torch.int32, device=DEVICE), "max_q_len": s_q}
 
     def empty(*shape, dtype=kind):
-        pad = 8 if options["padded"] and dtype is kind else 0
+        pad = 16 if options["padded"] and dtype in (kind, kv_kind, out_kind) else 0
         return torch.empty(*shape[:-1], shape[-1] + pad, dtype=dtype, device=DEVICE).narrow(-1, 0, shape[-1])
 
     if form == "joined":
-        q = empty(batch, s_q, heads, rank + rope)
+        q = empty(*lead, heads, rank + rope)
     elif form == "views":
-        both = empty(batch, s_q, heads, rank + rope)
+        both = empty(*lead, heads, rank + rope)
         q = both.narrow(-1, 0, rank), both.narrow(-1, rank, rope)
     else:
-        q = (tuple if form == "pair" else list)((empty(batch, s_q, heads, rank), empty(batch, s_q, heads, rope)))
-    given = {"sinks": empty(heads, dtype=torch.float32), "out": empty(batch, s_q, heads, rank),
-             "lse": empty(batch, s_q, heads, dtype=torch.float32)}
-    return (q, empty(pages, page_size, rank + rope), empty(batch, table, dtype=torch.int32),
-            empty(batch, dtype=torch.int32)), {
+        q = (tuple if form == "pair" else list)((empty(*lead, heads, rank), empty(*lead, heads, rope)))
+    cache = empty(pages, page_size, rank + rope, dtype=kv_kind)
+    if options.get("split_cache"):
+        cache = empty(pages, page_size, rank, dtype=kv_kind), empty(pages, page_size, rope, dtype=kv_kind)
+    given = {"sinks": empty(heads, dtype=torch.float32), "out": empty(*lead, heads, rank, dtype=out_kind),
+             "lse": empty(*lead, heads, dtype=torch.float32)}
+    return (q, cache, empty(batch, table, dtype=torch.int32), empty(batch, dtype=torch.int32)), features | {
         "kv_lora_rank": rank, "sm_scale": 0.1352, "causal": options["causal"], "return_lse": options["return_lse"],
         "backend": backend, **{n: t for n, t in given.items() if options[n]}}
 
@@ -91,15 +111,17 @@ def gpu():
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(calls())
 def test_no_call_meets_a_key_that_is_not_listed(gpu, case):
-    serving, call = case
+    serving, uses, call = case
     page_size, s_q = call[:2]
     with fake_tensor.FakeTensorMode():
         spec, backend, device = gpu(*arguments(serving, call))
     assert str(device) == DEVICE
     key = registry.choose(spec, backend).key
     met = key.digest if key.toolchain else key
-    assert met in listed(*serving)
-    assert met in listed(*serving, page_sizes=(page_size,), max_s_q=s_q), "narrowed to what the engine says it uses"
+    if page_size in PAGE_SIZES and not uses:
+        assert met in listed(*serving)
+    narrowed = {"page_sizes": (page_size,), "max_s_q": s_q, "uses": uses, "backend": backend}
+    assert met in listed(*serving, **narrowed), "narrowed to what the engine says it uses"
     event(f"{key.template}, {spec['rows']} rows")
 
 

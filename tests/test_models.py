@@ -223,17 +223,17 @@ def test_specs_are_no_more_than_needed():
 def test_prefill_when_asked_for(name, tp):
     """What the prefill ops launch, and nothing else, is added."""
     dims, heads = KNOWN[name], KNOWN[name].num_attention_heads // tp
-    added = set(specs_for(name, tp=tp, arch="sm_90a", prefill=True)) - set(specs_for(name, tp=tp, arch="sm_90a"))
+    added = set(specs_for(name, tp=tp, arch="sm_90a", uses=["prefill"])) - set(specs_for(name, tp=tp, arch="sm_90a"))
     groups = {mla_decode_spec(arch="sm_90a", dtype="bf16", kv_lora_rank=dims.kv_lora_rank, qk_rope_head_dim=64,
                               page_size=page, s_q=group_size(heads, new), heads=heads, causal=True)
               for page in PAGE_SIZES for new in range(1, 600)}
-    assert groups <= set(specs_for(name, tp=tp, arch="sm_90a", prefill=True))
+    assert groups <= set(specs_for(name, tp=tp, arch="sm_90a", uses=["prefill"]))
     assert {s for s in added if s.op == "mla_decode"} <= groups
     facts = {(s.op, *(v for k, v in s if k not in ("op", "arch", "dtype"))) for s in added if s.op != "mla_decode"}
     qk, width = dims.qk_nope_head_dim + 64, dims.kv_lora_rank + 64
     assert facts == {("mla_prefill", qk, 128, 64, True), ("mla_prefill", qk, 128, 64, False),
                      ("merge_attn_states", "fp32", 128), ("merge_attn_states", "bf16", 128), ("gather_latent", width)}
-    assert {s.op for s in map(lambda k: k.spec, keys_for(name, tp=tp, prefill=True))} == {
+    assert {s.op for s in map(lambda k: k.spec, keys_for(name, tp=tp, uses=["prefill"]))} == {
         "mla_decode", "mla_prefill", "merge_attn_states", "gather_latent"}
 
 
@@ -250,7 +250,7 @@ def test_closure_of_the_slot_cache(name, tp):
     """Whatever the sequences and their tokens: the tile that cached_mla makes of them is one whose kernel is listed,
     and every listed one is met."""
     dims, heads = KNOWN[name], KNOWN[name].num_attention_heads // tp
-    listed = specs_for(name, tp=tp, arch="sm_90a", page_sizes=[64], max_s_q=1, slot_cache=True)
+    listed = specs_for(name, tp=tp, arch="sm_90a", page_sizes=[64], max_s_q=1, uses=["slot_cache"])
     one = mla_decode_spec(arch="sm_90a", dtype="bf16", kv_lora_rank=dims.kv_lora_rank, qk_rope_head_dim=64,
                           page_size=64, s_q=1, heads=heads, causal=True)
     met = {mla_decode_spec(arch="sm_90a", dtype="bf16", kv_lora_rank=dims.kv_lora_rank, qk_rope_head_dim=64,
@@ -259,4 +259,24 @@ def test_closure_of_the_slot_cache(name, tp):
     assert met | {one} == {s for s in listed if s.op == "mla_decode"}
     assert {s["stage"] for s in listed if s.op == "cached_mla"} == {"absorb", "project"}
     assert {(s["slots"], s["e4m3_cache"]) for s in listed if s.op == "append_latent"} == {("i64", False), ("i64", True)}
-    assert set(keys_for(name, tp=tp, page_sizes=[64])) < set(keys_for(name, tp=tp, page_sizes=[64], slot_cache=True))
+    plain, slots = (set(keys_for(name, tp=tp, page_sizes=[64], uses=uses)) for uses in ((), ["slot_cache"]))
+    assert plain < slots
+
+
+# ------------------------------------------------------------------------------------------------------------- uses
+
+
+def test_a_use_adds_its_keys_and_no_other():
+    plain = set(keys_for("deepseek-v3", tp=8))
+    for use in models.USES:
+        more = {key.spec for key in keys_for("deepseek-v3", tp=8, uses=[use])} - {key.spec for key in plain}
+        facts = {"e4m3_cache": ("kv_dtype", "e4m3"), "compact": ("compact", True), "split_cache": ("split_cache", True),
+                 "batch_invariant": ("batch_invariant", True)}.get(use)
+        assert more and plain < set(keys_for("deepseek-v3", tp=8, uses=use))
+        assert facts is None or all(spec[facts[0]] == facts[1] for spec in more)
+
+
+def test_an_unknown_use():
+    with pytest.raises(InvalidArgument, match="cached") as caught:
+        keys_for("deepseek-v3", uses=["cached"])
+    assert all(use in str(caught.value) for use in models.USES)

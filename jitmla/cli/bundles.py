@@ -24,8 +24,7 @@ def export(
     page_size: Annotated[list[int] | None, Option(metavar="N", help="Page size of the engine's cache; repeat it for "
                                                   "several.")] = None,
     max_s_q: Annotated[int | None, Option(metavar="N", min=1, help="Most query tokens per request.")] = None,
-    slot_cache: Annotated[bool, Option("--slot-cache", help="Also what append_latent and cached_mla need.")] = False,
-    prefill: Annotated[bool, Option("--prefill", help="Also what jitmla's prefill ops can need.")] = False,
+    uses: requests.Uses = None,
     dtype: Annotated[str | None, Option(metavar="DTYPE", help="bf16 or fp16. Default: the model's.")] = None,
     as_json: output.Json = False,
 ) -> None:
@@ -38,8 +37,7 @@ def export(
     if model is None:
         entries = _all(store, arch)
     else:
-        specs = requests.of_model(model, tp, arch or "", page_size or models.PAGE_SIZES, max_s_q, dtype, prefill,
-                                  slot_cache)
+        specs = requests.of_model(model, tp, arch or "", page_size or models.PAGE_SIZES, max_s_q, dtype, uses or ())
         keys = dict.fromkeys(choice.key for spec in specs for choice in registry.choices(spec))
         entries = [entry for entry in map(store.find, keys) if entry is not None]
         if len(entries) < len(keys):

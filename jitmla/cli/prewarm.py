@@ -31,9 +31,8 @@ def prewarm(
                                                   "several. Default: every size that is served.")] = None,
     max_s_q: Annotated[int | None, Option(metavar="N", min=1, help="Most query tokens per request (1 + draft tokens). "
                                           f"Default: {models.MAX_S_Q}.")] = None,
-    slot_cache: Annotated[bool, Option("--slot-cache", help="Also what append_latent and cached_mla need.")] = False,
     dtype: Annotated[str | None, Option(metavar="DTYPE", help="bf16 or fp16. Default: the model's.")] = None,
-    prefill: Annotated[bool, Option("--prefill", help="Also what jitmla's prefill ops can need.")] = False,
+    uses: requests.Uses = None,
     op: Annotated[str | None, Option(metavar="OP", help="Instead of --model: one op, described by --spec.")] = None,
     spec: Annotated[list[str] | None, Option(metavar="FIELD=VALUE", help="One field of the Spec; repeat it for all but "
                                              "op and arch (docs/schema.md).")] = None,
@@ -60,8 +59,8 @@ def prewarm(
     if arch is None and keys_from is None:
         raise typer.BadParameter("--arch is missing")
     if model is None:
-        _refuse({"--page-size": page_size, "--dtype": dtype, "--max-s-q": max_s_q,
-                 "--prefill": prefill or None, "--slot-cache": slot_cache or None}, "belongs to --model")
+        _refuse({"--page-size": page_size, "--dtype": dtype, "--max-s-q": max_s_q, "--uses": uses},
+                "belongs to --model")
     if op is None:
         _refuse({"--spec": spec}, "belongs to --op")
     if tunings is not None:
@@ -72,8 +71,7 @@ def prewarm(
         specs = requests.of_file(keys_from, archs)
     for name in archs if keys_from is None else ():
         specs += ([requests.of_assignments(op, name, spec or [])] if op is not None else
-                  requests.of_model(model or "", tp, name, page_size or models.PAGE_SIZES, max_s_q, dtype,
-                                    prefill, slot_cache))
+                  requests.of_model(model or "", tp, name, page_size or models.PAGE_SIZES, max_s_q, dtype, uses or ()))
     wanted, unserved = choices(specs)
     if unserved and not wanted and unserved[0].error:
         raise unserved[0].error

@@ -6,12 +6,17 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from typer import Option
 
 from .. import arch as arches
 from .. import models, schema
 from ..errors import InvalidArgument, JitmlaError, SchemaViolation
 from ..spec import Spec
+
+Uses = Annotated[list[str] | None, Option("--uses", metavar="NAME", help="What the server uses beside mla_decode, "
+                                          f"of {', '.join(models.USES)}; repeat it for several.")]
 
 
 def archs(text: str) -> list[str]:
@@ -23,11 +28,11 @@ def archs(text: str) -> list[str]:
 
 
 def of_model(model: str, tp: int, arch: str, page_sizes: Sequence[int], max_s_q: int | None,
-             dtype: str | None, prefill: bool = False, slot_cache: bool = False) -> list[Spec]:
+             dtype: str | None, uses: Sequence[str] = ()) -> list[Spec]:
     """Every Spec that serving the model can reach; raises UnknownModel, UnknownArch and InvalidArgument."""
     try:
         return models.specs_for(model, tp=tp, arch=arch, page_sizes=page_sizes, max_s_q=max_s_q or models.MAX_S_Q,
-                                dtype=dtype, prefill=prefill, slot_cache=slot_cache)
+                                dtype=dtype, uses=uses)
     except SchemaViolation as error:
         raise _misput(f"--model {model} with these options", error) from error
 
