@@ -54,6 +54,11 @@ def processes(note):
     return [tuple(map(int, line.split())) for line in note.read_text().splitlines()]
 
 
+def noted(note):
+    """Whether the compile has written whole lines: the file is there a moment before."""
+    return note.exists() and note.read_text().endswith("\n")
+
+
 def test_the_bytes_are_those_of_a_process_of_its_own(shared):
     alone = compile.build(tiny_key(), TINY)
     for _ in range(2):
@@ -110,7 +115,7 @@ def test_a_server_that_dies_is_replaced_and_the_compile_done_again(pool, note, s
     source = noting(note, f"import time\nif open({str(note)!r}).read().count('\\n') == 1: time.sleep(600)\n")
     with ThreadPoolExecutor(1) as threads:
         built = threads.submit(pool.build, tiny_key(), source)
-        assert wait_until(note.exists)
+        assert wait_until(lambda: noted(note))
         first = pool._server.process.pid
         os.kill(first, signal.SIGKILL)
         assert built.result().so_bytes
@@ -144,7 +149,7 @@ def test_close_kills_what_is_still_compiled(note):
 
     thread = threading.Thread(target=work)
     thread.start()
-    assert wait_until(note.exists)
+    assert wait_until(lambda: noted(note))
     pool.close()
     thread.join(PATIENCE)
     assert len(errors) == 1
@@ -156,7 +161,7 @@ def test_close_kills_what_is_still_compiled(note):
 
 def test_all_of_it_dies_with_the_process_that_wants_it(note):
     with running(lambda: Pool().build(tiny_key(), noting(note, HANG))):
-        assert wait_until(note.exists)
+        assert wait_until(lambda: noted(note))
     [(pid, server)] = processes(note)
     assert wait_until(lambda: not alive(pid) and not alive(server))
 
