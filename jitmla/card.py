@@ -78,7 +78,11 @@ def _as_json(value: str) -> str:
     string, and what follows is no JSON."""
     if " #" in value:
         value = _COMMENT.sub("", value)
-    return _KEY.sub(r'\1"\2":', value) if "{" in value else value
+    if "{" not in value:
+        return value
+    parts = _KEY.split(value)  # `sub` expands its template in Python, for each key
+    return parts[0] + "".join([f'{before}"{key}":{rest}' for before, key, rest in
+                               zip(parts[1::3], parts[2::3], parts[3::3], strict=True)])
 
 
 def _open(root: dict[str, Any], line: str) -> dict[str, Any]:
