@@ -8,7 +8,7 @@ from jitmla import dispatch
 from jitmla.errors import InvalidArgument, InvalidArgumentType, NoTemplate
 from jitmla.models import keys_for, specs_for
 from jitmla.ops import launch
-from jitmla.ops.launch import usual_strides
+from jitmla.ops.checks import usual_strides
 from jitmla.registry import choose
 from jitmla.spec import Spec
 from jitmla.spec_indexer import fp8_mqa_logits_spec, topk_indices_spec

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch, events
+from .. import dispatch
 from .. import torch_ops_cached as torch_ops
 from ..errors import InvalidArgument, InvalidArgumentType
 from ..spec import append_latent_spec
@@ -90,9 +90,7 @@ _prepared = dispatch.Remembered()
 def _prepare(latent: Any, k_pe: Any, kv_cache: Any, slots: Any, kv_scale: Any, backend: Any) -> Append | None:
     """Check every argument, choose who serves the call, and remember it; None where the work is done already."""
     _check(latent, k_pe, kv_cache, slots, kv_scale)
-    if checks.takes_reference(OP, backend, latent):
-        events.emit("choose", op=OP, backend="reference", device=str(latent.device),
-                    why="asked for" if backend == "reference" else "CPU tensors")
+    if checks.chooses_reference(OP, backend, latent):
         cached_reference.append_latent(latent, k_pe, kv_cache, slots, kv_scale)
         return None
     _check_layout(latent, k_pe, kv_cache)

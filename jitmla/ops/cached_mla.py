@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch, events
+from .. import dispatch
 from .. import torch_ops_cached as torch_ops
 from ..errors import InvalidArgument
 from ..schedule import context_tile, context_tiles, slot_page
@@ -207,9 +207,7 @@ def _prepare(q_nope: Any, q_pe: Any, latent: Any, k_pe: Any, weight: Any, kv_cac
     """Check every argument, choose who serves the call, and remember it; None is for the reference."""
     sizes = _check(q_nope, q_pe, latent, k_pe, weight, kv_cache, metadata, num_prefill, prefill_tokens, num_decode,
                    sm_scale, out)
-    if checks.takes_reference(decode.OP, backend, q_nope):
-        events.emit("choose", op=OP, backend="reference", device=str(q_nope.device),
-                    why="asked for" if backend == "reference" else "CPU tensors")
+    if checks.chooses_reference(decode.OP, backend, q_nope, named=OP):
         return None
     check_layout(q_nope, q_pe, latent, k_pe, weight, kv_cache, out)
     pages = _pages(kv_cache)

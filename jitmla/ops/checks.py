@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import registry
+from .. import events, registry
 from ..errors import InvalidArgument, InvalidArgumentType
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -70,11 +70,14 @@ def aligned(name: str, value: Tensor) -> None:
 
 
 def usual_strides(x: Tensor) -> Tensor:
-    """A [n, m, columns] tensor with the strides that a dimension of size 1 would have in a contiguous one. They mean
-    nothing, and PyTorch leaves anything there, but the compiled wrappers look at them."""
-    n, m, columns = x.shape
-    row = x.stride(1) if m > 1 else columns
-    return x.as_strided(x.shape, (x.stride(0) if n > 1 else m * row, row, 1))
+    """x with the strides that its dimensions of size 1 would have in a contiguous tensor. They mean nothing, and
+    PyTorch leaves anything there, but the compiled wrappers look at them."""
+    strides, following = list(x.stride()), 1
+    for i in reversed(range(x.dim())):
+        if x.shape[i] == 1:
+            strides[i] = following
+        following = strides[i] * x.shape[i]
+    return x if tuple(strides) == x.stride() else x.as_strided(x.shape, strides)
 
 
 def uniform_rows(name: str, value: Tensor) -> None:
@@ -109,3 +112,12 @@ def takes_reference(op: str, backend: Any, tensor: Tensor) -> bool:
     raise InvalidArgument(f"backend={backend!r} on {tensor.device} tensors",
                           supported="CUDA tensors, or backend='reference'", differs=f"they are on {tensor.device}",
                           remedy="move the tensors to the GPU, or use backend='auto'")
+
+
+def chooses_reference(op: str, backend: Any, tensor: Tensor, named: str | None = None) -> bool:
+    """The same; where it does, an event says so and why. named: what the event calls the op, when that is another."""
+    if not takes_reference(op, backend, tensor):
+        return False
+    events.emit("choose", op=named or op, backend="reference", device=str(tensor.device),
+                why="asked for" if backend == "reference" else "CPU tensors")
+    return True

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch, events, pick
+from .. import dispatch, pick
 from .. import torch_ops_o_proj as torch_ops
 from ..spec import fp8_bmm_spec
 from . import checks, o_proj_reference
@@ -93,9 +93,7 @@ _prepared = dispatch.Remembered()
 def prepare(a: Any, a_scale: Any, b: Any, b_scale: Any, out: Any, backend: Any) -> Bmm:
     """Check every argument, choose who serves the call, and remember it when that is a kernel."""
     check_bmm(a, a_scale, b, b_scale, out)
-    if checks.takes_reference(OP, backend, a):
-        events.emit("choose", op=OP, backend="reference", device=str(a.device),
-                    why="asked for" if backend == "reference" else "CPU tensors")
+    if checks.chooses_reference(OP, backend, a):
         return Bmm((*a.shape[:2], b.shape[1]), a.get_device(), None, 0)
     check_bmm_layout(a, a_scale, b, out)
     prepared = on_gpu(*a.shape, b.shape[1], a.device, backend)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch, events
+from .. import dispatch
 from .. import torch_ops_prefill as torch_ops
 from ..spec import gather_latent_spec
 from . import checks, prefill_reference
@@ -58,9 +58,7 @@ _prepared = dispatch.Remembered()
 
 def _prepare(kv_cache: Any, block_table: Any, starts: Any, cu_rows: Any, out: Any, backend: Any) -> Any:
     check_gather(kv_cache, block_table, starts, cu_rows, out)
-    if checks.takes_reference(OP, backend, kv_cache):
-        events.emit("choose", op=OP, backend="reference", device=str(kv_cache.device),
-                    why="asked for" if backend == "reference" else "CPU tensors")
+    if checks.chooses_reference(OP, backend, kv_cache):
         return lambda cache, table, starts, cu_rows, out: prefill_reference.gather_latent(cache, table, starts, cu_rows,
                                                                                           out=out)
     spec = gather_latent_spec(arch=dispatch.arch_of(kv_cache.device), dtype=checks.DTYPE_NAMES[kv_cache.dtype],
@@ -71,7 +69,7 @@ def _prepare(kv_cache: Any, block_table: Any, starts: Any, cu_rows: Any, out: An
         if 1 in cache.shape[:2]:
             cache = checks.usual_strides(cache)
         if out.shape[0] == 1:
-            out = out.as_strided(out.shape, (out.shape[1], 1))
+            out = checks.usual_strides(out)
         plan(cache, table, starts, cu_rows, out)
 
     _prepared[kv_cache.dtype, kv_cache.shape[2], kv_cache.get_device(), backend] = run

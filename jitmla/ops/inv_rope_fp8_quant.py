@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch, events, layouts
+from .. import dispatch, layouts
 from .. import torch_ops_o_proj as torch_ops
 from ..spec import inv_rope_fp8_quant_spec
 from . import checks, o_proj_reference
@@ -118,10 +118,7 @@ def prepare(o: Any, positions: Any, cos_sin_cache: Any, n_groups: Any, nope_dim:
     scale_dtype = torch.int32 if scale_mode == "ue8m0_i32" else torch.float32
     cast = positions.dtype not in POSITION_NAMES
     function = None
-    if checks.takes_reference(OP, backend, rows):
-        events.emit("choose", op=OP, backend="reference", device=str(rows.device),
-                    why="asked for" if backend == "reference" else "CPU tensors")
-    else:
+    if not checks.chooses_reference(OP, backend, rows):
         check_quant_layout(rows, cos_sin_cache, o_fp8, o_scale)
         spec = inv_rope_fp8_quant_spec(arch=dispatch.arch_of(rows.device), dtype=checks.DTYPE_NAMES[rows.dtype],
                                        positions=POSITION_NAMES.get(positions.dtype, "i64"), nope_dim=nope_dim,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import dispatch, env, events
+from .. import dispatch, env
 from ..errors import NoTemplate
 from . import checks
 
@@ -29,9 +29,7 @@ def run(op: str, calls: dispatch.Remembered, like: Any, first: Tensor, backend: 
     function = calls.get(like)
     if function is None:
         check()
-        if checks.takes_reference(op, backend, first):
-            events.emit("choose", op=op, backend="reference", device=str(first.device),
-                        why="asked for" if backend == "reference" else "CPU tensors")
+        if checks.chooses_reference(op, backend, first):
             reference()
             return
         if backend == "auto" and op in UNCHECKED and not env.UNCHECKED.get():
@@ -46,17 +44,7 @@ def run(op: str, calls: dispatch.Remembered, like: Any, first: Tensor, backend: 
     except Exception:
         # Nothing was launched. The stride of a dimension of size 1 means nothing, but the wrapper looks at it.
         check()
-        usual = tuple(usual_strides(x) if isinstance(x, Tensor) else x for x in given)
+        usual = tuple(checks.usual_strides(x) if isinstance(x, Tensor) else x for x in given)
         if all(a is b for a, b in zip(usual, given, strict=True)):
             raise
         function(*usual)
-
-
-def usual_strides(x: Tensor) -> Tensor:
-    """x with the strides that its dimensions of size 1 would have in a contiguous tensor."""
-    strides, following = list(x.stride()), 1
-    for i in reversed(range(x.dim())):
-        if x.shape[i] == 1:
-            strides[i] = following
-        following = strides[i] * x.shape[i]
-    return x if tuple(strides) == x.stride() else x.as_strided(x.shape, strides)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch, events
+from .. import dispatch
 from .. import torch_ops_prefill as torch_ops
 from ..spec import merge_attn_states_spec
 from . import checks, prefill_reference
@@ -64,9 +64,7 @@ _prepared = dispatch.Remembered()
 
 def _prepare(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, out: Any, lse: Any, backend: Any) -> Any:
     check_merge(out_a, lse_a, out_b, lse_b, out, lse)
-    if checks.takes_reference(OP, backend, out_a):
-        events.emit("choose", op=OP, backend="reference", device=str(out_a.device),
-                    why="asked for" if backend == "reference" else "CPU tensors")
+    if checks.chooses_reference(OP, backend, out_a):
         return lambda a, lse_a, b, lse_b, out, lse: prefill_reference.merge_attn_states(a, lse_a, b, lse_b, out=out,
                                                                                         lse=lse)
     spec = merge_attn_states_spec(arch=dispatch.arch_of(out_a.device), dtype=checks.DTYPE_NAMES[out_b.dtype],

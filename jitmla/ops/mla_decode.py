@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .. import dispatch, events, registry, schedule, torch_ops
+from .. import dispatch, registry, schedule, torch_ops
 from ..errors import InvalidArgument
 from ..spec import mla_decode_spec
 from ..workspace import scratch
@@ -294,9 +294,7 @@ def _prepare(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_ran
     joined, compact = q_pe is q_nope, features.cu_seqlens_q is not None
     batch, s_q, heads = seq_lens.shape[0], features.max_q_len if compact else q_nope.shape[1], q_nope.shape[-2]
     out_shape = (*q_nope.shape[:-1], int(kv_lora_rank))
-    if checks.takes_reference(OP, backend, q_nope):
-        events.emit("choose", op=OP, backend="reference", device=str(q_nope.device),
-                    why="asked for" if backend == "reference" else "CPU tensors")
+    if checks.chooses_reference(OP, backend, q_nope):
         return OnReference(out_shape, bool(causal) and s_q > 1, joined)
     latent, _ = cache_parts(kv_cache)
     spec = mla_decode_spec(arch=dispatch.arch_of(q_nope.device), dtype=DTYPE_NAMES[q_nope.dtype],

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .. import dispatch, events
+from .. import dispatch
 from .. import torch_ops_prefill as torch_ops
 from ..spec import mla_prefill_spec
 from ..workspace import scratch
@@ -163,9 +163,7 @@ def _prepare(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_s
              sm_scale: Any, causal: Any, out: Any, lse: Any, backend: Any) -> OnGpu | OnReference | Empty:
     """Check every argument, choose who serves the call, and remember it when that is a kernel."""
     k_nope, k_pe = check_prefill(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sm_scale, out, lse)
-    if checks.takes_reference(OP, backend, q):
-        events.emit("choose", op=OP, backend="reference", device=str(q.device),
-                    why="asked for" if backend == "reference" else "CPU tensors")
+    if checks.chooses_reference(OP, backend, q):
         return OnReference(bool(causal))
     check_prefill_layout(q, k_nope, k_pe, v, out)
     _, heads, width = q.shape

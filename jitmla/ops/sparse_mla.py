@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch, events, schedule
+from .. import dispatch, schedule
 from ..spec import sparse_mla_spec
 from ..workspace import scratch
 from . import checks, sparse_reference
@@ -147,9 +147,7 @@ def launch(q: Any, kv: Any, indices: Any, sm_scale: Any, topk_length: Any, attn_
 def _prepare(q: Tensor, kv: Tensor, indices: Tensor, out: Tensor | None, whole: bool, backend: Any
              ) -> OnGpu | OnReference | Empty:
     """Choose who serves the call, and remember it when that is a kernel."""
-    if checks.takes_reference(OP, backend, q):
-        events.emit("choose", op=OP, backend="reference", device=str(q.device),
-                    why="asked for" if backend == "reference" else "CPU tensors")
+    if checks.chooses_reference(OP, backend, q):
         return OnReference()
     check_layout(q, kv, indices, out)
     batch, s_q, heads, width = q.shape
