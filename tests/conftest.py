@@ -73,8 +73,8 @@ def pytest_runtest_setup(item):
 @pytest.fixture
 def without_portable(monkeypatch):
     """As if the portable template, which serves whatever a call can make, did not exist."""
-    templates = registry.templates
-    monkeypatch.setattr(registry, "templates", lambda op: tuple(t for t in templates(op) if t.backend != "portable"))
+    each = registry.each_template
+    monkeypatch.setattr(registry, "each_template", lambda op: (t for t in each(op) if t.backend != "portable"))
 
 
 @pytest.fixture(autouse=True)
