@@ -77,6 +77,21 @@ def without_portable(monkeypatch):
     monkeypatch.setattr(registry, "each_template", lambda op: (t for t in each(op) if t.backend != "portable"))
 
 
+@pytest.fixture
+def card_of_x(monkeypatch, tmp_path):
+    """Makes op x the only one: (text of its card, None for none) -> path of the card."""
+    def write(text):
+        monkeypatch.setattr(registry, "TEMPLATES", tmp_path)
+        path = tmp_path / "x" / "card.toml"
+        path.parent.mkdir()
+        if text is not None:
+            path.write_text(text)
+        return path
+
+    yield write
+    registry._tables.cache_clear(), registry._template.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def cache_dir(request, monkeypatch, tmp_path):
     """The root of this test's cache: private, except for gpu tests, which may be given a prewarmed one."""

@@ -251,21 +251,6 @@ max_registers = 1
 '''
 
 
-@pytest.fixture
-def card_of_x(monkeypatch, tmp_path):
-    """Makes op x the only one: (text of its card, None for none) -> path of the card."""
-    def write(text):
-        monkeypatch.setattr(registry, "TEMPLATES", tmp_path)
-        path = tmp_path / "x" / "card.toml"
-        path.parent.mkdir()
-        if text is not None:
-            path.write_text(text)
-        return path
-
-    yield write
-    registry._tables.cache_clear(), registry._template.cache_clear()
-
-
 @pytest.mark.parametrize("text", [None, "", "op = ", CARD.replace('name = "t"\n', ""),
                                   CARD.replace("threads", "thread"),
                                   CARD.replace('backend = "b"', 'backend = "b"\nextra = 1'),
