@@ -143,7 +143,19 @@ def _topk_best(variants: tuple[str, ...], *, rows: int, columns: int, sms: int) 
     return chosen, f"{rows} rows with {TOPK[chosen]} CTAs each, {sms} multiprocessors"
 
 
+# ------------------------------------------------------------------------------------------------------- mla_decode
+
+
+def _decode_fits(variant: str, *, rows: int, batch: int, tokens: int, sms: int) -> bool:
+    return True
+
+
+def _decode_best(variants: tuple[str, ...], *, rows: int, batch: int, tokens: int, sms: int) -> tuple[str, str]:
+    return variants[0], "todo"
+
+
 RULES = {
+    "mla_decode": Rule(("rows", "batch", "tokens", "sms"), _decode_fits, _decode_best),
     "inv_rope_fp8_quant": Rule(("tokens", "heads", "heads_per_group"), _quant_fits, _quant_best),
     "fp8_bmm": Rule(("groups", "tokens", "columns", "k", "sms"), _bmm_fits, _bmm_best),
     "topk_indices": Rule(("rows", "columns", "sms"), _topk_fits, _topk_best),

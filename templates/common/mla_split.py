@@ -188,6 +188,46 @@ def sharing(seqlens: cute.Tensor, part: Int32, s: Int32, unit: Int32, r0: Int32,
 
 
 @cute.jit
+def store_interval(
+    sI: cute.Tensor,
+    seqlens: cute.Tensor,
+    B: Int32,
+    part: Int32,
+    parts: Int32,
+    fixed: Int32,
+    least: Int32,
+    bias: Int32,
+    s: Int32,
+    k: Int32,
+    lane: Int32,
+):
+    """`interval` to shared memory, by one warp."""
+    found = interval(seqlens, B, part, parts, fixed, least, bias, s, k, lane)
+    if lane == 0:
+        for i in cutlass.range_constexpr(6):
+            sI[i] = found[i]
+
+
+@cute.jit
+def store_sharing(sShare: cute.Tensor, sI: cute.Tensor, seqlens: cute.Tensor, part: Int32, s: Int32, lane: Int32):
+    """`sharing` of the stored interval to shared memory, then r0 and r1: what MlaCombine.run reads. By one warp."""
+    p0, n, sharers, started = sharing(seqlens, part, s, sI[5], sI[0], sI[1], sI[2], sI[3])
+    if lane == 0:
+        for i, x in enumerate((p0, n, sharers, started, sI[0], sI[1])):
+            sShare[i] = x
+
+
+@cute.jit
+def piece_of(seqlens: cute.Tensor, sI: cute.Tensor, req: Int32):
+    """(length, first block, end block, has it the whole request) of a request of the part whose interval is sI."""
+    seqlen = seqlens[req]
+    blocks = n_blocks(seqlen)
+    b0 = sI[2] if req == sI[0] else Int32(0)
+    b1 = sI[3] if (req == sI[1] and sI[3] > 0) else blocks
+    return seqlen, b0, b1, b0 == 0 and b1 == blocks
+
+
+@cute.jit
 def touch_table(
     table: cute.Tensor,
     seqlens: cute.Tensor,

@@ -38,6 +38,12 @@ def row_strides(x):
     return cute.assume(row, divby=divisor), cute.assume(request, divby=divisor)
 
 
+def copy_async16(shared, shared_offset, address, offset, size):
+    """cp.async of 16 bytes, of which `size` are read from address + offset; the rest are zeros."""
+    code = f"cp.async.cg.shared.global [{{$r0}}+{shared_offset}], [{{$r1}}+{offset}], 16, {{$r2}};"
+    cute.arch.inline_ptx(code, read_only_args=[shared, address, size])
+
+
 @cute.jit
 def ex2(x: Float32):
     return cute.math.exp2(x, fastmath=True)
