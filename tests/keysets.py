@@ -153,7 +153,8 @@ E4M3_DTYPES = ("e4m3", "bf16", "fp16")
 # every other latent, page size and dtype with some of each other. tests/kernels/test_mla_decode_e4m3.py runs them
 E4M3 = [e4m3(dtype, 512, 64, rows, causal) for dtype in ("e4m3", "bf16") for rows in ROWS for causal in CAUSAL] + [
     e4m3(E4M3_DTYPES[i % 3], LATENTS[i // 2 % 2], PAGES[1 + i % 3], ROWS[1 + i % 4], CAUSAL[i // 3 % 2])
-    for i in range(12)] + [e4m3(dtype, 256, 64, rows, rows != 32) for dtype in ("e4m3", "bf16") for rows in (16, 32, 64)]
+    for i in range(12)] + [
+    e4m3(dtype, 256, 64, rows, rows != 32) for dtype in ("e4m3", "bf16") for rows in (16, 32, 64)]
 
 
 def product() -> list[Spec]:

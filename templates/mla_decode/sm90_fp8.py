@@ -708,8 +708,8 @@ class MlaDecode:
 
     @cute.jit
     def dot_converted(self, c, rS, first: cutlass.Constexpr, end: cutlass.Constexpr, slot, phase, held):
-        """S^T = K Q^T over the half tiles first .. end - 1, K through registers: matrices of 8 tokens and 16 columns, of
-        the 16 tokens of this warp."""
+        """S^T = K Q^T over the half tiles first .. end - 1, K through registers: matrices of 8 tokens and 16 columns,
+        of the 16 tokens of this warp."""
         lane = c.lane
         group = 2 * c.w + (lane >> 3 & 1)
         base = c.ring + group * GROUP_BYTES + (lane & 7) * 64 + (((lane >> 4) ^ (lane & 7) >> 1) << 4)
