@@ -213,7 +213,7 @@ def choose(spec: Spec, backend: str = "auto", sizes: Mapping[str, int] | None = 
         emit("degrade", what="tuned variant", reason=f"{tuned} does not serve it", spec=str(spec))
     if not sizes:
         return first
-    found = [c for c in found if c.template.backend == found[0].template.backend]
+    found = [c for c in found if c.template.backend == first.template.backend]
     best, why = pick.best(spec.op, [c.name for c in found], sizes)
     return next(replace(c, why=why) for c in found if c.name == best)
 
