@@ -4,10 +4,13 @@
     gather   page size 0, which stands for any and is known at launch (single rows, odd sizes, a page per request): the
              four warps of a warpgroup, cp.async of 16 bytes to where the TMA would put them
 
-Gather: thread (w, lane) has the 16-byte column lane % 8 of a tile and the tokens 16 p + 4 w + lane / 8 of a block. The
-page numbers of the next block are on their way while this one is issued. Tokens behind the end of a request are zeros
-(cp.async that reads nothing), so nobody has to clear them. cp.async writes are those of the generic proxy: who waits for
-full[slot] needs `fence_view_async_shared` before its wgmma, see `wait_slot`.
+Elements of 16 or 8 bits: a row of a tile is 128 or 64 bytes.
+
+Gather: with n = 8 or 4 columns of 16 bytes in a row of a tile, thread (w, lane) has the column lane % n and of every
+128 / n tokens of a block the one number (32 w + lane) / n. The page numbers of the next block are on their way while
+this one is issued. Tokens behind the end of a request are zeros (cp.async that reads nothing), so nobody has to clear
+them. cp.async writes are those of the generic proxy: who waits for full[slot] needs `fence_view_async_shared` before
+its wgmma, see `wait_slot`.
 
 The ring's barriers: `arrivals` at full[slot]; whoever reads a slot arrives at empty[slot].
 """
@@ -29,14 +32,15 @@ class KvProducer:
         """Blocks of (latent + rope) / 64 tiles of 64 x 64, slot_tiles of them in a slot, `slots` in the ring."""
         assert page_size in (0, 16, 32, 64, 128) and (latent + rope) // 64 % slot_tiles == 0
         self.dtype, self.page_size, self.slot_tiles, self.slots = dtype, page_size, slot_tiles, slots
+        self.row_bytes = 64 * dtype.width // 8  # of a tile
         self.tiles = (latent + rope) // 64
         self.per_block = self.tiles // slot_tiles  # slots
-        self.slot_bytes = 64 * 64 * 2 * slot_tiles
+        self.slot_bytes = 64 * self.row_bytes * slot_tiles
         self.gather = page_size == 0
         self.warps, self.arrivals = (4, 128) if self.gather else (1, 1)
         self.boxes = 1 if self.gather else 64 // min(page_size, 64)  # of a slot: pages of a block
-        # measured: evict-first is better for batches up to about 300 MB, normal beyond, unless several CTAs read a block
-        self.first_blocks = 4096 * 576 // (latent + rope)
+        # measured: evict-first is better up to about 300 MB in a batch, normal beyond, unless several CTAs read a block
+        self.first_blocks = 128 * 4096 * 576 // (self.row_bytes * (latent + rope))
 
     # -------------------------------------------------------------------------------------------- host
     @cute.jit
@@ -81,8 +85,8 @@ class KvProducer:
 
     @cute.jit
     def fill(self, c, mK: cute.Tensor, table: cute.Tensor, seqlens: cute.Tensor, w, pages: Int32, several):
-        """All blocks of this CTA, by the whole warp w of those that fill the ring. Warp 0 loads the queries too, of later
-        requests once q_free says that their memory is free.
+        """All blocks of this CTA, by the whole warp w of those that fill the ring. Warp 0 loads the queries too, of
+        later requests once q_free says that their memory is free.
 
         c: sI (of mla_split), full, empty, q_free, lane, and for TMA tma_k, tKs, tKg, for gather sK. pages: of the
         cache. several: other CTAs read the same blocks.
@@ -133,23 +137,26 @@ class KvProducer:
 
     @cute.jit
     def page_numbers(self, rPage, table, req, token, seqlen, page_size):
-        """The pages of this thread's four tokens of a block, the first of which is `token`; -1 behind the end."""
-        for p in cutlass.range_constexpr(4):
-            at = token + 16 * p
+        """The pages of this thread's tokens of a block, the first of which is `token`; -1 behind the end."""
+        for p in cutlass.range_constexpr(cute.size(rPage)):
+            at = token + 64 // cute.size(rPage) * p
             rPage[p] = Int32(-1)
             if at < seqlen:
                 rPage[p] = table[req, at // page_size]
 
     @cute.jit
     def gather_rows(self, c, kv, table, seqlens, w):
-        lane, sI, page_size = c.lane, c.sI, kv.shape[1]
-        row, chunk = w * 4 + lane // 8, lane % 8
-        group_bytes = 1024 * self.slot_tiles
-        to = c.sK.iterator.toint() + (row // 8) * group_bytes + (row % 8) * 128 + (chunk ^ (row % 8)) * 16
+        lane, sI, page_size, row_bytes = c.lane, c.sI, kv.shape[1], self.row_bytes
+        columns = row_bytes // 16
+        passes = columns // 2
+        row, chunk = (w * 32 + lane) // columns, lane % columns
+        group_bytes = 8 * row_bytes * self.slot_tiles
+        swizzled = chunk ^ (row % 8 * columns // 8)
+        to = c.sK.iterator.toint() + (row // 8) * group_bytes + (row % 8) * row_bytes + swizzled * 16
         base = kv.iterator.toint() + chunk.to(Int64) * 16
-        rPage = cute.make_rmem_tensor((4,), Int32)
-        rAt = cute.make_rmem_tensor((4,), Int64)
-        rSize = cute.make_rmem_tensor((4,), Int32)
+        rPage = cute.make_rmem_tensor((passes,), Int32)
+        rAt = cute.make_rmem_tensor((passes,), Int64)
+        rSize = cute.make_rmem_tensor((passes,), Int32)
         slot = Int32(0)
         phase = Int32(1)
         phase_q = Int32(0)
@@ -160,23 +167,24 @@ class KvProducer:
                 self.load_q(c, req)
             for j in cutlass.range(b0, b1, unroll=1):
                 token = j * 64 + row
-                for p in cutlass.range_constexpr(4):
-                    at = token + 16 * p
+                for p in cutlass.range_constexpr(passes):
+                    at = token + 64 // passes * p
                     rSize[p] = Int32(16) if rPage[p] >= 0 else Int32(0)
                     page = cutlass.max(rPage[p], 0).to(Int64)
-                    rAt[p] = base + (page * kv.stride[0] + (at % page_size).to(Int64) * kv.stride[1]) * 2
+                    place = page * kv.stride[0] + (at % page_size).to(Int64) * kv.stride[1]
+                    rAt[p] = base + place * (row_bytes // 64)
                 if j + 1 < b1:
                     self.page_numbers(rPage, table, req, token + 64, seqlen, page_size)
                 for i in cutlass.range_constexpr(self.per_block):
                     cute.arch.mbarrier_wait(c.empty + slot, phase)
                     at_slot = to + slot * self.slot_bytes
-                    for p in cutlass.range_constexpr(4):
+                    for p in cutlass.range_constexpr(passes):
                         for x in cutlass.range_constexpr(self.slot_tiles):
                             copy_async16(
                                 at_slot,
-                                2 * p * group_bytes + 1024 * x,
+                                8 // passes * p * group_bytes + 8 * row_bytes * x,
                                 rAt[p],
-                                (i * self.slot_tiles + x) * 128,
+                                (i * self.slot_tiles + x) * row_bytes,
                                 rSize[p],
                             )
                     cute.arch.cp_async_mbarrier_arrive_noinc(c.full + slot)
