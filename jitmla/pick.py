@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .errors import InvalidArgument, NoTemplate
+from .schedule import row_tiles
 
 
 class Rule(NamedTuple):
@@ -146,8 +147,30 @@ def _topk_best(variants: tuple[str, ...], *, rows: int, columns: int, sms: int) 
     return chosen, f"{rows} rows with {TOPK[chosen]} CTAs each, {sms} multiprocessors"
 
 
+# ------------------------------------------------------------------------------------------------------- sparse_mla
+
+TURNS = "sm90_gather_seesaw/"
+
+
+def _sparse_fits(variant: str, *, tokens: int, heads: int, whole: int, sms: int) -> bool:
+    return True
+
+
+def _sparse_best(variants: tuple[str, ...], *, tokens: int, heads: int, whole: int, sms: int) -> tuple[str, str]:
+    """Warpgroups that take turns do a block in less time and need more to start. In decode they are for calls that fill
+    the GPU, of more than 64 heads: with fewer, memory gives the rows no faster than the others use them. whole: no
+    token is split (prefill), so that every CTA has many blocks."""
+    tiles = tokens * row_tiles(heads)
+    turns = [v for v in variants if v.startswith(TURNS)]
+    if turns and (whole or row_tiles(heads) > 1 and 4 * tiles > 3 * sms):
+        return turns[0], f"{'prefill' if whole else 'decode'}, {tiles} row tiles, {sms} multiprocessors"
+    others = [v for v in variants if not v.startswith(TURNS)]
+    return (others or turns)[0], f"decode, {heads} heads, {tiles} row tiles, {sms} multiprocessors"
+
+
 RULES = {
     "inv_rope_fp8_quant": Rule(("tokens", "heads", "heads_per_group"), _quant_fits, _quant_best),
     "fp8_bmm": Rule(("groups", "tokens", "columns", "k", "sms"), _bmm_fits, _bmm_best),
+    "sparse_mla": Rule(("tokens", "heads", "whole", "sms"), _sparse_fits, _sparse_best),
     "topk_indices": Rule(("rows", "columns", "sms"), _topk_fits, _topk_best),
 }
