@@ -340,9 +340,11 @@ OTHER_PROLOGUE = {"heads": 32, "rope_interleave": True, "scale_mode": "raw_f32",
 
 
 def prologue_covering() -> list[Spec]:
-    """The usual point, its opposite, and two with half of the values of each."""
+    """The usual point, its opposite, two with half of the values of each, and what a DSA layer meets: weights from a
+    product in bf16."""
     fields = list(USUAL_PROLOGUE)
-    points = [lambda i: False, lambda i: True, lambda i: i % 2 == 0, lambda i: i % 4 in (1, 2)]
+    points = [lambda i: False, lambda i: True, lambda i: i % 2 == 0, lambda i: i % 4 in (1, 2),
+              lambda i: fields[i] == "w_dtype"]
     return [Spec.of("indexer_prologue", arch=ARCH, **{f: (OTHER_PROLOGUE if other(i) else USUAL_PROLOGUE)[f]
                                                       for i, f in enumerate(fields)}) for other in points]
 
@@ -368,7 +370,7 @@ SETS = {
     "indexer_prologue": Sets(lambda: card_product("indexer_prologue"), prologue_covering,
                              lambda: prologue_covering()[:1]),
     **{op: simple(op) for op in (
-        "cat_quant_fp8", "indexer_k_scatter", "indexer_k_gather", "kv_row_pack", "fp8_mqa_logits",
+        "cat_quant_fp8", "indexer_k_scatter", "indexer_k_gather", "kv_row_pack", "dsa_append", "fp8_mqa_logits",
         "fp8_paged_mqa_logits", "topk_indices", "local_to_global")},
 }
 
