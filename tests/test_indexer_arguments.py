@@ -88,7 +88,7 @@ CASES = [
     (prologue, VALUE, "scale_mode='ue8m0_i32'", {"scale_mode": "ue8m0_i32"}), (prologue, TYPE, "eps", {"eps": "x"}),
     (prologue, VALUE, "backend='sm90'", {"backend": "sm90"}),
     (prologue, VALUE, "strides", {"q": z(3, 64, 256, dtype=BF16)[..., ::2]}),
-    (prologue, VALUE, "requires a gradient", {"w_raw": z(3, 64).requires_grad_()}),
+    (prologue, VALUE, "require a gradient: w_raw", {"w_raw": z(3, 64).requires_grad_()}),
     (cat_quant, VALUE, "pe with 62 columns", {"pe": z(3, 62, dtype=BF16), "nope": z(3, 66, dtype=BF16)}),
     (cat_quant, VALUE, "nope", {"nope": z(3, 60, dtype=BF16)}), (cat_quant, TYPE, "pe", {"pe": z(3, 64)}),
     (cat_quant, VALUE, "strides", {"pe": z(3, 65, dtype=BF16)[:, :64]}),
@@ -145,6 +145,14 @@ def test_refused(call, error, word, change):
         call(**change)
     assert word in str(caught.value), str(caught.value)
     assert caught.value.differs and caught.value.supported
+
+
+def test_parameters_are_weights_where_autograd_does_not_record():
+    weight = torch.nn.Parameter(prologue_problem(3).ln_weight)
+    with torch.no_grad():
+        prologue(ln_weight=weight)
+    with pytest.raises(InvalidArgument, match="require a gradient: ln_weight"):
+        prologue(ln_weight=weight)
 
 
 def test_what_no_template_serves():

@@ -29,7 +29,7 @@ def attend(layer: Layer, batch: Batch, q: Tensor, compressed_kv: Tensor, k_pe: T
         return
     if n > output.shape[0]:
         raise InvalidArgument(f"{output.shape[0]} rows for a batch of {n} tokens", supported="at least as many rows",
-                              differs="tokens are missing")
+                              differs="tokens are missing", remedy="allocate output for the padded number of tokens")
     capturing = output.is_cuda and torch.cuda.is_current_stream_capturing()
     if batch.context_tokens and capturing:
         raise InvalidArgument("jitmla::mla_dsa_attn_inplace on context tokens during CUDA graph capture",
@@ -79,10 +79,12 @@ def _check_pages(layer: Layer, batch: Batch) -> None:
         for part in (batch.context, batch.generation):
             if part is not None and part.tokens and int(getattr(part, table).max()) >= cache.shape[0]:
                 raise InvalidArgument(f"{table} with page {int(getattr(part, table).max())}",
-                                      supported=f"pages below {cache.shape[0]}", differs="the cache has no such page")
+                                      supported=f"pages below {cache.shape[0]}", differs="the cache has no such page",
+                                      remedy="look at how the engine fills its block tables")
         if int(slots.max()) >= cache.shape[0] * cache.shape[1]:
             raise InvalidArgument(f"slot {int(slots.max())}", supported=f"below {cache.shape[0] * cache.shape[1]}",
-                                  differs="the cache has no such row")
+                                  differs="the cache has no such row",
+                                  remedy="look at how the engine computes slot_mapping and index_slot_mapping")
 
 
 # ------------------------------------------------------------------------------------------------------- the indexer
