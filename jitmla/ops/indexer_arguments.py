@@ -180,21 +180,23 @@ def append(q_pe: Any, q_out: Any, kv_c: Any, k_pe: Any, positions: Any, cos_sin_
     for name, x in (("kv_c", kv_c), ("slot_mapping", slot_mapping)):
         if x.shape[0] != tokens:
             raise InvalidArgument(f"{name}: {checks.describe(x)}", supported=f"{tokens} tokens, as q_pe has",
-                                  differs=f"it has {x.shape[0]}")
+                                  differs=f"it has {x.shape[0]}",
+                                  remedy="pass as many rows of each as there are queries")
     check("positions", positions, "[tokens]", (tokens,), [I64, I32], q_pe, contiguous=True)
     check("cos_sin_cache", cos_sin_cache, "[positions, 64]", (None, 64), [FP32], q_pe, contiguous=True)
     address("cos_sin_cache", cos_sin_cache)
     index = (k_fp8, k_scale, index_cache, index_slot_mapping)
     if len({x is None for x in index}) != 1:
         raise InvalidArgument("k_fp8, k_scale, index_cache and index_slot_mapping", supported="all four, or none",
-                              differs="some are missing")
+                              differs="some are missing", remedy="pass none of them in a layer without an indexer")
     if k_fp8 is not None:
         scatter(*index)
         check("k_scale", k_scale, "[tokens, 1]", (None, 1), [FP32], q_pe, contiguous=True)
         if index_slot_mapping.shape[0] != tokens:
             raise InvalidArgument(f"index_slot_mapping: {checks.describe(index_slot_mapping)}",
                                   supported=f"{tokens} slots, one for each token",
-                                  differs=f"it has {index_slot_mapping.shape[0]}")
+                                  differs=f"it has {index_slot_mapping.shape[0]}",
+                                  remedy="pass -1 for a token that is not to be stored")
 
 
 def row_kind(cache: Any) -> str:
