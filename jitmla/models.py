@@ -28,6 +28,7 @@ from .spec import (
 )
 from .spec_indexer import (
     cat_quant_fp8_spec,
+    dsa_append_spec,
     fp8_mqa_logits_spec,
     fp8_paged_mqa_logits_spec,
     indexer_k_spec,
@@ -248,6 +249,8 @@ def _indexer(serving: Serving) -> Iterator[Spec]:
     yield cat_quant_fp8_spec(arch=arch, scale_mode="pow2_f32")
     yield from (indexer_k_spec(op, arch=arch) for op in ("indexer_k_scatter", "indexer_k_gather"))
     yield from (kv_row_pack_spec(arch=arch, row=row) for row in ("fp8", "bf16"))
+    yield from (dsa_append_spec(arch=arch, row=row, index_keys=keys, positions=positions) for row, keys, positions in
+                itertools.product(("fp8", "bf16"), (True, False), ("i64", "i32")))
     yield from (fp8_mqa_logits_spec(arch=arch, heads=heads, store=store) for store in ("tiles", "clean"))
     yield from (fp8_paged_mqa_logits_spec(arch=arch, heads=heads, next_n=n) for n in (1, 2))
     yield from (topk_indices_spec(arch=arch, rows=rows) for rows in ("windows", "lengths"))

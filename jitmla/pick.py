@@ -133,7 +133,7 @@ def fp8_bmm_ctas(variant: str, groups: int, tokens: int, columns: int, sms: int)
 # ----------------------------------------------------------------------------------------------------- topk_indices
 
 # CTAs that share a row
-TOPK = {"sampled_select/c1t512": 1, "sampled_select/c2t1024": 2, "sampled_select/c8t1024": 8}
+TOPK = {"sampled_select/c1t512": 1, "sampled_select/c2t1024": 2, "sampled_select/c4t512": 4, "sampled_select/c8t512": 8}
 
 
 def _topk_fits(variant: str, *, rows: int, columns: int, sms: int) -> bool:
