@@ -17,6 +17,7 @@ SWAP_ROWS = 16  # most query rows (s_q * heads) of the swap kernel
 MAX_ROWS = 512  # query rows (s_q * heads) of a request
 PAGES = (64, 128, 32, 16)  # the best first
 MAX_PAGE = 128
+MHA_TOKENS, MHA_TOKENS_ALONE = 768, 512  # least of a sequence of cached_mla in the MHA form: with a prefix, without
 WHOLE = 1 << 20  # a bias that makes every split aligned
 INVARIANT_TOKENS = 2048  # of a piece of the batch-invariant split (PIECE_BLOCKS of the portable template)
 TILE_ROWS = 64  # query rows of a CTA of the relay kernel, which has no more, and of the seesaw kernel
@@ -100,6 +101,14 @@ def context_tile(heads: int, sequences: int, tokens: int) -> int:
 def context_tiles(tokens: int, sequences: int, tile: int) -> int:
     """Most tiles that sequences within `tokens` places can have, see templates/common/cached_rows.py."""
     return tokens // tile + sequences
+
+
+def context_form(sequences: int, tokens: int, prefix: bool) -> tuple[str, str]:
+    """The faster form for prefill sequences of cached_mla with so many new tokens together, and why. prefix: whether
+    one may have one. Measured on an H200; which of them has one is known to the device alone."""
+    least = MHA_TOKENS if prefix else MHA_TOKENS_ALONE
+    each = tokens // sequences
+    return "mha" if each >= least else "absorbed", f"{each} new tokens a sequence, the MHA form from {least} on"
 
 
 def slot_page(length: int, slot_stride: int, stride: int) -> int:

@@ -31,8 +31,8 @@ def problems(draw, **fixed):
     return dict(prefill=draw(st.lists(st.tuples(cached, new), max_size=4)), decode=draw(st.lists(cached, max_size=4)),
                 heads=draw(st.sampled_from([1, 3, 4, 6, 12])), gap=0 if rows else draw(st.sampled_from([0, 0, 2])),
                 tail=draw(st.sampled_from([0, 0, 3])), rows=rows, strided=draw(st.booleans()), max_seq_len=32,
-                dtype=draw(st.sampled_from([torch.bfloat16, torch.float16])), seed=draw(st.integers(0, 99)),
-                **{**TINY, **fixed})
+                dtype=draw(st.sampled_from([torch.bfloat16, torch.float16])), e4m3=draw(st.booleans()),
+                seed=draw(st.integers(0, 99)), **{**TINY, **fixed})
 
 
 @given(problems())
@@ -112,7 +112,15 @@ CHANGES = [
     (dict(weight=torch.zeros(192, 32, dtype=torch.bfloat16)), InvalidArgument, "192 rows of 32"),
     (dict(weight=torch.zeros(192, 64, dtype=torch.float16)), InvalidArgumentType, "kv_b_proj_weight"),
     (dict(kv_cache=torch.zeros(4, 32, 64, dtype=torch.bfloat16)), InvalidArgument, "80"),
-    (dict(kv_cache=torch.zeros(4, 32, 80, dtype=torch.uint8).view(E4M3)), InvalidArgumentType, "kv_cache"),
+    (dict(kv_cache=torch.zeros(4, 32, 80, dtype=torch.float16)), InvalidArgumentType, "kv_cache"),
+    (dict(kv_cache=torch.zeros(4, 32, 80, dtype=torch.uint8).view(E4M3)), InvalidArgument, "float8_e4m3fn without"),
+    (dict(kv_scale=torch.ones(1)), InvalidArgument, "bfloat16 with kv_scale"),
+    (dict(kv_cache=torch.zeros(4, 32, 80, dtype=torch.uint8).view(E4M3), kv_scale=torch.ones(2)), InvalidArgument,
+     "kv_scale"),
+    (dict(kv_cache=torch.zeros(4, 32, 80, dtype=torch.uint8).view(E4M3), kv_scale=0.5), InvalidArgumentType, "kv_sca"),
+    (dict(max_prefix=-1), InvalidArgumentType, "max_prefix=-1"),
+    (dict(max_prefix=True), InvalidArgumentType, "max_prefix=True"),
+    (dict(form="mqa"), InvalidArgument, "auto, absorbed, mha"),
     (dict(seq_len=torch.zeros(3, dtype=torch.int64)), InvalidArgumentType, "seq_len"),
     (dict(slot_idx=torch.zeros(2, dtype=torch.int32)), InvalidArgument, "each of the 3 sequences"),
     (dict(cu_seqlen=torch.zeros(4, dtype=torch.int32, device="meta")), InvalidArgument, "cu_seqlen on meta"),
@@ -195,6 +203,14 @@ def test_context_tiles():
     assert schedule.context_tile(8, 100, 250) == 4
     for heads in range(1, 129):
         assert 2 * heads <= schedule.context_tile(heads, 3, 10**6) * heads <= 512
+
+
+def test_context_form():
+    assert schedule.context_form(1, 100, True)[0] == "absorbed" and schedule.context_form(1, 5000, True)[0] == "mha"
+    assert schedule.context_form(50, 5000, True)[0] == "absorbed", "many short sequences"
+    least = min(n for n in range(1, 5000) if schedule.context_form(1, n, True)[0] == "mha")
+    assert schedule.context_form(1, least - 1, False)[0] == "mha", "without prefixes it is worth it earlier"
+    assert schedule.context_form(3, 300, True)[1].startswith("100 new tokens a sequence")
 
 
 @given(st.integers(0, 2**32))
