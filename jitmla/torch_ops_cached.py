@@ -21,7 +21,8 @@ _INPUTS = "Tensor q_nope, Tensor q_pe, Tensor latent, Tensor k_pe, Tensor kv_b_p
 _CACHED = (_INPUTS + "Tensor(a!) kv_cache, Tensor seq_len, Tensor input_pos, Tensor slot_idx, Tensor cu_seqlen, "
            "SymInt num_prefill, SymInt prefill_tokens, SymInt num_decode, float sm_scale, Tensor? kv_scale, "
            "SymInt? max_prefix, str form, str backend")
-_AUTODEPLOY = (_INPUTS + "Tensor batch_info_host, Tensor seq_len, Tensor input_pos, Tensor slot_idx, Tensor cu_seqlen, "
+_AUTODEPLOY = ("Tensor q_nope, Tensor q_pe, Tensor compressed_kv, Tensor kpe, Tensor kv_b_proj_weight, "
+               "Tensor batch_info_host, Tensor seq_len, Tensor input_pos, Tensor slot_idx, Tensor cu_seqlen, "
                "Tensor(a!) mla_cache, float? scale=None, int kv_lora_rank=512")
 
 _library = torch.library.Library("jitmla", "FRAGMENT")
