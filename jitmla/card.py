@@ -17,10 +17,10 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 TOMLDecodeError = tomllib.TOMLDecodeError
-_KEY = re.compile(r"([{,][ \t]*)([\w-]+)[ \t]*=[ \t]*", re.ASCII)  # in an inline table
 _COMMENT = re.compile(r'[ \t]+#[^"\n]*$')
-_OTHER = re.compile(r'null|NaN|Infinity|"[ \t]*:|\\')  # JSON that is not TOML, and escapes, which differ
-_END = "\x7f"  # of a value; in no TOML
+_COLON = re.compile(r'"[ \t]*:')
+_OTHER = ("null", "NaN", "Infinity", "\\")  # JSON that is not TOML, as a key with a colon is, and escapes, which differ
+_MARK = "\x7f"  # of a line; in no TOML
 _HEADER = re.compile(r"\[([\w.-]+)\]|\[\[([\w.-]+)\]\]", re.ASCII)
 
 
@@ -36,7 +36,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODE = json.JSONDecoder(object_pairs_hook=_once).decode
-_BETWEEN = f',"{_END}",'
 
 
 def loads(text: str) -> dict[str, Any]:
@@ -48,41 +47,46 @@ def loads(text: str) -> dict[str, Any]:
 
 
 def _quick(text: str) -> dict[str, Any]:
-    if _OTHER.search(text) or _END in text:
+    """All lines are decoded at once, each as a name and a value; the marks show that they come apart again."""
+    if _MARK in text or any(other in text for other in _OTHER) or _COLON.search(text):
         raise _Other("not a card")
+    names, values = [], []
+    for line in text.split("\n"):
+        if line and line[0] == "[":
+            names.append(line)
+            values.append("null")
+        elif line and line[0] != "#":
+            name, _, value = line.partition(" = ")
+            names.append(name)
+            values.append(_as_json(value) if "{" in value or "#" in value else value)
+    marked = [_MARK + name for name in names]
+    found = _DECODE("[" + ",".join([f'"{name}",{value}' for name, value in zip(marked, values, strict=True)]) + "]")
+    if found[::2] != marked or len(found) != 2 * len(marked) or not text.isascii():
+        raise _Other("values that reach across lines")
     root: dict[str, Any] = {}
     table = root
-    places, values = [], []
-    for line in text.split("\n"):
-        if not line or line[0] == "#":
-            continue
-        if line[0] == "[":
-            table = _open(root, line)
-            continue
-        name, _, value = line.partition(" = ")
-        if name in table or not (name.isidentifier() and name.isascii()):
-            raise _Other(line)
-        table[name] = None
-        places.append((table, name))
-        values.append(_as_json(value))
-    found = _DECODE(f'[{_BETWEEN.join(values)}]')
-    if len(found) != max(2 * len(values) - 1, 0) or any(mark != _END for mark in found[1::2]):
-        raise _Other("values that reach across lines")
-    for (table, name), value in zip(places, found[::2], strict=True):
-        table[name] = value
+    for name, value in zip(names, found[1::2], strict=True):
+        if name[:1] == "[":
+            table = _open(root, name)
+        elif name in table or not name.isidentifier():
+            raise _Other(name)
+        else:
+            table[name] = value
     return root
 
 
 def _as_json(value: str) -> str:
     """Without a comment behind it, and with JSON's keys. In a string that looks like a key, the quotation marks end the
     string, and what follows is no JSON."""
-    if " #" in value:
+    if "#" in value:
         value = _COMMENT.sub("", value)
-    if "{" not in value:
-        return value
-    parts = _KEY.split(value)  # `sub` expands its template in Python, for each key
-    return parts[0] + "".join([f'{before}"{key}":{rest}' for before, key, rest in
-                               zip(parts[1::3], parts[2::3], parts[3::3], strict=True)])
+    *keyed, last = value.split(" = ")
+    parts = []
+    for before, space, key in [part.rpartition(" ") for part in keyed]:
+        if not key.isidentifier():
+            raise _Other(value)
+        parts.append(f'{before}{space}"{key}":')
+    return "".join(parts) + last
 
 
 def _open(root: dict[str, Any], line: str) -> dict[str, Any]:

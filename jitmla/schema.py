@@ -19,26 +19,38 @@ ANNOTATIONS = {"$schema", "title", "description", "default", "identity", "defini
 KEYWORDS = {"$ref", "oneOf", "const", "enum", "type", "pattern", "minimum", "maximum", "minItems", "items",
             "properties", "required", "additionalProperties", "patternProperties"}
 _TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float)}
+_DECODER = json.JSONDecoder()
+
+
+@functools.cache
+def _text() -> str:
+    return SCHEMA.read_bytes().decode()
 
 
 @functools.cache
 def document() -> dict[str, Any]:
     """The parsed cache_schema.json."""
-    return json.loads(SCHEMA.read_bytes())
+    return json.loads(_text())
 
 
+@functools.cache
 def definition(name: str) -> dict[str, Any]:
-    """One entry of `definitions`."""
-    return document()["definitions"][name]
+    """One entry of `definitions`; raises KeyError. It is decoded alone: all of the document takes several times longer,
+    and every new process needs a few entries on its way to its first kernel."""
+    _, found, rest = _text().partition(f'\n    "{name}": ')  # only these entries are indented by four spaces
+    if not found:
+        raise KeyError(name)
+    return _DECODER.raw_decode(rest)[0]
 
 
 def spec_fields(op: str) -> dict[str, Any]:
     """The fields of a Spec of `op`, with their schemas; raises SchemaViolation for an unknown op."""
-    definitions = document()["definitions"]
-    if f"spec_{op}" not in definitions:
-        known = [d.removeprefix("spec_") for d in definitions if d.startswith("spec_")]
-        raise SchemaViolation(f"op {op!r}", supported=", ".join(known), differs="cache_schema.json has no such op")
-    return definitions[f"spec_{op}"]["properties"]
+    try:
+        return definition(f"spec_{op}")["properties"]
+    except KeyError:
+        known = [d.removeprefix("spec_") for d in document()["definitions"] if d.startswith("spec_")]
+        raise SchemaViolation(f"op {op!r}", supported=", ".join(known),
+                              differs="cache_schema.json has no such op") from None
 
 
 def check(value: Any, name: str) -> None:

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import shutil
 from pathlib import Path
@@ -22,14 +23,20 @@ RUNTIME = "libcute_dsl_runtime.so"
 INSTALL = "pip install 'jitmla[compile]'"
 
 
-def _version(package: str) -> str | None:
+def _version(folder: Path) -> str | None:
+    """Of the compiler that lies in `folder`: from what pip wrote beside it. Only where that is not to be found are all
+    installed packages looked through, which takes longer."""
+    prefix = folder.name + "-"
+    beside = [name for name in os.listdir(folder.parent) if name.startswith(prefix) and name.endswith(".dist-info")]
     try:
-        found = importlib.metadata.distribution(package)
-    except importlib.metadata.PackageNotFoundError:
+        if len(beside) == 1:
+            text = (folder.parent / beside[0] / "METADATA").read_text(encoding="utf-8")
+        else:
+            text = importlib.metadata.distribution(DSL).read_text("METADATA") or ""
+    except (importlib.metadata.PackageNotFoundError, FileNotFoundError):
         return None
-    # `found.version` parses the whole of the metadata, description included, with the parser for e-mails
-    stated = (found.read_text("METADATA") or "").partition("\nVersion:")[2].partition("\n")[0].strip()
-    return stated or found.version
+    # importlib.metadata parses all of it, the description included, with the parser for e-mails
+    return text.partition("\nVersion:")[2].partition("\n")[0].strip() or None
 
 
 @functools.cache
@@ -63,7 +70,8 @@ def _driver_major() -> int | None:
 @functools.cache
 def current(options: str = "") -> tuple[tuple[str, str], ...] | None:
     """The toolchain part of a Key built here, or None when no compiler is installed. `options`: of cute.compile."""
-    dsl, flavor = _version(DSL), _flavor()
+    flavor = _flavor()
+    dsl = _version(_runtimes()[flavor].parents[2]) if flavor else None
     if dsl is None or flavor is None:
         return None
     return tuple(sorted({"cute_dsl": dsl, "cuda": flavor, "host": host(), "options": options}.items()))

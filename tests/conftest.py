@@ -73,8 +73,23 @@ def pytest_runtest_setup(item):
 @pytest.fixture
 def without_portable(monkeypatch):
     """As if the portable template, which serves whatever a call can make, did not exist."""
-    templates = registry.templates
-    monkeypatch.setattr(registry, "templates", lambda op: tuple(t for t in templates(op) if t.backend != "portable"))
+    each = registry.each_template
+    monkeypatch.setattr(registry, "each_template", lambda op: (t for t in each(op) if t.backend != "portable"))
+
+
+@pytest.fixture
+def card_of_x(monkeypatch, tmp_path):
+    """Makes op x the only one: (text of its card, None for none) -> path of the card."""
+    def write(text):
+        monkeypatch.setattr(registry, "TEMPLATES", tmp_path)
+        path = tmp_path / "x" / "card.toml"
+        path.parent.mkdir()
+        if text is not None:
+            path.write_text(text)
+        return path
+
+    yield write
+    registry._tables.cache_clear(), registry._template.cache_clear()
 
 
 @pytest.fixture(autouse=True)

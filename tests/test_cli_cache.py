@@ -156,7 +156,7 @@ def test_rebuild_notices_another_source_and_one_that_does_not_compile(model, sto
 def test_rebuild_of_a_template_that_is_gone_takes_the_stored_source(store, monkeypatch, key):
     made = publish(store, key)
     monkeypatch.setattr(toolchain, "current", lambda options="": key.toolchain)
-    monkeypatch.setattr(registry, "templates", lambda op: ())
+    monkeypatch.setattr(registry, "each_template", lambda op: ())
     sources = []
     monkeypatch.setattr(compile, "build", lambda key, source: sources.append(source) or Built(SO_BYTES, "", KERNELS, 0))
     [found] = objects(cli("verify", "--rebuild", "--json"))

@@ -11,7 +11,6 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from jitmla import card as cards
 from jitmla import errors, registry
 from jitmla.cli import app
 from jitmla.compile import Built
@@ -144,11 +143,11 @@ def test_the_matrix_names_every_template():
             assert f"| {template.name} |" in TEXTS["docs/kernels.md"]
 
 
-def test_the_card_in_the_docs_is_a_card():
+def test_the_card_in_the_docs_is_a_card(card_of_x):
     """Its example is read by the same code as a real card."""
     text = TEXTS["docs/templates.md"].split("## The card")[1].split("## The source")[0]
-    card = cards.loads("\n".join(line[4:] for line in text.splitlines() if line.startswith("    ")))
-    template = registry._template(card["op"], card["template"][0])
+    card_of_x("\n".join(line[4:] for line in text.splitlines() if line.startswith("    ")))
+    template = registry.templates("x")[0]
     assert template.variants[0].when and template.options == "" and template.equal
 
 

@@ -124,7 +124,8 @@ def test_a_plan_within_3_ms(gpu, keys, monkeypatch):
     for _ in range(20):
         for where, what in ((load, "_modules"), (dispatch, "_plans"), (dispatch, "_loaded")):
             monkeypatch.setattr(where, what, {})
-        for cached in (registry.templates, toolchain.current, toolchain._runtimes, toolchain.host, schema.document):
+        for cached in (registry._tables, registry._template, toolchain.current, toolchain._runtimes, toolchain.host,
+                       schema._text, schema.definition):
             cached.cache_clear()
         start = time.process_time()
         dispatch.plan_for(spec(), "auto", DEVICE)

@@ -191,7 +191,7 @@ def test_the_product_is_for_hopper_only(arch):
 def test_the_nearest_template_misses_least(monkeypatch):
     far = fake("far", supports={"page_size": [1], "dtype": ["fp16"]})
     near = fake("near", supports={"page_size": [1], "dtype": ["bf16"]})
-    monkeypatch.setattr(registry, "templates", lambda op: (far, near))
+    monkeypatch.setattr(registry, "each_template", lambda op: (far, near))
     with pytest.raises(NoTemplate) as caught:
         choose(spec("bf16", 512, 64, 16, False))
     assert caught.value.supported.startswith("nearest near: arch: sm_90a; page_size: 1; dtype: bf16")
@@ -208,7 +208,7 @@ def test_a_named_backend_is_strict(monkeypatch):
     """`auto` may go on to the next template; a name may not, even if another backend would serve."""
     picky = fake("picky", backend="first", supports={"page_size": [16]})
     broad = fake("broad", backend="second", supports={})
-    monkeypatch.setattr(registry, "templates", lambda op: (picky, broad))
+    monkeypatch.setattr(registry, "each_template", lambda op: (picky, broad))
     wanted = spec("bf16", 512, 64, 16, False)
     assert choose(wanted).template is broad and choose(wanted, "second").template is broad
     assert choose(spec("bf16", 512, 16, 16, False)).template is picky, "the order of the card is preference"
@@ -254,25 +254,36 @@ max_registers = 1
 @pytest.mark.parametrize("text", [None, "", "op = ", CARD.replace('name = "t"\n', ""),
                                   CARD.replace("threads", "thread"),
                                   CARD.replace('backend = "b"', 'backend = "b"\nextra = 1'),
-                                  CARD.replace("[[template.variant]]", "[[template.other]]")],
-                         ids=["no file", "empty", "no toml", "no name", "bad variant", "extra field", "no variant"])
-def test_broken_cards(monkeypatch, tmp_path, text):
-    monkeypatch.setattr(registry, "TEMPLATES", tmp_path)
-    (tmp_path / "x").mkdir()
-    if text is not None:
-        (tmp_path / "x" / "card.toml").write_text(text)
-    registry.templates.cache_clear()
+                                  CARD.replace("[[template.variant]]", "[[template.other]]"),
+                                  CARD.replace("[[template]]", "[[template]] # t"), 'op = "x"\n'],
+                         ids=["no file", "empty", "no toml", "no name", "bad variant", "extra field", "no variant",
+                              "hidden template", "no template"])
+def test_broken_cards(card_of_x, text):
+    path = card_of_x(text)
     with pytest.raises(InvalidTemplate, match="the card of 'x'") as caught:
         registry.templates("x")
-    assert str(tmp_path / "x" / "card.toml") in caught.value.differs
+    assert str(path) in caught.value.differs
     assert "docs/templates.md" in caught.value.supported
 
 
-def test_a_card_that_is_whole(monkeypatch, tmp_path):
-    monkeypatch.setattr(registry, "TEMPLATES", tmp_path)
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "card.toml").write_text(CARD)
-    registry.templates.cache_clear()
+def test_a_card_that_is_whole(card_of_x):
+    card_of_x(CARD)
     (template,) = registry.templates("x")
     assert template.variants == [Variant("v", {}, {}, 128, 1, 1)] and template.options == "" and template.equal == []
-    registry.templates.cache_clear()
+
+
+def test_the_error_of_a_later_template_names_its_line(card_of_x):
+    text = CARD + CARD.partition("\n")[2].replace("threads = 128", "threads = ?")
+    card_of_x(text)
+    assert next(registry.each_template("x")).name == "t"
+    with pytest.raises(InvalidTemplate, match=f"line {text.splitlines().index('threads = ?') + 1}"):
+        registry.templates("x")
+
+
+def test_choosing_reads_no_more_of_a_card_than_it_needs():
+    registry._template.cache_clear()
+    asked = spec("bf16", 512, 64, 8, False)
+    assert registry.choose(asked).template == templates("mla_decode")[0]
+    registry._template.cache_clear()
+    registry.choose(asked)
+    assert registry._template.cache_info().currsize == 1

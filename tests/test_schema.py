@@ -126,3 +126,10 @@ def test_the_fields_of_an_unknown_op():
     with pytest.raises(SchemaViolation, match="op 'mla_encode'") as caught:
         schema.spec_fields("mla_encode")
     assert caught.value.supported == ", ".join(name.removeprefix("spec_") for name in SPECS)
+
+
+def test_a_definition_alone_is_that_of_the_document():
+    definitions = schema.document()["definitions"]
+    assert {name: schema.definition(name) for name in definitions} == definitions
+    with pytest.raises(KeyError):
+        schema.definition("title")

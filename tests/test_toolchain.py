@@ -1,7 +1,8 @@
 """Which compiler a Key names, and which of its libraries is loaded."""
 
 import ctypes
-import importlib
+import importlib.metadata
+import shutil
 import sys
 import types
 
@@ -85,4 +86,18 @@ def test_nothing_installed(install):
 
 def test_a_package_without_its_libraries(install):
     install()
+    assert toolchain.current() is None
+
+
+def test_the_version_of_a_compiler_whose_metadata_do_not_lie_beside_it(install, monkeypatch):
+    """As where it was installed twice, or for development: what importlib.metadata finds counts."""
+    folder = install("cu12")
+    (folder / "nvidia_cutlass_dsl-4.8.0.dist-info").mkdir()
+    stated = types.SimpleNamespace(read_text=lambda name: f"Name: {toolchain.DSL}\nVersion: 4.9\n")
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: stated if name == toolchain.DSL else None)
+    assert dict(toolchain.current())["cute_dsl"] == "4.9"
+
+
+def test_a_compiler_that_pip_does_not_know(install):
+    shutil.rmtree(next(install("cu12").glob("*.dist-info")))
     assert toolchain.current() is None

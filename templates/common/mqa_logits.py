@@ -25,8 +25,8 @@ from cutlass import Float8E4M3FN, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
-from common.fp8_tiles import ring, tiled_mma
-from common.sm90 import issue, swz
+from common.fp8_tiles import box, ring, tiled_mma
+from common.sm90 import issue
 
 DIM, PAGE = 128, 64
 BAR_SPLIT, BAR_ORDER = 1, 3  # named barriers; from BAR_ORDER on one for each math warpgroup
@@ -56,11 +56,11 @@ class MqaLogits:
         heads]; x0, x1: start and end of the windows [rows], or, paged, lengths [requests] and block table."""
         load = cpasync.CopyBulkTensorTileG2SOp()
         k_rows = PAGE if const_expr(self.paged) else self.rows
-        tma_q, mQ = cpasync.make_tiled_tma_atom(load, q, swz(self.n, DIM, Float8E4M3FN), (self.n, DIM))
+        tma_q, mQ = cpasync.make_tiled_tma_atom(load, q, box(self.n, DIM), (self.n, DIM))
         turned = cute.make_tensor(weights.iterator, cute.select(weights.layout, mode=[1, 0]))
         shape_w = (self.heads, self.tokens)
         tma_w, mW = cpasync.make_tiled_tma_atom(load, turned, cute.make_layout(shape_w), shape_w)
-        tma_k, mK = cpasync.make_tiled_tma_atom(load, k, swz(k_rows, DIM, Float8E4M3FN), (k_rows, DIM))
+        tma_k, mK = cpasync.make_tiled_tma_atom(load, k, box(k_rows, DIM), (k_rows, DIM))
         shape_s = (PAGE, 1) if const_expr(self.paged) else (self.rows,)
         tma_s, mS = cpasync.make_tiled_tma_atom(load, scale, cute.make_layout(shape_s), shape_s)
         self.kernel(tma_q, mQ, tma_w, mW, tma_k, mK, tma_s, mS, x0, x1, out, tiled_mma(self.n)).launch(

@@ -35,8 +35,8 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
 from common.fp8_bmm import fake_args, outer_last
-from common.fp8_tiles import ring, tiled_mma
-from common.sm90 import EVICT_FIRST, issue, swz
+from common.fp8_tiles import box, ring, tiled_mma
+from common.sm90 import EVICT_FIRST, issue
 
 BLOCK = 128  # of K, and of N for b_scale
 WARPS = ROWS // 16  # that do the mathematics
@@ -64,8 +64,8 @@ class Fp8Bmm:
         stream,
     ):
         load = cpasync.CopyBulkTensorTileG2SOp()
-        tma_x, mX = cpasync.make_tiled_tma_atom(load, outer_last(a), swz(TOKENS, BLOCK, Float8E4M3FN), (TOKENS, BLOCK))
-        tma_w, mW = cpasync.make_tiled_tma_atom(load, outer_last(b), swz(ROWS, BLOCK, Float8E4M3FN), (ROWS, BLOCK))
+        tma_x, mX = cpasync.make_tiled_tma_atom(load, outer_last(a), box(TOKENS, BLOCK), (TOKENS, BLOCK))
+        tma_w, mW = cpasync.make_tiled_tma_atom(load, outer_last(b), box(ROWS, BLOCK), (ROWS, BLOCK))
         mS = cute.make_tensor(a_scale.iterator, cute.select(a_scale.layout, mode=[2, 1, 0]))
         tma_s, mS = cpasync.make_tiled_tma_atom(load, mS, cute.make_layout((TOKENS, 1)), (TOKENS, 1))
         tiles_m = cute.ceil_div(out.shape[1], TOKENS)

@@ -51,8 +51,8 @@ from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
 from common.fp8_bmm import fake_args, outer_last
-from common.fp8_tiles import ring, tiled_mma
-from common.sm90 import issue, swz
+from common.fp8_tiles import box, ring, tiled_mma
+from common.sm90 import issue
 
 BLOCK = 128  # of K, and of N for b_scale
 TILE_M, TILE_N = 64 * WARPGROUPS, COLUMNS * BLOCKS_N
@@ -81,11 +81,11 @@ class Fp8Bmm:
         stream,
     ):
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
-        tma_a, mA = cpasync.make_tiled_tma_atom(load, outer_last(a), swz(TILE_M, BLOCK, Float8E4M3FN), (TILE_M, BLOCK))
-        tma_b, mB = cpasync.make_tiled_tma_atom(load, outer_last(b), swz(TILE_N, BLOCK, Float8E4M3FN), (TILE_N, BLOCK))
+        tma_a, mA = cpasync.make_tiled_tma_atom(load, outer_last(a), box(TILE_M, BLOCK), (TILE_M, BLOCK))
+        tma_b, mB = cpasync.make_tiled_tma_atom(load, outer_last(b), box(TILE_N, BLOCK), (TILE_N, BLOCK))
         mS = cute.make_tensor(a_scale.iterator, cute.select(a_scale.layout, mode=[2, 1, 0]))
         tma_s, mS = cpasync.make_tiled_tma_atom(load, mS, cute.make_layout((TILE_M, 1)), (TILE_M, 1))
-        tma_o, mO = cpasync.make_tiled_tma_atom(store, outer_last(out), swz(64, 64, BFloat16), (64, 64))
+        tma_o, mO = cpasync.make_tiled_tma_atom(store, outer_last(out), box(64, 64, BFloat16), (64, 64))
         mma, mma_half = tiled_mma(COLUMNS), tiled_mma(64)
         self.kernel(tma_a, mA, tma_b, mB, tma_s, mS, tma_o, mO, b_scale, early, mma, mma_half).launch(
             grid=[ctas, 1, 1], block=[128 * WARPGROUPS + 128, 1, 1], stream=stream, min_blocks_per_mp=1, use_pdl=True
