@@ -1,8 +1,9 @@
-"""Which variant a call runs, for the ops that decide it by the sizes of a call: pure functions of these.
+"""Which variant or form a call runs, for the ops that decide it by the sizes of a call: pure functions of these.
 
 Such an op has a Rule here; registry.choose applies it, after tunings. All that a rule can give is in `keys_for`, so a
 server that has prewarmed meets no new Key when a batch grows, and `jitmla.explain(spec, **sizes)` shows what a rule
-says, and why. Variants go by "template/variant". The numbers were measured on an H200.
+says, and why. Variants go by "template/variant". An op of several forms, which launch different kernels, has a Form.
+The numbers were measured on an H200.
 """
 
 from __future__ import annotations
@@ -20,6 +21,13 @@ class Rule(NamedTuple):
 
     sizes: tuple[str, ...]
     fits: Callable[..., bool]
+    best: Callable[..., tuple[str, str]]
+
+
+class Form(NamedTuple):
+    """sizes: as of a Rule. best(**sizes) -> (form, reason)."""
+
+    sizes: tuple[str, ...]
     best: Callable[..., tuple[str, str]]
 
 
@@ -148,3 +156,19 @@ RULES = {
     "fp8_bmm": Rule(("groups", "tokens", "columns", "k", "sms"), _bmm_fits, _bmm_best),
     "topk_indices": Rule(("rows", "columns", "sms"), _topk_fits, _topk_best),
 }
+
+
+# ------------------------------------------------------------------------------------------------------- cached_mla
+
+MHA_TOKENS, MHA_TOKENS_ALONE = 768, 512  # least of a sequence in the MHA form: with a prefix, without
+
+
+def cached_form(*, heads: int, sequences: int, tokens: int, prefix: bool) -> tuple[str, str]:
+    """For prefill sequences with so many new tokens together. prefix: whether one may have one; which of them has one
+    is known to the device alone."""
+    least = MHA_TOKENS if prefix else MHA_TOKENS_ALONE
+    each = tokens // sequences
+    return "mha" if each >= least else "absorbed", f"{each} new tokens a sequence, the MHA form from {least} on"
+
+
+FORMS = {"cached_mla": Form(("heads", "sequences", "tokens", "prefix"), cached_form)}

@@ -17,7 +17,6 @@ SWAP_ROWS = 16  # most query rows (s_q * heads) of the swap kernel
 MAX_ROWS = 512  # query rows (s_q * heads) of a request
 PAGES = (64, 128, 32, 16)  # the best first
 MAX_PAGE = 128
-MHA_TOKENS, MHA_TOKENS_ALONE = 768, 512  # least of a sequence of cached_mla in the MHA form: with a prefix, without
 WHOLE = 1 << 20  # a bias that makes every split aligned
 INVARIANT_TOKENS = 2048  # of a piece of the batch-invariant split (PIECE_BLOCKS of the portable template)
 TILE_ROWS = 64  # query rows of a CTA of the relay kernel, which has no more, and of the seesaw kernel
@@ -92,23 +91,17 @@ def semaphore_count(parts: int, rows: int) -> int:
 def context_tile(heads: int, sequences: int, tokens: int) -> int:
     """Tokens of a tile in which the new tokens of cached_mla's prefill sequences go through mla_decode: a power of two,
     no more rows than that takes, and no more tokens than a sequence has on average."""
-    tile = 2
-    while 2 * tile * heads <= MAX_ROWS and tile * sequences < tokens:
-        tile *= 2
-    return tile
+    return min(most_tile(heads), max(2, 1 << (_ceil_div(tokens, sequences) - 1).bit_length()))
+
+
+def most_tile(heads: int) -> int:
+    """The largest such tile, which is the only one over prefixes."""
+    return 1 << (MAX_ROWS // heads).bit_length() - 1
 
 
 def context_tiles(tokens: int, sequences: int, tile: int) -> int:
     """Most tiles that sequences within `tokens` places can have, see templates/common/cached_rows.py."""
     return tokens // tile + sequences
-
-
-def context_form(sequences: int, tokens: int, prefix: bool) -> tuple[str, str]:
-    """The faster form for prefill sequences of cached_mla with so many new tokens together, and why. prefix: whether
-    one may have one. Measured on an H200; which of them has one is known to the device alone."""
-    least = MHA_TOKENS if prefix else MHA_TOKENS_ALONE
-    each = tokens // sequences
-    return "mha" if each >= least else "absorbed", f"{each} new tokens a sequence, the MHA form from {least} on"
 
 
 def slot_page(length: int, slot_stride: int, stride: int) -> int:

@@ -50,10 +50,15 @@ def kept_bytes(device: int, stream: int, size: int, name: str) -> Tensor:
     """A uint8 buffer of at least `size` for the current stream: the same one as before for this `name` where that is
     large enough. A captured call, and one that wants more than KEPT_BYTES, gets memory of its own."""
     if size > KEPT_BYTES or torch.cuda.is_current_stream_capturing():
-        return torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}")
+        return _writable_bytes(device, size)
     kept = _bytes.get((device, stream, name))
     if kept is None or kept.shape[0] < size:
         # a power of two: all that were outgrown, which callers may still hold, are together no more than this one
-        kept = torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8, device=f"cuda:{device}")
-        _bytes[device, stream, name] = kept
+        kept = _bytes[device, stream, name] = _writable_bytes(device, 1 << (size - 1).bit_length())
     return kept
+
+
+def _writable_bytes(device: int, size: int) -> Tensor:
+    """Not an inference tensor, which torch refuses to write outside of inference mode."""
+    with torch.inference_mode(False):
+        return torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}")

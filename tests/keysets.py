@@ -214,6 +214,7 @@ def append_covering() -> list[Spec]:
     an instruction for it; one behind Hopper."""
     return [*(append_spec(ARCH, "bf16", e4m3, "i64", rank, 64) for e4m3, rank in itertools.product(CAUSAL, LATENTS)),
             append_spec(ARCH, "fp16", False, "i32", 64, 16), append_spec(ARCH, "fp16", True, "i32", 128, 32),
+            append_spec(ARCH, "fp16", False, "i64", 64, 16),  # tests/test_tiny_model.py
             append_spec("sm_80", "bf16", True, "i64", 512, 64), append_spec("sm_100a", "fp16", False, "i64", 512, 64)]
 
 

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 import jitmla
 import jitmla.ops.cached_mla as op
-from jitmla import schedule
+from jitmla import pick, schedule
 from jitmla.compat import trtllm
 from jitmla.errors import InvalidArgument, InvalidArgumentType, JitmlaError
+from jitmla.spec import cached_mla_specs
 from jitmla.testing_cached import cached_oracle, cached_problem, check_cached
 
 DETERMINED = settings(deadline=None, derandomize=True, database=None, max_examples=60)
@@ -205,12 +206,25 @@ def test_context_tiles():
         assert 2 * heads <= schedule.context_tile(heads, 3, 10**6) * heads <= 512
 
 
-def test_context_form():
-    assert schedule.context_form(1, 100, True)[0] == "absorbed" and schedule.context_form(1, 5000, True)[0] == "mha"
-    assert schedule.context_form(50, 5000, True)[0] == "absorbed", "many short sequences"
-    least = min(n for n in range(1, 5000) if schedule.context_form(1, n, True)[0] == "mha")
-    assert schedule.context_form(1, least - 1, False)[0] == "mha", "without prefixes it is worth it earlier"
-    assert schedule.context_form(3, 300, True)[1].startswith("100 new tokens a sequence")
+def test_the_form_by_sizes():
+    def form(sequences, tokens, prefix, heads=32):
+        return pick.cached_form(heads=heads, sequences=sequences, tokens=tokens, prefix=prefix)
+
+    assert form(1, 20, True)[0] == "absorbed" and form(1, 5000, True)[0] == "mha"
+    assert form(50, 1000, True)[0] == "absorbed", "many short sequences"
+    for heads in (1, 16, 128):
+        least = min(n for n in range(1, 5000) if form(1, n, True, heads)[0] == "mha")
+        assert form(1, least - 1, False, heads)[0] == "mha", "without prefixes it is worth it earlier"
+    assert form(3, 300, True)[1].startswith("100 new tokens a sequence")
+
+
+def test_explain_says_the_form():
+    spec, _ = cached_mla_specs(arch="sm_90a", dtype="bf16", qk_nope_head_dim=64, kv_lora_rank=256, qk_rope_head_dim=64)
+    assert jitmla.explain(spec)["form"] == "by heads, sequences, tokens, prefix of the call"
+    found = jitmla.explain(spec, heads=32, sequences=1, tokens=5000, prefix=True)
+    assert found["form"].startswith("mha: 5000 new tokens a sequence") and found["template"] == "absorb"
+    with pytest.raises(InvalidArgument, match="heads, prefix, sequences"):
+        jitmla.explain(spec, tokens=5000)
 
 
 @given(st.integers(0, 2**32))

@@ -7,6 +7,7 @@ an Absorbed that sees nothing else, and merges.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..schedule import context_tile, context_tiles
-from ..spec import cached_mla_pack_spec, cached_mla_specs
+from ..schedule import context_tile, context_tiles, most_tile
+from ..spec import Spec, cached_mla_pack_spec, cached_mla_specs
 from ..workspace import kept_bytes
 from . import checks
 from . import mla_decode as decode
+from . import mla_prefill as prefill
 from .cached_mla_arguments import Sizes
 from .mla_decode_arguments import PLAIN, Features
-from .mla_prefill import mla_prefill
 
 GENERATE, COPY_PE, PREFIX = 1, 2, 4  # bits of the kernels' flags (templates/common/cached_rows.py)
 LAUNCH_BYTES = 1 << 28  # of absorbed queries, or of expanded keys and values, in one launch: more go in several
@@ -77,19 +78,22 @@ Parts = list[tuple[tuple[int, ...], torch.dtype]]
 
 @dataclass
 class Scratch:
-    """Tensors between the kernels of a call: the same ones for each eager call on a stream."""
+    """Tensors between the kernels of a call: the same ones for each eager call on a stream. views: what of them a call
+    uses; they take longer to make than a launch."""
 
     parts: Parts
     name: str
-    by_stream: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)
+    views: Callable[..., tuple[Any, ...]] = lambda *parts: parts
+    by_stream: dict[int, tuple[Tensor, tuple[Any, ...]]] = field(default_factory=dict)
 
-    def tensors(self, device: int) -> tuple[Tensor, ...]:
+    def tensors(self, device: int) -> tuple[Any, ...]:
         size = sum(_rounded(shape, dtype) for shape, dtype in self.parts)
         stream = torch._C._cuda_getCurrentRawStream(device)
         base = kept_bytes(device, stream, size, self.name)
         known = self.by_stream.get(stream)
         if known is None or known[0] is not base:
-            known = base, _carved(base, self.parts)
+            with torch.inference_mode(False):  # an inference tensor could not be written outside of that mode
+                known = base, self.views(*_carved(base, self.parts))
             if not torch.cuda.is_current_stream_capturing():
                 self.by_stream[stream] = known
         return known[1]
@@ -125,33 +129,41 @@ class Absorbed:
                      self.sequences, self.flags)
 
 
+class HeadGroup(NamedTuple):
+    """Heads whose keys and values are expanded together, and the views of the scratch for them."""
+
+    heads: slice
+    weight: slice  # its rows
+    both: Tensor  # [rows, heads * (P + V)]
+    q: Tensor
+    k_nope: Tensor
+    v: Tensor
+    lse: Tensor | None
+
+
 @dataclass(frozen=True)
 class Mha:
     """The prefill sequences' new tokens among themselves, with keys and values expanded per head; then the prefixes."""
 
     pack: Callable[..., None]
-    scratch: Scratch  # q, rows, cu_q, cu_k, log-sum-exps, the keys and values of a group of heads
-    heads: int  # of a group
+    attend: Any  # of mla_prefill
+    scratch: Scratch  # as mha_views
     prefix: tuple[Absorbed, ...]
-    backend: str
 
     def run(self, call: Call, device: int) -> None:
-        q, rows, cu_q, cu_k, lse, expanded = self.scratch.tensors(device)
+        q, rows, cu_q, cu_k, lse, latent, k_pe, groups = self.scratch.tensors(device)
         self.pack(call.q_nope, call.q_pe, call.latent, call.k_pe, call.kv_cache, call.scale, call.seq_len,
                   call.input_pos, call.slot_idx, call.start, q, rows, cu_q, cu_k)
-        nope, rank = call.q_nope.shape[3], call.latent.shape[2]
-        out = call.out[0] if call.out.shape[0] == 1 else call.out[:, 0]
-        new, heads = rows.shape[0], q.shape[1]
-        lse = lse.t()
-        for head in range(0, heads, self.heads):
-            some = slice(head, min(head + self.heads, heads))
-            width = call.weight.shape[0] // heads
-            both = expanded[:, :(some.stop - head) * width]
-            torch.mm(rows[:, :rank], call.weight[head * width:some.stop * width].t(), out=both)
-            kv = both.unflatten(1, (-1, width))
-            mla_prefill(q[:, some], (kv[..., :nope], rows[:, None, rank:]), kv[..., nope:], cu_q, cu_k,
-                        max_seqlen_q=new, max_seqlen_k=new, sm_scale=call.sm_scale, out=out[:, some],
-                        lse=lse[:, some] if self.prefix else None, backend=self.backend)
+        weight, out = call.weight.t(), call.out[0] if call.out.shape[0] == 1 else call.out[:, 0]
+        for group in groups:
+            if len(groups) == 1:
+                torch.mm(latent, weight, out=group.both)
+                mine = out
+            else:
+                torch.mm(latent, weight[:, group.weight], out=group.both)
+                mine = out[:, group.heads]
+            self.attend.run(group.q, group.k_nope, k_pe, group.v, cu_q, cu_k, mine, group.lse, call.sm_scale,
+                            rows.shape[0])
         for part in self.prefix:
             part.run(call, device, lse)
 
@@ -160,7 +172,7 @@ def absorbed_prefill(shape: Shape, pages: Pages, num_prefill: int, tokens: int, 
                      flags: int = 0) -> list[Absorbed]:
     """The launches for prefill sequences with prefill_tokens new ones among the first `tokens` places."""
     sizes = shape.sizes
-    tile = context_tile(sizes.heads, num_prefill, prefill_tokens)
+    tile = most_tile(sizes.heads) if flags & PREFIX else context_tile(sizes.heads, num_prefill, prefill_tokens)
     tiles = context_tiles(tokens, num_prefill, tile)
     most = max(1, LAUNCH_BYTES // (tile * sizes.heads * sizes.rank * shape.dtype.itemsize))
     return [absorbed(shape, pages, tile0, min(most, tiles - tile0), tile, 0, num_prefill, COPY_PE | flags, sm_scale)
@@ -170,8 +182,7 @@ def absorbed_prefill(shape: Shape, pages: Pages, num_prefill: int, tokens: int, 
 def absorbed(shape: Shape, pages: Pages, tile0: int, tiles: int, tile: int, first: int, sequences: int, flags: int,
              sm_scale: float) -> Absorbed:
     sizes = shape.sizes
-    absorb, project = (dispatch.plan_for(spec, "auto", shape.device).function
-                       for spec in cached_mla_specs(**shape.spec_facts()))
+    absorb, project = _functions_of(cached_mla_specs, shape)
     rows = (tiles, tile, sizes.heads)
     parts: Parts = [((*rows, sizes.rank), shape.dtype), ((*rows, sizes.rank), shape.dtype), ((tiles,), torch.int32),
                     ((tiles, -(-shape.max_seq_len // pages.size)), torch.int32)]
@@ -194,17 +205,51 @@ def mha_prefill(shape: Shape, pages: Pages, num_prefill: int, tokens: int, place
                 sm_scale: float, with_prefix: bool) -> Mha:
     """The same in the MHA form. tokens: all places; those of prefill sequences are among the first `places`."""
     sizes = shape.sizes
-    pack = dispatch.plan_for(cached_mla_pack_spec(**shape.spec_facts()), "auto", shape.device).function
     width = sizes.nope + sizes.value
     heads = max(1, min(sizes.heads, LAUNCH_BYTES // (prefill_tokens * width * shape.dtype.itemsize)))
     parts: Parts = [((tokens, sizes.heads, sizes.nope + sizes.rope), shape.dtype),
                     ((prefill_tokens, sizes.rank + sizes.rope), shape.dtype), ((2 * num_prefill,), torch.int32),
                     ((2 * num_prefill,), torch.int32), ((sizes.heads, tokens), torch.float32),
                     ((prefill_tokens, heads * width), shape.dtype)]
+    scratch = Scratch(parts, "cached_mla in the MHA form", functools.partial(mha_views, sizes, heads, with_prefix))
+    assert shape.device.index is not None
+    _, _, cu_q, cu_k, _, _, k_pe, groups = scratch.tensors(shape.device.index)
+    some = groups[0]
+    attend = prefill._prepare(some.q, (some.k_nope, k_pe), some.v, cu_q, cu_k, prefill_tokens, prefill_tokens, sm_scale,
+                              True, None, some.lse, shape.backend)
     prefix: list[Absorbed] = []
     if with_prefix:
         prefix = absorbed_prefill(shape, pages, num_prefill, places, prefill_tokens, sm_scale, PREFIX)
-    return Mha(pack, Scratch(parts, "cached_mla in the MHA form"), heads, tuple(prefix), shape.backend)
+    (pack,) = _functions_of(cached_mla_pack_spec, shape)
+    return Mha(pack, attend, scratch, tuple(prefix))
+
+
+def mha_views(sizes: Sizes, heads: int, with_lse: bool, q: Tensor, rows: Tensor, cu_q: Tensor, cu_k: Tensor,
+              lse: Tensor, expanded: Tensor) -> tuple[Any, ...]:
+    """(q, new rows, cu_q, cu_k, log-sum-exps, [rows, rank], [rows, 1, rope], groups of `heads` heads)"""
+    width, groups = sizes.nope + sizes.value, []
+    for first in range(0, sizes.heads, heads):
+        some = slice(first, min(first + heads, sizes.heads))
+        both = expanded[:, :(some.stop - first) * width]
+        kv = both.unflatten(1, (-1, width))
+        groups.append(HeadGroup(some, slice(first * width, some.stop * width), both, q[:, some], kv[..., :sizes.nope],
+                                kv[..., sizes.nope:], lse.t()[:, some] if with_lse else None))
+    return q, rows, cu_q, cu_k, lse.t(), rows[:, :sizes.rank], rows[:, None, sizes.rank:], tuple(groups)
+
+
+_functions = dispatch.Remembered()
+
+
+def _functions_of(specs: Callable[..., Spec | tuple[Spec, ...]], shape: Shape) -> tuple[Callable[..., None], ...]:
+    """The loaded kernels of these Specs, which have no facts but those of `shape`."""
+    sizes = shape.sizes
+    at = specs, shape.device, shape.dtype, shape.cache_dtype, sizes.nope, sizes.rope, sizes.rank
+    found = _functions.get(at)
+    if found is None:
+        wanted = specs(**shape.spec_facts())
+        found = _functions[at] = tuple(dispatch.plan_for(spec, "auto", shape.device).function
+                                       for spec in (wanted if isinstance(wanted, tuple) else (wanted,)))
+    return found
 
 
 _no_lse: dict[torch.device, Tensor] = {}

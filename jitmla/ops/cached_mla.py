@@ -13,7 +13,8 @@ from torch import Tensor
 from .. import dispatch, events, registry
 from .. import torch_ops_cached as torch_ops
 from ..errors import InvalidArgument
-from ..schedule import context_form, slot_page
+from ..pick import cached_form
+from ..schedule import slot_page
 from ..spec import mla_prefill_spec
 from . import cached_launch as launch
 from . import cached_reference, checks
@@ -59,7 +60,7 @@ def cached_mla(q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, kv_b_
         has a prefix, which saves the launches for it in the MHA form.
     form: of the attention of prefill sequences. "absorbed": all through mla_decode. "mha": keys and values of the new
         tokens are expanded per head for mla_prefill, and prefixes are merged in, absorbed. "auto": what is faster for
-        so many tokens and has kernels (jitmla.schedule.context_form); an event says which and why.
+        so many tokens and has kernels (jitmla.pick.cached_form); an event says which and why.
     backend: "auto", a backend of the attention (mla_decode, mla_prefill), or "reference".
 
     Returns out. No host synchronisation; may be captured in a CUDA graph, whose replays may change all metadata but the
@@ -198,7 +199,7 @@ def _form(shape: Shape, form: str, num_prefill: int, prefill_tokens: int, max_pr
     sizes, facts = shape.sizes, shape.spec_facts()
     spec = mla_prefill_spec(arch=facts["arch"], dtype=facts["dtype"], qk_head_dim=sizes.nope + sizes.rope,
                             v_head_dim=sizes.value, qk_rope_head_dim=sizes.rope, causal=True)
-    found, why = context_form(num_prefill, prefill_tokens, max_prefix != 0)
+    found, why = cached_form(heads=sizes.heads, sequences=num_prefill, tokens=prefill_tokens, prefix=max_prefix != 0)
     if found == "mha" and not registry.candidates(spec, shape.backend):
         found, why = "absorbed", f"no template of mla_prefill serves {spec} on backend {shape.backend!r}"
     events.emit("choose", op=OP, backend=found, why=why)

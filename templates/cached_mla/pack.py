@@ -2,7 +2,7 @@
 
     kv_cache[slot, position] = [latent[token] | k_pe[token]]
     rows[i] = that row, as the cache has it         i: among the new tokens alone, without the gaps between sequences
-    q[token, n] = [q_nope[token, n] | q_pe[token, n]]
+    q[token, n] = [q_nope[token, n] | q_pe[token, n]]          zeros at a place without a token of these sequences
     cu_q, cu_k                                      the requests of mla_prefill
 
 Each sequence is two requests: its tokens with their keys, and the gap up to the next sequence, which has no keys, so
@@ -31,7 +31,7 @@ import cutlass.cute.runtime as rt
 from common.cached_rows import cache_row, has_slot, last_sequence, token_row
 from common.latent_rows import load_row, row_registers, store_cached, store_row
 from common.register_mma import load_words, store_words
-from cutlass import BFloat16, Float8E4M3FN, Float16, Float32, Int32, Int64, const_expr
+from cutlass import BFloat16, Float8E4M3FN, Float16, Float32, Int32, Int64, Uint32, const_expr
 
 VALUE = BFloat16 if DTYPE == "bf16" else Float16
 CACHE = Float8E4M3FN if E4M3_CACHE else VALUE
@@ -70,8 +70,9 @@ class CachedMlaPack:
         else:
             sequence = last_sequence(token, sequences, mStart)
             index = token - mStart[sequence]
-            if index >= 0 and index < mSeqLen[sequence]:
-                self.queries(token, tid, mQNope, mQPe, mQ)
+            mine = index >= 0 and index < mSeqLen[sequence]
+            self.queries(token, mine, tid, mQNope, mQPe, mQ)
+            if mine:
                 if tid < 32:
                     self.row(token, sequence, index, lane, mLatent, mKPe, mCache, mScale, mSeqLen, mPos, mSlot, mRows)
 
@@ -105,15 +106,19 @@ class CachedMlaPack:
                 mCuK[2 * i + 1] = upto
 
     @cute.jit
-    def queries(self, token, tid, mQNope: cute.Tensor, mQPe: cute.Tensor, mQ: cute.Tensor):
+    def queries(self, token, mine, tid, mQNope: cute.Tensor, mQPe: cute.Tensor, mQ: cute.Tensor):
+        """Zeros unless the token is one of these sequences: mla_prefill moves the running maxima of 16 rows together,
+        so that what is behind a sequence has an effect on how its last rows are rounded."""
         target = mQ.iterator + Int64(token) * mQ.stride[0]
         for mPart, width, column in ((mQNope, NOPE, 0), (mQPe, ROPE, NOPE)):
             source = token_row(mPart, token)
             pieces = const_expr(width // 8)
             for i in cutlass.range(tid, mQ.shape[1] * pieces, THREADS, unroll=4):
                 n, at = i // pieces, i % pieces * 8
-                words = load_words(source + (Int64(n) * mPart.stride[2] + at))
-                store_words(target + (n * WIDTH + column + at), *words)
+                a, b, c, d = Uint32(0), Uint32(0), Uint32(0), Uint32(0)
+                if mine:
+                    a, b, c, d = load_words(source + (Int64(n) * mPart.stride[2] + at))
+                store_words(target + (n * WIDTH + column + at), a, b, c, d)
 
     @cute.jit
     def row(self, token, sequence, index, lane, mLatent: cute.Tensor, mKPe: cute.Tensor, mCache: cute.Tensor,

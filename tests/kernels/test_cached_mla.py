@@ -8,6 +8,7 @@ All kernels are those of tests/keysets.py, so these tests run from a prewarmed c
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pytest
@@ -263,6 +264,63 @@ def test_one_graph_for_all_lengths(form):
             check_cached(other, expected)
             assert torch.equal(bits(out), bits(expected))
             assert torch.equal(bits(first.kv_cache), bits(other.kv_cache))
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("form", ["absorbed", "mha"])
+def test_many_calls_in_a_row_are_bitwise_alike(form, captured):
+    """Two problems take turns in one scratch, which is overwritten between some of the calls; torch makes the queries
+    right before a call, and reads its result right after: no kernel may start too early, or go on too long."""
+    arguments = dict(prefill=[(0, 400), (200, 300), (0, 0), (130, 131)], decode=[9, 400, 77], heads=32, max_seq_len=512,
+                     gap=3, tail=5, **MISTRAL, device="cuda")
+    problems = [cached_problem(**arguments, seed=seed) for seed in range(2)]
+    identity = torch.eye(64, dtype=torch.bfloat16, device="cuda")
+    project = torch.randn(32 * 128, 256, dtype=torch.bfloat16, device="cuda")
+    q_nope = torch.empty_like(problems[0].q_nope)
+
+    def step(p):
+        """The call, with matrix products of torch before and behind it."""
+        torch.mm(p.q_nope.view(-1, 64), identity, out=q_nope.view(-1, 64))
+        out = jitmla.cached_mla(q_nope, *p.args[1:], **p.kwargs, form=form)
+        product = out.view(-1, 32 * 128) @ project
+        q_nope.fill_(float("nan"))
+        return out, product
+
+    with torch.inference_mode():
+        for p in problems:
+            p.q_nope.nan_to_num_()
+        expected = [[x.clone() for x in step(p)] for p in problems]
+        for p, (out, _) in zip(problems, expected, strict=True):
+            check_cached(p, out)
+        run = [functools.partial(step, p) for p in problems]
+        if captured:
+            run = []
+            for p in problems:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    results = step(p)
+                run.append(lambda graph=graph, results=results: (graph.replay(), results)[1])
+        differ = torch.zeros((), dtype=torch.int64, device="cuda")
+        for i in range(400):
+            if i % 4 == 3:
+                for scratch in workspace._bytes.values():
+                    scratch.fill_((0xFF, 0x7F, 0x3C, 0)[i // 4 % 4])
+            for found, wanted in zip(run[i % 2](), expected[i % 2], strict=True):
+                differ += (bits(found) != bits(wanted)).sum()
+        assert int(differ) == 0
+        for p in problems:
+            check_cached(p, jitmla.cached_mla(*p.args, **p.kwargs, form=form))
+
+
+@pytest.mark.parametrize("form", ["absorbed", "mha"])
+def test_calls_in_and_out_of_inference_mode_share_their_scratch(form):
+    problem = cached_problem([(0, 40), (5, 9)], [7], heads=32, max_seq_len=64, **MISTRAL, device="cuda")
+    kept = dict(workspace._bytes)
+    workspace._bytes.clear()
+    for mode in (torch.inference_mode(), torch.no_grad(), torch.enable_grad(), torch.inference_mode()):
+        with mode:
+            check_cached(problem, jitmla.cached_mla(*problem.args, **problem.kwargs, form=form))
+    workspace._bytes.update(kept)
 
 
 def test_calls_on_two_streams_have_their_own_scratch():
