@@ -160,15 +160,19 @@ RULES = {
 
 # ------------------------------------------------------------------------------------------------------- cached_mla
 
-MHA_TOKENS, MHA_TOKENS_ALONE = 768, 512  # least of a sequence in the MHA form: with a prefix, without
+# Query rows (new tokens times heads) from which the MHA form is faster: where prefixes are possible, it has launches for
+# them, whether they exist or not. And new tokens of a sequence, where they are: fewer fill neither form's tiles.
+MHA_ROWS, MHA_ROWS_ALONE, MHA_TOKENS = 24 * 1024, 4 * 1024, 48
 
 
 def cached_form(*, heads: int, sequences: int, tokens: int, prefix: bool) -> tuple[str, str]:
     """For prefill sequences with so many new tokens together. prefix: whether one may have one; which of them has one
     is known to the device alone."""
-    least = MHA_TOKENS if prefix else MHA_TOKENS_ALONE
-    each = tokens // sequences
-    return "mha" if each >= least else "absorbed", f"{each} new tokens a sequence, the MHA form from {least} on"
+    rows, each = tokens * heads, tokens // sequences
+    least, most = (MHA_ROWS, MHA_TOKENS) if prefix else (MHA_ROWS_ALONE, 0)
+    found = "mha" if rows >= least and each >= most else "absorbed"
+    of_each = f", and of {most} tokens a sequence" if most else ""
+    return found, f"{rows} query rows, {each} new tokens a sequence; the MHA form from {least} rows{of_each} on"
 
 
 FORMS = {"cached_mla": Form(("heads", "sequences", "tokens", "prefix"), cached_form)}

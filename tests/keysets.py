@@ -271,8 +271,9 @@ def cached_attention() -> list[Choice]:
                                                page_size=64, s_q=2, heads=32, causal=causal)) for causal in CAUSAL]
     deepseek = [registry.choose(spec("bf16", 512, 64, rows, causal)) for rows in ROWS for causal in CAUSAL]
     tiny = [registry.choose(mla_decode_spec(arch=ARCH, dtype="fp16", kv_lora_rank=64, qk_rope_head_dim=16,
-                                            page_size=page, s_q=s_q, heads=8, causal=True))
-            for page in (16, 64) for s_q in (1, 2, 4, 8, 64)]  # tests/test_tiny_model.py
+                                            page_size=page, s_q=s_q, heads=8, causal=causal))
+            for page, s_q, causal in [*itertools.product((16, 64), (1, 2, 4, 8, 64), (True,)), (16, 2, False),
+                                      (16, 64, False)]]  # tests/test_tiny_model.py
     found = [*mistral, *deepseek, *tiny, *(c for p in (*CACHED, *CACHED_MORE) for c in p.attention())]
     return list({choice.key.digest: choice for choice in found}.values())
 

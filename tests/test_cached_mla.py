@@ -211,18 +211,18 @@ def test_the_form_by_sizes():
         return pick.cached_form(heads=heads, sequences=sequences, tokens=tokens, prefix=prefix)
 
     assert form(1, 20, True)[0] == "absorbed" and form(1, 5000, True)[0] == "mha"
-    assert form(50, 1000, True)[0] == "absorbed", "many short sequences"
+    assert form(100, 3000, True)[0] == "absorbed", "many short sequences"
     for heads in (1, 16, 128):
         least = min(n for n in range(1, 5000) if form(1, n, True, heads)[0] == "mha")
         assert form(1, least - 1, False, heads)[0] == "mha", "without prefixes it is worth it earlier"
-    assert form(3, 300, True)[1].startswith("100 new tokens a sequence")
+    assert "9600 query rows, 100 new tokens a sequence" in form(3, 300, True)[1]
 
 
 def test_explain_says_the_form():
     spec, _ = cached_mla_specs(arch="sm_90a", dtype="bf16", qk_nope_head_dim=64, kv_lora_rank=256, qk_rope_head_dim=64)
     assert jitmla.explain(spec)["form"] == "by heads, sequences, tokens, prefix of the call"
     found = jitmla.explain(spec, heads=32, sequences=1, tokens=5000, prefix=True)
-    assert found["form"].startswith("mha: 5000 new tokens a sequence") and found["template"] == "absorb"
+    assert found["form"].startswith("mha: 160000 query rows") and found["template"] == "absorb"
     with pytest.raises(InvalidArgument, match="heads, prefix, sequences"):
         jitmla.explain(spec, tokens=5000)
 

@@ -86,10 +86,12 @@ class Scratch:
     views: Callable[..., tuple[Any, ...]] = lambda *parts: parts
     by_stream: dict[int, tuple[Tensor, tuple[Any, ...]]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.size = sum(_rounded(shape, dtype) for shape, dtype in self.parts)
+
     def tensors(self, device: int) -> tuple[Any, ...]:
-        size = sum(_rounded(shape, dtype) for shape, dtype in self.parts)
         stream = torch._C._cuda_getCurrentRawStream(device)
-        base = kept_bytes(device, stream, size, self.name)
+        base = kept_bytes(device, stream, self.size, self.name)
         known = self.by_stream.get(stream)
         if known is None or known[0] is not base:
             with torch.inference_mode(False):  # an inference tensor could not be written outside of that mode
