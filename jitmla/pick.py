@@ -37,14 +37,17 @@ def fitting(op: str, variants: Sequence[str], sizes: Mapping[str, int]) -> tuple
     rule = RULES.get(op)
     if rule is None:
         raise InvalidArgument(f"sizes {', '.join(sizes)} of {op}", supported=", ".join(RULES),
-                              differs="a Spec of this op has one variant, whatever the sizes")
+                              differs="a Spec of this op has one variant, whatever the sizes",
+                              remedy="leave the sizes out")
     if set(sizes) != set(rule.sizes):
         raise InvalidArgument(f"sizes {', '.join(sizes)} of {op}", supported=", ".join(rule.sizes),
-                              differs=f"not the same: {', '.join(sorted(set(sizes) ^ set(rule.sizes)))}")
+                              differs=f"not the same: {', '.join(sorted(set(sizes) ^ set(rule.sizes)))}",
+                              remedy=f"name each of {', '.join(rule.sizes)}")
     found = tuple(v for v in variants if rule.fits(v, **sizes))
     if not found:
         raise NoTemplate(f"{op} with {', '.join(f'{n}={v}' for n, v in sizes.items())}", supported=", ".join(variants),
-                         differs="none can be launched with these sizes")
+                         differs="none can be launched with these sizes",
+                         remedy="docs/kernels.md says what each variant is for")
     return found
 
 
@@ -137,7 +140,7 @@ def fp8_bmm_ctas(variant: str, groups: int, tokens: int, columns: int, sms: int)
 # ----------------------------------------------------------------------------------------------------- topk_indices
 
 # CTAs that share a row
-TOPK = {"sampled_select/c1t512": 1, "sampled_select/c2t1024": 2, "sampled_select/c8t1024": 8}
+TOPK = {"sampled_select/c1t512": 1, "sampled_select/c2t1024": 2, "sampled_select/c4t512": 4, "sampled_select/c8t512": 8}
 
 
 def _topk_fits(variant: str, *, rows: int, columns: int, sms: int) -> bool:

@@ -63,7 +63,8 @@ def bucket(op: str, field: str, value: int) -> int:
         if value <= top:
             return top
     raise SchemaViolation(f"{field} = {value}", supported=f"at most {buckets[-1]}",
-                                 differs=f"{op} has no bucket of {field} for {value}")
+                                 differs=f"{op} has no bucket of {field} for {value}",
+                          remedy="docs/schema.md lists the values of each field")
 
 
 def mla_decode_spec(*, arch: str, dtype: str, kv_lora_rank: int, qk_rope_head_dim: int, page_size: int, s_q: int,

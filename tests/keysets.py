@@ -140,13 +140,19 @@ def e4m3(dtype: str, latent: int, page: int, rows: int, causal: bool) -> Spec:
                    page_size=page, rows=rows, causal=causal)
 
 
-# what sm90_fp8 serves, and what tests/kernels/test_mla_decode_e4m3.py runs
-E4M3 = [e4m3(dtype, 512, 64, rows, False) for dtype in ("e4m3", "bf16") for rows in (8, 16, 64, 512)]
+E4M3_DTYPES = ("e4m3", "bf16", "fp16")
+# of what sm90_fp8 serves: the usual working point for each row bucket, causal or not, with each kind of query; then
+# every other latent, page size and dtype with some of each other. tests/kernels/test_mla_decode_e4m3.py runs them
+E4M3 = [e4m3(dtype, 512, 64, rows, causal) for dtype in ("e4m3", "bf16") for rows in ROWS for causal in CAUSAL] + [
+    e4m3(E4M3_DTYPES[i % 3], LATENTS[i // 2 % 2], PAGES[1 + i % 3], ROWS[1 + i % 4], CAUSAL[i // 3 % 2])
+    for i in range(12)] + [
+    e4m3(dtype, 256, 64, rows, rows != 32) for dtype in ("e4m3", "bf16") for rows in (16, 32, 64)]
 
 
 def product() -> list[Spec]:
     """Every Spec that the shipped cards serve with an sm90 template."""
-    return [*(spec(*values) for values in itertools.product(DTYPES, LATENTS, PAGES, ROWS, CAUSAL)), *E4M3]
+    return [*(spec(*values) for values in itertools.product(DTYPES, LATENTS, PAGES, ROWS, CAUSAL)),
+            *(e4m3(*values) for values in itertools.product(E4M3_DTYPES, LATENTS, PAGES, ROWS, CAUSAL))]
 
 
 def portable(arch: str, dtype: str, kv_dtype: str, latent: int, rope: int, page: int, rows: int, causal: bool,
@@ -406,9 +412,11 @@ OTHER_PROLOGUE = {"heads": 32, "rope_interleave": True, "scale_mode": "raw_f32",
 
 
 def prologue_covering() -> list[Spec]:
-    """The usual point, its opposite, and two with half of the values of each."""
+    """The usual point, its opposite, two with half of the values of each, and what a DSA layer meets: weights from a
+    product in bf16."""
     fields = list(USUAL_PROLOGUE)
-    points = [lambda i: False, lambda i: True, lambda i: i % 2 == 0, lambda i: i % 4 in (1, 2)]
+    points = [lambda i: False, lambda i: True, lambda i: i % 2 == 0, lambda i: i % 4 in (1, 2),
+              lambda i: fields[i] == "w_dtype"]
     return [Spec.of("indexer_prologue", arch=ARCH, **{f: (OTHER_PROLOGUE if other(i) else USUAL_PROLOGUE)[f]
                                                       for i, f in enumerate(fields)}) for other in points]
 
@@ -433,7 +441,7 @@ SETS = {
     "indexer_prologue": Sets(lambda: card_product("indexer_prologue"), prologue_covering,
                              lambda: prologue_covering()[:1]),
     **{op: simple(op) for op in (
-        "cat_quant_fp8", "indexer_k_scatter", "indexer_k_gather", "kv_row_pack", "fp8_mqa_logits",
+        "cat_quant_fp8", "indexer_k_scatter", "indexer_k_gather", "kv_row_pack", "dsa_append", "fp8_mqa_logits",
         "fp8_paged_mqa_logits", "topk_indices", "local_to_global")},
 }
 

@@ -34,7 +34,6 @@ def met(monkeypatch):
     monkeypatch.setattr(checks, "takes_reference", lambda *_: False)
     monkeypatch.setattr(sparse_mla, "_stand_ins", lambda device: (None, None))
     monkeypatch.setattr(sparse_mla.OnGpu, "run", lambda *_: None)
-    monkeypatch.setenv("JITMLA_UNCHECKED", "1")
     dispatch.forget()
     yield keys
     dispatch.forget()
@@ -56,8 +55,8 @@ def test_a_layer_meets_no_key_that_is_not_listed(met, tp, fmt, positions):
                                      hidden.new_empty(batch.tokens, layer.config.heads * 128))
     assert set(met) <= set(keys_for(MODEL, tp=tp))
     assert {key.spec.op for key in met} == {
-        "indexer_prologue", "indexer_k_scatter", "indexer_k_gather", "kv_row_pack", "fp8_mqa_logits",
-        "fp8_paged_mqa_logits", "topk_indices", "local_to_global", "sparse_mla"}
+        "indexer_prologue", "dsa_append", "indexer_k_gather", "fp8_mqa_logits", "fp8_paged_mqa_logits", "topk_indices",
+        "local_to_global", "sparse_mla"}
     assert {key.spec["kv_format"] for key in met if key.spec.op == "sparse_mla"} == {fmt}
 
 

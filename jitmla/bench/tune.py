@@ -136,7 +136,8 @@ def _variant(spec: Spec, case: DecodeCase, document: Document, lengths: Sequence
     """At most one entry: the candidate that beats the card's first one."""
     names = [choice.name for choice in registry.candidates(spec) if choice.template.arguments == "plain"]
     if not names:
-        raise NoTemplate(str(spec), supported="see `jitmla kernels`", differs="no template serves it")
+        raise NoTemplate(str(spec), supported="see `jitmla kernels`", differs="no template serves it",
+                         remedy=f"jitmla cache explain --arch {spec.arch} --op {spec.op} says why")
     if len(names) == 1:
         return
     facts = {name: value for name, value in spec if name != "arch"}

@@ -50,7 +50,8 @@ def export(
     try:
         digest = bundle.write(file, entries)
     except OSError as e:
-        raise InvalidArgument(f"to write {file}", supported="a path that can be written", differs=str(e)) from e
+        raise InvalidArgument(f"to write {file}", supported="a path that can be written", differs=str(e),
+                              remedy="name another path") from e
     if as_json:
         output.json_line({"file": str(file), "sha256": digest, "bytes": file.stat().st_size,
                           "keys": [entry.key.digest for entry in entries]})

@@ -29,7 +29,8 @@ def fp8_einsum(expr: str, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], d:
     if expr != EXPRESSION or tuple(recipe) != RECIPE or c is not None:
         raise InvalidArgument(f"fp8_einsum({expr!r}, recipe={tuple(recipe)}{'' if c is None else ', c=...'})",
                               supported=f"{EXPRESSION!r} with recipe={RECIPE} and no c",
-                              differs="it is another product")
+                              differs="it is another product",
+                              remedy="call jitmla.fp8_bmm, or DeepGEMM itself for other products")
     (values, scales), (weights, weight_scales) = a, b
     fp8_bmm(values.transpose(0, 1), tokens_innermost(scales), weights, weight_scales.contiguous(),
             out=d.transpose(0, 1))

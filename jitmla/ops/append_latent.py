@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import dispatch
 from .. import torch_ops_cached as torch_ops
-from ..errors import InvalidArgument, InvalidArgumentType
+from ..errors import InvalidArgument
 from ..spec import append_latent_spec
 from . import cached_reference, checks
 from .cached_mla_arguments import E4M3, check_kv_scale
@@ -124,7 +124,8 @@ def _check(latent: Any, k_pe: Any, kv_cache: Any, slots: Any, kv_scale: Any) -> 
     checks.shape("kv_cache", kv_cache, layout, [*kv_cache.shape[:2], rank + k_pe.shape[1]], "latent and k_pe")
     if kv_cache.shape[0] * kv_cache.shape[1] >= MAX_ROWS:
         raise InvalidArgument(f"kv_cache: {checks.describe(kv_cache)}", supported=f"fewer than {MAX_ROWS} rows",
-                              differs=f"it has {kv_cache.shape[0] * kv_cache.shape[1]}")
+                              differs=f"it has {kv_cache.shape[0] * kv_cache.shape[1]}",
+                              remedy="divide the cache into several tensors")
     checks.tensor("slots", slots, "[tokens]", 1)
     checks.dtype("slots", slots, list(SLOT_NAMES))
     checks.shape("slots", slots, "[tokens]", [tokens], "latent")
@@ -132,9 +133,7 @@ def _check(latent: Any, k_pe: Any, kv_cache: Any, slots: Any, kv_scale: Any) -> 
     for name, value in (("latent", latent), ("k_pe", k_pe), ("kv_cache", kv_cache), ("slots", slots)):
         checks.contiguous_last(name, value)
         checks.device(name, value, latent.device, "latent")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (latent, k_pe, kv_cache)):
-        raise InvalidArgumentType("append_latent on tensors that require a gradient", supported="inference only",
-                                  differs="there is no backward", remedy="call it under torch.inference_mode()")
+    checks.no_gradient("append_latent", latent=latent, k_pe=k_pe, kv_cache=kv_cache)
 
 
 def _check_width(name: str, value: Tensor, widths: tuple[int, ...]) -> None:

@@ -29,9 +29,7 @@ class Sizes(NamedTuple):
 def check(q_nope: Any, q_pe: Any, latent: Any, k_pe: Any, weight: Any, kv_cache: Any, metadata: dict[str, Any],
           counts: dict[str, Any], sm_scale: Any, out: Any, kv_scale: Any, max_prefix: Any, form: Any) -> Sizes:
     """Raise InvalidArgument or InvalidArgumentType unless the op is defined on these."""
-    if checks.finite_number("sm_scale", sm_scale) <= 0:
-        raise InvalidArgument(f"sm_scale={sm_scale}", supported="a positive number", differs="it is not positive",
-                              remedy="look where sm_scale is computed")
+    checks.scale("cached_mla", sm_scale)
     checks.tensor("q_nope", q_nope, "[batch, s, heads, qk_nope_head_dim]", 4)
     checks.dtype("q_nope", q_nope, list(checks.DTYPE_NAMES))
     batch, s, heads, nope = q_nope.shape
@@ -70,10 +68,7 @@ def check(q_nope: Any, q_pe: Any, latent: Any, k_pe: Any, weight: Any, kv_cache:
         checks.dtype(name, value, [q_nope.dtype, E4M3] if name == "kv_cache" else [q_nope.dtype])
         checks.contiguous_last(name, value)
         checks.device(name, value, q_nope.device, "q_nope")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
-        names = [n for n, t in tensors.items() if t.requires_grad]
-        raise InvalidArgument(f"cached_mla on tensors that require a gradient: {names[0]}", supported="inference only",
-                              differs="there is no backward", remedy="call it under torch.inference_mode()")
+    checks.no_gradient("cached_mla", **tensors)
     _check_metadata(metadata, counts, batch * s, q_nope)
     check_kv_scale(kv_scale, kv_cache, q_nope)
     if max_prefix is not None and (isinstance(max_prefix, bool) or not isinstance(max_prefix, int) or max_prefix < 0):
@@ -113,7 +108,8 @@ def _check_metadata(metadata: dict[str, Any], counts: dict[str, Any], tokens: in
         raise InvalidArgument(", ".join(f"{n}={v}" for n, v in counts.items()),
                               supported=f"counts of at most {tokens} tokens, for which q_nope has places; "
                               "prefill_tokens 0 without prefill sequences",
-                              differs=f"they are {counts['prefill_tokens'] + counts['num_decode']} tokens")
+                              differs=f"they are {counts['prefill_tokens'] + counts['num_decode']} tokens",
+                              remedy="pass q_nope, q_pe, latent and k_pe of all tokens, prefill first")
     for name, value in metadata.items():
         checks.tensor(name, value, "[sequences]", 1)
         checks.dtype(name, value, [torch.int32])

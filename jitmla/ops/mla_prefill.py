@@ -14,7 +14,7 @@ from .. import torch_ops_prefill as torch_ops
 from ..spec import mla_prefill_spec
 from ..workspace import scratch
 from . import checks, prefill_reference
-from .prefill_arguments import REQUIRED, check_prefill, check_prefill_layout
+from .prefill_arguments import check_prefill, check_prefill_layout
 
 OP = "mla_prefill"
 PE = 64  # columns of k_pe in the kernels
@@ -36,7 +36,7 @@ def mla_prefill(q: Tensor, k: Keys, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_
 
 
 def mla_prefill(q: Tensor, k: Any, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, max_seqlen_q: int,
-                max_seqlen_k: int, sm_scale: Any = REQUIRED, causal: bool = True, out: Tensor | None = None,
+                max_seqlen_k: int, sm_scale: float = checks.REQUIRED, causal: bool = True, out: Tensor | None = None,
                 lse: Tensor | None = None, return_lse: bool = False, backend: str = "auto") -> Any:
     """Attention of the new tokens of several requests, with keys and values expanded per head (the MHA form of MLA).
 
