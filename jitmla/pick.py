@@ -163,7 +163,7 @@ RULES = {
 
 # ------------------------------------------------------------------------------------------------------- cached_mla
 
-# Query rows (new tokens times heads) from which the MHA form is faster: where prefixes are possible, it has launches for
+# Query rows (new tokens times heads) from which the MHA form is faster: where prefixes are possible it has launches for
 # them, whether they exist or not. And new tokens of a sequence, where they are: fewer fill neither form's tiles.
 MHA_ROWS, MHA_ROWS_ALONE, MHA_TOKENS = 24 * 1024, 4 * 1024, 48
 

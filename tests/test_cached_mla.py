@@ -212,7 +212,7 @@ def test_the_form_by_sizes():
 
     assert form(1, 20, True)[0] == "absorbed" and form(1, 5000, True)[0] == "mha"
     assert form(100, 3000, True)[0] == "absorbed", "many short sequences"
-    for heads in (1, 16, 128):
+    for heads in (8, 32, 128):
         least = min(n for n in range(1, 5000) if form(1, n, True, heads)[0] == "mha")
         assert form(1, least - 1, False, heads)[0] == "mha", "without prefixes it is worth it earlier"
     assert "9600 query rows, 100 new tokens a sequence" in form(3, 300, True)[1]
