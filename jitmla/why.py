@@ -51,7 +51,8 @@ def _form(form: pick.Form, sizes: dict[str, int]) -> str:
         return f"by {', '.join(form.sizes)} of the call"
     if set(sizes) != set(form.sizes):
         raise InvalidArgument(f"sizes {', '.join(sizes)}", supported=", ".join(form.sizes),
-                              differs=f"not the same: {', '.join(sorted(set(sizes) ^ set(form.sizes)))}")
+                              differs=f"not the same: {', '.join(sorted(set(sizes) ^ set(form.sizes)))}",
+                              remedy="give all of these, or none")
     return ": ".join(form.best(**sizes))
 
 

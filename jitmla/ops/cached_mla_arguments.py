@@ -75,7 +75,8 @@ def check(q_nope: Any, q_pe: Any, latent: Any, k_pe: Any, weight: Any, kv_cache:
         raise InvalidArgumentType(f"max_prefix={max_prefix!r}", supported="None, or an int, at least 0",
                                   differs="it is none", remedy="leave it out where the host does not know one")
     if form not in FORMS:
-        raise InvalidArgument(f"form={form!r}", supported=", ".join(FORMS), differs="there is no such form")
+        raise InvalidArgument(f"form={form!r}", supported=", ".join(FORMS), differs="there is no such form",
+                              remedy='leave it out: "auto" takes the faster one')
     return Sizes(batch * s, heads, nope, rope, rank, value_dim)
 
 
