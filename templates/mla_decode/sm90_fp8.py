@@ -104,7 +104,7 @@ THREADS = 512 + 128 * (SCORERS - 1)
 # per thread; all warpgroups together have what the launch gave them, 128 x 512 or 96 x 640
 if HELPER:
     VALUE_REGS, SCORE_REGS, PRODUCER_REGS = (112, 112, 32) if PAGE_SIZE > 0 else (104, 104, 64)
-elif ROWS < 64:
+elif ROWS < 64 or LATENT == 256:
     VALUE_REGS, SCORE_REGS, PRODUCER_REGS = (160, 160, 32) if PAGE_SIZE > 0 else (152, 144, 64)
 else:
     VALUE_REGS, SCORE_REGS, PRODUCER_REGS = (184, 120, 24) if PAGE_SIZE > 0 else (184, 104, 40)
@@ -365,7 +365,8 @@ class MlaDecode(KvProducer):
         one = cute.make_layout(1)
         q_tiles = cute.local_tile(sQ, (ROWS, 64), (0, None))  # (row, column, tile)
         p_tiles = cute.local_tile(sP, (ROWS, BLOCK), (0, None))  # (row, token, buffer)
-        q_given = cute.make_tensor(cute.recast_ptr(sQ.iterator, dtype=QUERY), sQ.layout)  # before it is converted
+        # before it is converted
+        q_given = cute.make_tensor(cute.recast_ptr(sQ.iterator, swz(ROWS, WIDTH, SCORE).inner, QUERY), sQ.layout)
         given_tiles = cute.local_tile(q_given, (ROWS, 64), (0, None))
         tQs, tQg = cpasync.tma_partition(
             tma_q,
@@ -746,7 +747,10 @@ class MlaDecode(KvProducer):
             rS[at(h)] = a
             rS[at(h) + 2] = b
             rL[h] = rL[h] + (a + b)
-        rP.store(rS.load().to(Float16))
+            if const_expr(h % 2 == 1):  # four at a time: they need half of the registers from here on
+                of = at(h - 1)
+                four = cute.make_tensor(rS.iterator + of, cute.make_layout(4)).load()
+                cute.make_tensor(rP.iterator + of, cute.make_layout(4)).store(four.to(Float16))
         cute.copy(c.stsm, c.stsm_thr.retile(rP), c.tPst[None, None, None, buf])
         cute.arch.fence_view_async_shared()
         if const_expr(HOLD):
