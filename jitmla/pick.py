@@ -11,16 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+from . import schedule
 from .errors import InvalidArgument, NoTemplate
 
 
 class Rule(NamedTuple):
     """sizes: names of the sizes of a call. fits(variant, **sizes): whether it can be launched with them.
-    best(variants that fit, **sizes) -> (variant, reason)."""
+    best(variants that fit, **sizes) -> (variant, reason). among(variants that serve a Spec): those that best can give.
+    """
 
     sizes: tuple[str, ...]
     fits: Callable[..., bool]
     best: Callable[..., tuple[str, str]]
+    among: Callable[[tuple[str, ...]], tuple[str, ...]] = tuple
 
 
 def fitting(op: str, variants: Sequence[str], sizes: Mapping[str, int]) -> tuple[str, ...]:
@@ -38,6 +41,11 @@ def fitting(op: str, variants: Sequence[str], sizes: Mapping[str, int]) -> tuple
         raise NoTemplate(f"{op} with {', '.join(f'{n}={v}' for n, v in sizes.items())}", supported=", ".join(variants),
                          differs="none can be launched with these sizes")
     return found
+
+
+def among(op: str, variants: Sequence[str]) -> tuple[str, ...]:
+    """Those of `variants`, all that serve a Spec, that calls of it can get."""
+    return RULES[op].among(tuple(variants)) if op in RULES else tuple(variants[:1])
 
 
 def best(op: str, variants: Sequence[str], sizes: Mapping[str, int]) -> tuple[str, str]:
@@ -146,16 +154,74 @@ def _topk_best(variants: tuple[str, ...], *, rows: int, columns: int, sms: int) 
 # ------------------------------------------------------------------------------------------------------- mla_decode
 
 
+class DecodeCost(NamedTuple):
+    """What a variant with row tiles of `rows` takes, in us: `fixed`, `block` for each block of a CTA, and `split` where
+    the parts of a request have to be combined; `alone` for a single request."""
+
+    rows: int
+    block: float
+    fixed: float
+    split: float
+    alone: float
+
+
+DECODE = {
+    "sm90_seesaw/m64n64": DecodeCost(64, 1.72, 17.5, 2.3, 2.3),
+    "sm90_relay/r64_triples6": DecodeCost(64, 1.86, 15.8, 1.5, 1.5),
+    "sm90_relay/r32_triples7": DecodeCost(32, 1.33, 8.0, 3.3, 3.3),
+    "sm90_swap/r16_triples8": DecodeCost(16, 1.19, 8.0, 3.0, 1.0),
+    "sm90_swap/r8_triples8": DecodeCost(8, 1.15, 8.0, 3.0, 1.0),
+    "sm90_relay/r64_triples6_gather": DecodeCost(64, 2.07, 17.3, 1.5, 1.5),
+    "sm90_relay/r32_triples7_gather": DecodeCost(32, 1.515, 9.0, 3.3, 3.3),
+    "sm90_swap/r16_triples8_gather": DecodeCost(16, 1.38, 8.5, 3.0, 1.0),
+    "sm90_swap/r8_triples8_gather": DecodeCost(8, 1.35, 8.5, 3.0, 1.0),
+}
+# latent 256: the same kernels with fewer columns
+NARROW = {"r64_fives4": "r64_triples6", "r32_fives5": "r32_triples7", "r16_fives5": "r16_triples8",
+          "r8_fives5": "r8_triples8"}
+BLOCK_BYTES = {512: 64 * 576 * 2, 256: 64 * 320 * 2}
+
+
 def _decode_fits(variant: str, *, rows: int, batch: int, tokens: int, sms: int) -> bool:
     return True
 
 
+@lru_cache(maxsize=4096)
 def _decode_best(variants: tuple[str, ...], *, rows: int, batch: int, tokens: int, sms: int) -> tuple[str, str]:
-    return variants[0], "todo"
+    """The variant that takes the least by this model if all requests have as many tokens as the block table has room
+    for: more row tiles leave fewer parts to combine, but each of them reads every block."""
+    if len(variants) == 1 or _decode_among(variants) != variants:
+        return variants[0], "the first in the card"
+    times = {v: decode_us(v, rows, batch, tokens, sms) for v in variants}
+    ranked = sorted(times, key=times.__getitem__)
+    return ranked[0], f"estimated us with {tokens} tokens: " + ", ".join(f"{v} {times[v]:.1f}" for v in ranked)
+
+
+def _decode_among(variants: tuple[str, ...]) -> tuple[str, ...]:
+    """All, if the model knows them; else the first in the card."""
+    return variants if all(as_measured(v) in DECODE for v in variants) else variants[:1]
+
+
+def as_measured(variant: str) -> str:
+    """The variant with latent 512."""
+    for narrow, wide in NARROW.items():
+        variant = variant.replace(narrow, wide)
+    return variant
+
+
+def decode_us(variant: str, rows: int, batch: int, tokens: int, sms: int) -> float:
+    cost = DECODE[as_measured(variant)]
+    latent = 512 if variant in DECODE else 256
+    tile = schedule.unusual_tile(rows, cost.rows)
+    parts = schedule.launch_args(rows, batch, sms, latent, tile).parts
+    blocks = batch * -(-tokens // schedule.BLOCK_TOKENS) / parts
+    block = max(cost.block * BLOCK_BYTES[latent] / BLOCK_BYTES[512], parts * BLOCK_BYTES[latent] / BYTES_PER_US)
+    combine = cost.alone if batch == 1 else cost.split if batch * 2 <= parts else 0.0
+    return cost.fixed + combine + blocks * block
 
 
 RULES = {
-    "mla_decode": Rule(("rows", "batch", "tokens", "sms"), _decode_fits, _decode_best),
+    "mla_decode": Rule(("rows", "batch", "tokens", "sms"), _decode_fits, _decode_best, _decode_among),
     "inv_rope_fp8_quant": Rule(("tokens", "heads", "heads_per_group"), _quant_fits, _quant_best),
     "fp8_bmm": Rule(("groups", "tokens", "columns", "k", "sms"), _bmm_fits, _bmm_best),
     "topk_indices": Rule(("rows", "columns", "sms"), _topk_fits, _topk_best),

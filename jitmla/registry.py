@@ -222,7 +222,9 @@ def choices(spec: Spec, backend: str = "auto") -> list[Choice]:
     chosen = choose(spec, backend)
     if spec.op not in pick.RULES:
         return [chosen]
-    return [c for c in candidates(spec, backend) if c.template.backend == chosen.template.backend]
+    served = [c for c in candidates(spec, backend) if c.template.backend == chosen.template.backend]
+    names = pick.among(spec.op, [c.name for c in served])
+    return [c for c in served if c.name in names]
 
 
 def _no_template(spec: Spec, backend: str, candidates: list[Template]) -> NoTemplate:

@@ -6,8 +6,8 @@
 
 Gather: thread (w, lane) has the 16-byte column lane % 8 of a tile and the tokens 16 p + 4 w + lane / 8 of a block. The
 page numbers of the next block are on their way while this one is issued. Tokens behind the end of a request are zeros
-(cp.async that reads nothing), so nobody has to clear them. cp.async writes are those of the generic proxy: who waits for
-full[slot] needs `fence_view_async_shared` before its wgmma, see `wait_slot`.
+(cp.async that reads nothing), so nobody has to clear them. cp.async writes are those of the generic proxy: who waits
+for full[slot] needs `fence_view_async_shared` before its wgmma, see `wait_slot`.
 
 The ring's barriers: `arrivals` at full[slot]; whoever reads a slot arrives at empty[slot].
 """
@@ -35,7 +35,7 @@ class KvProducer:
         self.gather = page_size == 0
         self.warps, self.arrivals = (4, 128) if self.gather else (1, 1)
         self.boxes = 1 if self.gather else 64 // min(page_size, 64)  # of a slot: pages of a block
-        # measured: evict-first is better for batches up to about 300 MB, normal beyond, unless several CTAs read a block
+        # measured: evict-first is better up to about 300 MB in a batch, normal beyond, unless several CTAs read a block
         self.first_blocks = 4096 * 576 // (latent + rope)
 
     # -------------------------------------------------------------------------------------------- host
@@ -81,8 +81,8 @@ class KvProducer:
 
     @cute.jit
     def fill(self, c, mK: cute.Tensor, table: cute.Tensor, seqlens: cute.Tensor, w, pages: Int32, several):
-        """All blocks of this CTA, by the whole warp w of those that fill the ring. Warp 0 loads the queries too, of later
-        requests once q_free says that their memory is free.
+        """All blocks of this CTA, by the whole warp w of those that fill the ring. Warp 0 loads the queries too, of
+        later requests once q_free says that their memory is free.
 
         c: sI (of mla_split), full, empty, q_free, lane, and for TMA tma_k, tKs, tKg, for gather sK. pages: of the
         cache. several: other CTAs read the same blocks.

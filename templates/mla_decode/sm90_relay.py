@@ -688,4 +688,5 @@ class MlaDecode(KvProducer):
 
 def entry():
     """What to compile: the host function and its fake arguments."""
-    return MlaDecode(ELEMENT, LATENT, ROPE, PAGE_SIZE, SLOT_TILES, RING), mla_decode_arguments(ELEMENT, LATENT, ROPE, PAGE_SIZE)
+    kernel = MlaDecode(ELEMENT, LATENT, ROPE, PAGE_SIZE, SLOT_TILES, RING)
+    return kernel, mla_decode_arguments(ELEMENT, LATENT, ROPE, PAGE_SIZE)
