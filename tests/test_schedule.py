@@ -367,14 +367,16 @@ def test_touch_table_stays_inside_the_used_entries(device, length, spare, page_s
     batch=st.one_of(st.integers(1, 300), st.integers(1, 100000)),
     sms=st.integers(1, 200),
     latent=st.sampled_from([256, 512]),
+    tile=st.sampled_from([8, 16, 32, 64]),
 )
-def test_launch_args_are_what_the_kernels_can_do(rows, batch, sms, latent):
-    launch = launch_args(rows, batch, sms, latent)
-    tiles = 1 if rows <= schedule.SWAP_ROWS else ceil_div(rows, schedule.TILE_ROWS)
+def test_launch_args_are_what_the_kernels_can_do(rows, batch, sms, latent, tile):
+    tile = schedule.unusual_tile(rows, tile)
+    launch = launch_args(rows, batch, sms, latent, tile)
+    tiles = ceil_div(rows, tile or schedule.TILE_ROWS)
     assert 1 <= launch.parts <= MAX_PARTS
     assert launch.parts * tiles <= sms or launch.parts == 1  # CTAs that wait for each other all run
     assert launch.fixed >= 0 and launch.least >= 1
-    assert semaphore_count(launch.parts, rows) == launch.parts * tiles
+    assert semaphore_count(launch.parts, rows, tile) == launch.parts * tiles
 
 
 @pytest.mark.parametrize(
