@@ -68,6 +68,7 @@ def _tell(spec: Spec, found: dict[str, Any]) -> None:
     key = (found["key"] or "unknown without a compiler")[:output.SHORT * 3]
     rows = [("spec", str(spec)), ("served by", f"{found['template']}, variant {found['variant']}: {found['summary']}"),
             ("supports", "; ".join(f"{n}: {', '.join(map(str, v))}" for n, v in found["supported"].items()))]
+    rows += [("form", found["form"])] if "form" in found else []
     rows += [("passed over", f"{name}: {'; '.join(why_not)}") for name, why_not in found["passed_over"].items()]
     rows += [("key", key), ("stored in", found["layer"] or "no layer")]
     rows += [("nearest", f"{near['key'][:output.SHORT]} in {near['layer']}: " + "; ".join(
