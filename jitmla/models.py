@@ -17,6 +17,7 @@ from .schedule import MAX_ROWS
 from .spec import (
     Spec,
     append_latent_spec,
+    cached_mla_pack_spec,
     cached_mla_specs,
     fp8_bmm_spec,
     gather_latent_spec,
@@ -28,6 +29,7 @@ from .spec import (
 )
 from .spec_indexer import (
     cat_quant_fp8_spec,
+    dsa_append_spec,
     fp8_mqa_logits_spec,
     fp8_paged_mqa_logits_spec,
     indexer_k_spec,
@@ -186,20 +188,31 @@ def _dense_decode(serving: Serving) -> Iterator[Spec]:
 
 def _slot_cache(serving: Serving) -> Iterator[Spec]:
     """append_latent, and what cached_mla launches: before and after the attention, and that for tiles of tokens (those
-    of one are in _dense_decode)."""
+    of one are in _dense_decode); in the MHA form, which auto takes for many tokens where it has a kernel, new tokens
+    through mla_prefill, and the largest tiles over prefixes."""
     dims = serving.dims
     if dims.o_groups or "slot_cache" not in serving.uses:
         return
     for e4m3 in (False, True):
         yield append_latent_spec(arch=serving.arch, dtype=dims.dtype, e4m3_cache=e4m3, slots="i64",
                                  kv_lora_rank=dims.kv_lora_rank, qk_rope_head_dim=dims.qk_rope_head_dim)
-    yield from cached_mla_specs(arch=serving.arch, dtype=dims.dtype, qk_nope_head_dim=dims.qk_nope_head_dim,
-                                kv_lora_rank=dims.kv_lora_rank, qk_rope_head_dim=dims.qk_rope_head_dim)
     tiles = [2**i for i in range(1, MAX_ROWS.bit_length()) if 2**i * serving.heads <= MAX_ROWS]
-    for page_size, tile in itertools.product(serving.page_sizes, tiles):
-        yield mla_decode_spec(arch=serving.arch, dtype=dims.dtype, kv_lora_rank=dims.kv_lora_rank,
-                              qk_rope_head_dim=dims.qk_rope_head_dim, page_size=page_size, s_q=tile,
-                              heads=serving.heads, causal=True)
+    mha = mla_prefill_spec(arch=serving.arch, dtype=dims.dtype, v_head_dim=dims.v_head_dim, causal=True,
+                           qk_head_dim=dims.qk_nope_head_dim + dims.qk_rope_head_dim,
+                           qk_rope_head_dim=dims.qk_rope_head_dim)
+    with_mha = bool(registry.candidates(mha))
+    if with_mha:
+        yield mha
+    for e4m3 in serving.with_and_without("e4m3_cache"):
+        facts = {"arch": serving.arch, "dtype": dims.dtype, "kv_lora_rank": dims.kv_lora_rank,
+                 "qk_rope_head_dim": dims.qk_rope_head_dim}
+        yield from cached_mla_specs(**facts, qk_nope_head_dim=dims.qk_nope_head_dim, e4m3_cache=e4m3)
+        if with_mha:
+            yield cached_mla_pack_spec(**facts, qk_nope_head_dim=dims.qk_nope_head_dim, e4m3_cache=e4m3)
+        seen = [(tile, True) for tile in tiles] + ([(tiles[-1], False)] if with_mha else [])
+        for page_size, (tile, causal) in itertools.product(serving.page_sizes, seen):
+            yield mla_decode_spec(**facts, kv_dtype="e4m3" if e4m3 else None, page_size=page_size, s_q=tile,
+                                  heads=serving.heads, causal=causal)
 
 
 def _prefill(serving: Serving) -> Iterator[Spec]:
@@ -248,6 +261,8 @@ def _indexer(serving: Serving) -> Iterator[Spec]:
     yield cat_quant_fp8_spec(arch=arch, scale_mode="pow2_f32")
     yield from (indexer_k_spec(op, arch=arch) for op in ("indexer_k_scatter", "indexer_k_gather"))
     yield from (kv_row_pack_spec(arch=arch, row=row) for row in ("fp8", "bf16"))
+    yield from (dsa_append_spec(arch=arch, row=row, index_keys=keys, positions=positions) for row, keys, positions in
+                itertools.product(("fp8", "bf16"), (True, False), ("i64", "i32")))
     yield from (fp8_mqa_logits_spec(arch=arch, heads=heads, store=store) for store in ("tiles", "clean"))
     yield from (fp8_paged_mqa_logits_spec(arch=arch, heads=heads, next_n=n) for n in (1, 2))
     yield from (topk_indices_spec(arch=arch, rows=rows) for rows in ("windows", "lengths"))

@@ -1,8 +1,9 @@
-"""Which variant a call runs, for the ops that decide it by the sizes of a call: pure functions of these.
+"""Which variant or form a call runs, for the ops that decide it by the sizes of a call: pure functions of these.
 
 Such an op has a Rule here; registry.choose applies it, after tunings. All that a rule can give is in `keys_for`, so a
 server that has prewarmed meets no new Key when a batch grows, and `jitmla.explain(spec, **sizes)` shows what a rule
-says, and why. Variants go by "template/variant". The numbers were measured on an H200.
+says, and why. Variants go by "template/variant". An op of several forms, which launch different kernels, has a Form.
+The numbers were measured on an H200.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .errors import InvalidArgument, NoTemplate
+from .schedule import row_tiles
 
 
 class Rule(NamedTuple):
@@ -20,6 +22,13 @@ class Rule(NamedTuple):
 
     sizes: tuple[str, ...]
     fits: Callable[..., bool]
+    best: Callable[..., tuple[str, str]]
+
+
+class Form(NamedTuple):
+    """sizes: as of a Rule. best(**sizes) -> (form, reason)."""
+
+    sizes: tuple[str, ...]
     best: Callable[..., tuple[str, str]]
 
 
@@ -132,7 +141,7 @@ def fp8_bmm_ctas(variant: str, groups: int, tokens: int, columns: int, sms: int)
 # ----------------------------------------------------------------------------------------------------- topk_indices
 
 # CTAs that share a row
-TOPK = {"sampled_select/c1t512": 1, "sampled_select/c2t1024": 2, "sampled_select/c8t1024": 8}
+TOPK = {"sampled_select/c1t512": 1, "sampled_select/c2t1024": 2, "sampled_select/c4t512": 4, "sampled_select/c8t512": 8}
 
 
 def _topk_fits(variant: str, *, rows: int, columns: int, sms: int) -> bool:
@@ -146,8 +155,50 @@ def _topk_best(variants: tuple[str, ...], *, rows: int, columns: int, sms: int) 
     return chosen, f"{rows} rows with {TOPK[chosen]} CTAs each, {sms} multiprocessors"
 
 
+# ------------------------------------------------------------------------------------------------------- sparse_mla
+
+TURNS = "sm90_gather_seesaw/"
+
+
+def _sparse_fits(variant: str, *, tokens: int, heads: int, whole: int, sms: int) -> bool:
+    return True
+
+
+def _sparse_best(variants: tuple[str, ...], *, tokens: int, heads: int, whole: int, sms: int) -> tuple[str, str]:
+    """Warpgroups that take turns do a block in less time and need more to start. In decode they are for calls that fill
+    the GPU, of more than 64 heads: with fewer, memory gives the rows no faster than the others use them. whole: no
+    token is split (prefill), so that every CTA has many blocks."""
+    tiles = tokens * row_tiles(heads)
+    turns = [v for v in variants if v.startswith(TURNS)]
+    if turns and (whole or row_tiles(heads) > 1 and 4 * tiles > 3 * sms):
+        return turns[0], f"{'prefill' if whole else 'decode'}, {tiles} row tiles, {sms} multiprocessors"
+    others = [v for v in variants if not v.startswith(TURNS)]
+    return (others or turns)[0], f"decode, {heads} heads, {tiles} row tiles, {sms} multiprocessors"
+
+
 RULES = {
     "inv_rope_fp8_quant": Rule(("tokens", "heads", "heads_per_group"), _quant_fits, _quant_best),
     "fp8_bmm": Rule(("groups", "tokens", "columns", "k", "sms"), _bmm_fits, _bmm_best),
+    "sparse_mla": Rule(("tokens", "heads", "whole", "sms"), _sparse_fits, _sparse_best),
     "topk_indices": Rule(("rows", "columns", "sms"), _topk_fits, _topk_best),
 }
+
+
+# ------------------------------------------------------------------------------------------------------- cached_mla
+
+# Query rows (new tokens times heads) from which the MHA form is faster: where prefixes are possible it has launches for
+# them, whether they exist or not. And new tokens of a sequence, where they are: fewer fill neither form's tiles.
+MHA_ROWS, MHA_ROWS_ALONE, MHA_TOKENS = 24 * 1024, 4 * 1024, 48
+
+
+def cached_form(*, heads: int, sequences: int, tokens: int, prefix: bool) -> tuple[str, str]:
+    """For prefill sequences with so many new tokens together. prefix: whether one may have one; which of them has one
+    is known to the device alone."""
+    rows, each = tokens * heads, tokens // sequences
+    least, most = (MHA_ROWS, MHA_TOKENS) if prefix else (MHA_ROWS_ALONE, 0)
+    found = "mha" if rows >= least and each >= most else "absorbed"
+    of_each = f", and of {most} tokens a sequence" if most else ""
+    return found, f"{rows} query rows, {each} new tokens a sequence; the MHA form from {least} rows{of_each} on"
+
+
+FORMS = {"cached_mla": Form(("heads", "sequences", "tokens", "prefix"), cached_form)}

@@ -201,7 +201,7 @@ SPARSE_MLA = tuple(
 @dataclass(frozen=True)
 class IndexerCase:
     """A call around DSA's indexer, 64 heads, top-k of 2048. rows: tokens, requests, or rows of logits. columns: keys,
-    or length of the context."""
+    length of the context, or heads of q for dsa_append."""
 
     op: str
     rows: int
@@ -224,6 +224,7 @@ class IndexerCase:
         queries = tokens * self.next_n * 64 * 132
         return {"indexer_prologue": tokens * (64 * 128 * 3 + 3 * 128 + 2 * 4 * 64 + 4 + 8 + 256),
                 "indexer_k_scatter": tokens * (2 * 132 + 8), "kv_row_pack": tokens * (576 * 2 + 656 + 8),
+                "dsa_append": tokens * (self.columns * 256 + 576 * 2 + 656 + 2 * 132 + 3 * 8 + 256),
                 "local_to_global": tokens * (2 * 4 * 2048 + 4), "indexer_k_gather": 2 * 132 * tokens,
                 "fp8_mqa_logits": queries + 132 * self.columns + 4 * self.pairs(),
                 "fp8_paged_mqa_logits": queries + 132 * tokens * self.columns + 4 * self.pairs(),
@@ -238,6 +239,7 @@ INDEXER = ([IndexerCase("fp8_mqa_logits", m, n) for m, n in ((2048, 8192), (4096
                                                                           (64, 8192, 2))]
            + [IndexerCase("topk_indices", b, n) for b in (1, 64) for n in (32768, 65536, 163840)]
            + [IndexerCase("topk_indices", 4096, 32768)]
+           + [IndexerCase("dsa_append", tokens, heads) for heads in (16, 128) for tokens in (64, 4096)]
            + [IndexerCase(op, tokens) for op in ("indexer_prologue", "indexer_k_scatter", "kv_row_pack",
                                                  "local_to_global") for tokens in (64, 4096)]
            + [IndexerCase("indexer_k_gather", 65536)])

@@ -14,10 +14,10 @@ from .. import torch_ops_cached as torch_ops
 from ..errors import InvalidArgument
 from ..spec import append_latent_spec
 from . import cached_reference, checks
+from .cached_mla_arguments import E4M3, check_kv_scale
 
 OP = "append_latent"
 SLOT_NAMES = {torch.int32: "i32", torch.int64: "i64"}
-E4M3 = torch.float8_e4m3fn
 MAX_ROWS = 2**31
 RANKS, ROPES = (64, 128, 256, 512), (16, 32, 64)
 
@@ -129,19 +129,7 @@ def _check(latent: Any, k_pe: Any, kv_cache: Any, slots: Any, kv_scale: Any) -> 
     checks.tensor("slots", slots, "[tokens]", 1)
     checks.dtype("slots", slots, list(SLOT_NAMES))
     checks.shape("slots", slots, "[tokens]", [tokens], "latent")
-    if (kv_scale is None) == (kv_cache.dtype == E4M3):
-        raise InvalidArgument(f"kv_cache of {str(kv_cache.dtype).removeprefix('torch.')} "
-                              f"{'without' if kv_scale is None else 'with'} kv_scale",
-                              supported="kv_scale for a float8_e4m3fn cache, and for no other one",
-                              differs="an unscaled FP8 cache would lose what does not fit" if kv_scale is None
-                              else "rows are stored as they are",
-                              remedy="pass kv_scale, a float32 tensor of one element" if kv_scale is None
-                              else "leave kv_scale out")
-    if kv_scale is not None:
-        checks.tensor("kv_scale", kv_scale, "[1]", 1)
-        checks.dtype("kv_scale", kv_scale, [torch.float32])
-        checks.shape("kv_scale", kv_scale, "[1]", [1], "nothing: one scale for the cache")
-        checks.device("kv_scale", kv_scale, latent.device, "latent")
+    check_kv_scale(kv_scale, kv_cache, latent)
     for name, value in (("latent", latent), ("k_pe", k_pe), ("kv_cache", kv_cache), ("slots", slots)):
         checks.contiguous_last(name, value)
         checks.device(name, value, latent.device, "latent")

@@ -168,6 +168,37 @@ def row_pack(kv_c: Any, k_pe: Any, cache: Any, slot_mapping: Any) -> str:
     return row
 
 
+def append(q_pe: Any, q_out: Any, kv_c: Any, k_pe: Any, positions: Any, cos_sin_cache: Any, kv_cache: Any,
+           slot_mapping: Any, k_fp8: Any, k_scale: Any, index_cache: Any, index_slot_mapping: Any) -> None:
+    check("q_pe", q_pe, "[tokens, heads, 64]", (None, None, LATENT_ROPE), [BF16])
+    check("q_out", q_out, "[tokens, heads, 64]", tuple(q_pe.shape), [BF16], q_pe)
+    for name, x in (("q_pe", q_pe), ("q_out", q_out)):
+        strides(name, x, 8)
+        address(name, x)
+    row_pack(kv_c, k_pe, kv_cache, slot_mapping)
+    tokens = q_pe.shape[0]
+    for name, x in (("kv_c", kv_c), ("slot_mapping", slot_mapping)):
+        if x.shape[0] != tokens:
+            raise InvalidArgument(f"{name}: {checks.describe(x)}", supported=f"{tokens} tokens, as q_pe has",
+                                  differs=f"it has {x.shape[0]}",
+                                  remedy="pass as many rows of each as there are queries")
+    check("positions", positions, "[tokens]", (tokens,), [I64, I32], q_pe, contiguous=True)
+    check("cos_sin_cache", cos_sin_cache, "[positions, 64]", (None, 64), [FP32], q_pe, contiguous=True)
+    address("cos_sin_cache", cos_sin_cache)
+    index = (k_fp8, k_scale, index_cache, index_slot_mapping)
+    if len({x is None for x in index}) != 1:
+        raise InvalidArgument("k_fp8, k_scale, index_cache and index_slot_mapping", supported="all four, or none",
+                              differs="some are missing", remedy="pass none of them in a layer without an indexer")
+    if k_fp8 is not None:
+        scatter(*index)
+        check("k_scale", k_scale, "[tokens, 1]", (None, 1), [FP32], q_pe, contiguous=True)
+        if index_slot_mapping.shape[0] != tokens:
+            raise InvalidArgument(f"index_slot_mapping: {checks.describe(index_slot_mapping)}",
+                                  supported=f"{tokens} slots, one for each token",
+                                  differs=f"it has {index_slot_mapping.shape[0]}",
+                                  remedy="pass -1 for a token that is not to be stored")
+
+
 def row_kind(cache: Any) -> str:
     return "bf16" if isinstance(cache, Tensor) and cache.dtype == BF16 else "fp8"
 
@@ -184,13 +215,22 @@ def weights(value: Any, rows: int, heads: int, first: Tensor) -> None:
     address("weights", value)
 
 
+def has_room(out: Any, columns: int, room: int) -> bool:
+    """Whether a GPU may write logits of so many columns to `out`, `room` elements of each row."""
+    if not isinstance(out, Tensor) or out.dim() != 2 or out.shape[1] != columns or not out.shape[0]:
+        return False
+    end = out.storage_offset() + (out.shape[0] - 1) * out.stride(0) + room
+    return (out.stride(0) >= room or out.shape[0] == 1) and end <= out.untyped_storage().nbytes() // 4
+
+
 def logits_out(out: Any, rows: int, columns: int, room: int, first: Tensor) -> None:
     """`room`: elements from one row to the next that the kernels need; the reference does not."""
     check("out", out, "[rows, columns]", (rows, columns), [FP32], first)
-    if out.stride(0) < room and rows > 1 and columns and out.is_cuda:
+    if columns and out.is_cuda and not has_room(out, columns, room):
         raise InvalidArgument(f"out with strides {tuple(out.stride())}",
-                              supported=f"rows at least {room} elements apart: whole blocks of keys are written",
-                              differs=f"they are {out.stride(0)} apart",
+                              supported=f"rows at least {room} elements apart, in memory that has so many behind "
+                              "the start of the last one: whole blocks of keys are written",
+                              differs=f"they are {out.stride(0)} apart, or the memory ends before",
                               remedy="allocate rows of jitmla.layouts.logits_stride(columns) and pass [:, :columns]")
 
 

@@ -6,7 +6,9 @@
     compute-sanitizer --tool initcheck python -m tests.kernels.sanitizer mla_decode o_proj
 
 Results are checked as well. The shapes of mla_decode meet all kernels, whole and split requests, the causal limit,
-sinks, several row tiles, small and large pages; those of the output path every variant, ragged tiles, and the chain.
+sinks, several row tiles, small and large pages; those of the output path every variant, ragged tiles, and the chain;
+those of `indexer` each kernel around DSA's indexer, every variant of top-k on values of every kind, and both ops of a
+layer.
 JITMLA_CACHE_DIR should hold what `python -m tests.keysets` puts there.
 """
 
@@ -18,9 +20,24 @@ import sys
 import torch
 
 import jitmla
-from jitmla import tune
+from jitmla import dsa, pick, tune
+from jitmla.ops import topk_indices as topk_op
+from jitmla.spec_indexer import topk_indices_spec
 from jitmla.testing import mla_decode_oracle, mla_decode_problem
+from jitmla.testing_dsa import dsa_batch, dsa_layer, dsa_oracle
 from jitmla.testing_features import featured
+from jitmla.testing_indexer import (
+    PAGE,
+    check_logits,
+    check_prologue,
+    check_topk,
+    exact_logits,
+    exact_topk,
+    index_pool,
+    logits_problem,
+    prologue_problem,
+    topk_rows,
+)
 from jitmla.testing_o_proj import (
     CHAIN_DIFF,
     calc_diff,
@@ -111,6 +128,72 @@ def mla_prefill() -> None:
     print("paged", flush=True)
 
 
+def topk() -> None:
+    """Every variant on every kind of values, with rows that start anywhere and end at the end of their memory."""
+    for name in pick.TOPK:
+        for rows in ("windows", "lengths"):
+            jitmla.use_tunings(tune.naming(topk_indices_spec(arch=ARCH, rows=rows), name))
+            topk_op._calls.clear()
+            for n in (600, 6143, 20001):
+                start, ends = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([n, n], dtype=torch.int32)
+                start = start if rows == "windows" else torch.zeros_like(start)
+                for kind, values in topk_rows(2, n, device="cuda"):
+                    where = (dict(row_start=start.cuda(), row_end=ends.cuda()) if rows == "windows"
+                             else dict(seq_lens=ends.cuda()))
+                    got = jitmla.topk_indices(values, 512, **where)
+                    try:
+                        check_topk(got, exact_topk(values.cpu(), start, ends, 512))
+                    except AssertionError as e:
+                        raise AssertionError(f"{name}, {rows}, {kind}, n={n}: {e}") from e
+            print(name, rows, flush=True)
+    jitmla.use_tunings(None)
+    topk_op._calls.clear()
+
+
+def indexer() -> None:
+    problem = prologue_problem(3, w_dtype=torch.bfloat16, device="cuda")
+    q, k, scale, weights = out = jitmla.indexer_prologue(*problem.args)
+    check_prologue(problem, out)
+    jitmla.cat_quant_fp8(problem.q[:, 0, :64], problem.q[:, 0, 64:])
+    pool, table = index_pool(4, device="cuda"), torch.tensor([[2, 0, 3]], dtype=torch.int32, device="cuda")
+    slots = torch.tensor([2 * PAGE, -1, 3 * PAGE + 63], device="cuda")
+    jitmla.indexer_k_scatter(k, scale, pool, slots)
+    jitmla.indexer_k_gather(pool, table, torch.tensor([0, 150], dtype=torch.int32, device="cuda"), 150)
+    jitmla.fp8_paged_mqa_logits(q[:1, None], pool, weights[:1], torch.tensor([150], dtype=torch.int32, device="cuda"),
+                                table, max_context_len=192)
+    chosen = torch.randint(-1, 192, (3, 70), dtype=torch.int32, device="cuda")
+    request = torch.zeros(3, dtype=torch.int32, device="cuda")
+    jitmla.local_to_global(chosen, request, table, valid_count=torch.empty_like(request))
+    for row, dtype in ((656, torch.uint8), (576, torch.bfloat16)):
+        rows = torch.zeros(4, PAGE, 1, row, dtype=dtype, device="cuda")
+        latent = torch.randn(3, 576, device="cuda").bfloat16()
+        jitmla.kv_row_pack(latent[:, :512], latent[:, 512:], rows, slots)
+    for heads in (64, 32):
+        p = logits_problem(131, 700, heads=heads, device="cuda")
+        ks = torch.arange(131, dtype=torch.int32, device="cuda")
+        ke, column = ks + 500, torch.arange(700, device="cuda")
+        inside = (column >= ks[:, None]) & (column < ke[:, None])
+        for clean in (True, False):
+            got = jitmla.fp8_mqa_logits(p.q, p.k, p.k_scale, p.weights, ks, ke,
+                                        clean_logits=clean)
+            check_logits(got, exact_logits(p.q, p.k, p.k_scale, p.weights), inside, True)
+    print("small kernels and logits", flush=True)
+    topk()
+    layer = dsa_layer("layer", hidden=256, heads=16, index_topk=512, q_lora_rank=128, device="cuda")
+    for context, generation, next_n in (([(5, 700)], [600, 30], 1), ([], [600, 513], 2)):
+        batch = dsa_batch(layer, context, generation, next_n=next_n)
+        hidden = torch.randn(batch.tokens, 256, device="cuda").bfloat16()
+        output = torch.empty(batch.tokens, 16 * 128, dtype=torch.bfloat16, device="cuda")
+        with dsa.forward(batch):
+            made = torch.ops.jitmla.mla_dsa_proj(hidden, batch.positions, layer.key)
+            torch.ops.jitmla.mla_dsa_attn_inplace(*made[:4], list(made[4:]), batch.positions, layer.key, output)
+        expected = dsa_oracle(layer, batch, hidden, batch.positions, batch.topk)
+        assert (output.double() - expected).norm() < 2e-2 * expected.norm()
+    print("layer", flush=True)
+
+
+PARTS = {"mla_decode": mla_decode, "o_proj": o_proj, "mla_prefill": mla_prefill, "indexer": indexer}
+
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ["mla_decode", "o_proj"]:
-        {"mla_decode": mla_decode, "o_proj": o_proj, "mla_prefill": mla_prefill}[name]()
+    for name in sys.argv[1:] or PARTS:
+        PARTS[name]()
