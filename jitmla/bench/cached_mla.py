@@ -84,8 +84,9 @@ def specs_of(case: CachedCase, arch: str) -> list[Spec]:
     facts = {"arch": arch, "dtype": "bf16", "qk_rope_head_dim": case.qk_rope_head_dim}
     own = facts | {"qk_nope_head_dim": case.qk_nope_head_dim, "kv_lora_rank": case.kv_lora_rank}
     absorbed = list(cached_mla_specs(**own))
-    if case.tokens == 1 or pick.cached_form(heads=case.heads, sequences=case.batch, prefix=not case.told,
-                                            tokens=case.batch * case.tokens)[0] == "absorbed":
+    if case.tokens == 1 or pick.cached_form(heads=case.heads, kv_lora_rank=case.kv_lora_rank,
+                                            sequences=case.batch, tokens=case.batch * case.tokens,
+                                            prefix=not case.told)[0] == "absorbed":
         return absorbed
     expanded = [cached_mla_pack_spec(**own),
                 mla_prefill_spec(**facts, qk_head_dim=case.qk_nope_head_dim + case.qk_rope_head_dim,

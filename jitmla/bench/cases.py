@@ -97,11 +97,13 @@ class CachedCase:
         return {"max_prefix": 0} if self.told else {}
 
     def flops(self) -> int:
-        """The absorbed form: both products with the weight, and the attention up to each token itself."""
+        """Of the form with less of them; the attention up to each token itself."""
         rows = self.batch * self.tokens * self.heads
         seen = self.kv - (self.tokens - 1) / 2
-        return int(2 * rows * (self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
-                               + seen * (2 * self.kv_lora_rank + self.qk_rope_head_dim)))
+        rank, head = self.kv_lora_rank, self.qk_nope_head_dim + self.v_head_dim
+        absorbed = rows * (rank * head + seen * (2 * rank + self.qk_rope_head_dim))
+        expanded = self.batch * self.kv * self.heads * rank * head + rows * seen * (head + self.qk_rope_head_dim)
+        return int(2 * min(absorbed, expanded))
 
     def bytes(self) -> int:
         """Cache rows, weight, queries and results, each once."""

@@ -41,8 +41,8 @@ CACHED_METHOD = """\
 Attention over a slot cache (`cached_mla`): the same method for GPU times. Eager us is a whole call without a graph,
 host and GPU together: the mean of a burst of 100, the best of five. B sequences, each with T new tokens, up to kv in
 all; told: the call says that there are no prefixes (max_prefix=0). The peer is plain PyTorch with the lengths known on
-the host. TFLOP/s count the absorbed form, whichever is taken. Ratio: the peer's eager time over ours. mla_decode, which
-all but the calls that are told of no prefix launch as well, is not in the last column."""
+the host. TFLOP/s count the form with less arithmetic, whichever is taken. Ratio: the peer's eager time over ours. The
+last column leaves out mla_decode, which all launch but the calls that are told of no prefix and take the MHA form."""
 
 INDEXER_METHOD = """\
 Around the indexer of DeepSeek Sparse Attention (`indexer`): the same method, 64 heads, top-k of 2048. Rows x keys, or
