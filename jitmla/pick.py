@@ -186,7 +186,7 @@ RULES = {
 
 # ------------------------------------------------------------------------------------------------------- cached_mla
 
-# Query rows (new tokens times heads) times kv_lora_rank from which the MHA form is faster, and new tokens of a sequence.
+# Query rows (new tokens times heads) times kv_lora_rank from which the MHA form is faster; and tokens of a sequence.
 # Where prefixes are possible, it has launches for them, whether they exist or not.
 MHA_WORK, MHA_WORK_ALONE, MHA_TOKENS = 6 << 20, 1 << 20, 32
 

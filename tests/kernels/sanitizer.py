@@ -14,6 +14,7 @@ JITMLA_CACHE_DIR should hold what `python -m tests.keysets` puts there.
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import torch
@@ -47,7 +48,9 @@ from jitmla.testing_o_proj import (
     product_problem,
     quant_problem,
 )
-from tests.keysets import ARCH, USUAL_QUANT, covering_choices, quant_spec
+from jitmla.testing_prefill import check_prefill, prefill_problem
+from tests.keysets import ARCH, CAUSAL, HEAD_DIMS, USUAL_QUANT, covering_choices, quant_spec
+from tests.support.paged import check_paged
 
 CASES = [
     dict(lengths=[0, 1, 65, 300], heads=8),
@@ -113,6 +116,17 @@ def o_proj() -> None:
         out = jitmla.o_a_proj(*problem.args, w.b, w.b_scale)
         assert calc_diff(out, exact_chain(problem, w.b, w.b_scale)) < CHAIN_DIFF
     print("chain", flush=True)
+
+
+def mla_prefill() -> None:
+    for backend, dims, causal in itertools.product(("sm90", "portable"), HEAD_DIMS, CAUSAL):
+        for lengths in (([19, 1, 0, 130], [20, 0, 5, 300]), ([200], [77])):
+            problem = prefill_problem(*lengths, heads=3, qk_head_dim=dims[0], v_head_dim=dims[1], causal=causal,
+                                      device="cuda", pad=0)
+            out, lse = jitmla.mla_prefill(*problem.args, **problem.kwargs, return_lse=True, backend=backend)
+            print(backend, dims, causal, lengths, check_prefill(problem, out, lse), flush=True)
+    check_paged((19, 1, 64), (100, 0, 63), heads=16, nope=128, v_dim=128, rank=512, device="cuda")
+    print("paged", flush=True)
 
 
 def topk() -> None:
@@ -199,7 +213,8 @@ def cached_mla() -> None:
     assert torch.equal(cache.view(15, 320)[slots[kept]], rows[kept])
 
 
-PARTS = {"mla_decode": mla_decode, "o_proj": o_proj, "indexer": indexer, "cached_mla": cached_mla}
+PARTS = {"mla_decode": mla_decode, "o_proj": o_proj, "mla_prefill": mla_prefill, "indexer": indexer,
+         "cached_mla": cached_mla}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or PARTS:
