@@ -42,24 +42,27 @@ ARCH = "sm_90a"
 class Sets(NamedTuple):
     """The Specs of an op. product: all that its card serves, of all archs. covering: those that GPU tests draw from.
     points: whose code is a golden file (the last one of each template).
-    wanted: which Choices of the covering Specs, for an op that picks by the sizes of a call; None: all."""
+    wanted: which Choices of the covering Specs, for an op that picks by the sizes of a call; None: all.
+    named: Choices that only a named backend gives, which GPU tests run as well."""
 
     product: Callable[[], list[Spec]]
     covering: Callable[[], list[Spec]]
     points: Callable[[], list[Spec]]
     wanted: Callable[[Choice], bool] | None = None
+    named: Callable[[], list[Choice]] = list
 
 
 @functools.cache
 def every_choice(*ops: str) -> list[Choice]:
     """All that calls can get, of these ops or all."""
-    return _choices(spec for op in ops or SETS for spec in SETS[op].product())
+    return _choices(spec for op in ops or SETS for spec in SETS[op].product()) + _named(ops)
 
 
 @functools.cache
 def covering_choices(*ops: str) -> list[Choice]:
     """Every template and variant and value of each constant, of these ops or all."""
-    return [c for op in ops or SETS for c in _choices(SETS[op].covering()) if (SETS[op].wanted or bool)(c)]
+    found = [c for op in ops or SETS for c in _choices(SETS[op].covering()) if (SETS[op].wanted or bool)(c)]
+    return found + _named(ops)
 
 
 @functools.cache
@@ -95,6 +98,10 @@ def golden_choices() -> list[Choice]:
     """One of each template."""
     found = _choices(spec for sets in SETS.values() for spec in sets.points())
     return list({choice.template.name: choice for choice in found}.values())
+
+
+def _named(ops: Iterable[str]) -> list[Choice]:
+    return [choice for op in ops or SETS for choice in SETS[op].named()]
 
 
 def _choices(specs: Iterable[Spec]) -> list[Choice]:
@@ -353,18 +360,37 @@ def bmm_product() -> list[Spec]:
 HEAD_DIMS = ((192, 128), (128, 128), (256, 256))  # qk and v of DeepSeek-V3, Mistral Small 4, GLM-5
 
 
-def prefill_spec(dtype: str, dims: tuple[int, int], causal: bool) -> Spec:
-    return mla_prefill_spec(arch=ARCH, dtype=dtype, qk_head_dim=dims[0], v_head_dim=dims[1], qk_rope_head_dim=64,
+def prefill_spec(dtype: str, dims: tuple[int, int], causal: bool, arch: str = ARCH) -> Spec:
+    return mla_prefill_spec(arch=arch, dtype=dtype, qk_head_dim=dims[0], v_head_dim=dims[1], qk_rope_head_dim=64,
                             causal=causal)
 
 
 def prefill_product() -> list[Spec]:
-    return [prefill_spec(*values) for values in itertools.product(DTYPES, HEAD_DIMS, CAUSAL)]
+    archs = dict.fromkeys(itertools.chain(*(t.archs for t in registry.templates("mla_prefill"))))
+    return [prefill_spec(*values) for values in itertools.product(DTYPES, HEAD_DIMS, CAUSAL, archs)]
 
 
 def prefill_covering() -> list[Spec]:
-    """bf16 with all dimensions, causal and not; fp16 with one."""
-    return [s for s in prefill_product() if s["dtype"] == "bf16" or s["qk_head_dim"] == 192]
+    """On Hopper bf16 with all dimensions, causal and not, and fp16 with one; elsewhere a few."""
+    here = [prefill_spec(*values) for values in itertools.product(DTYPES, HEAD_DIMS, CAUSAL)]
+    return [s for s in here if s["dtype"] == "bf16" or s["qk_head_dim"] == 192] + PREFILL_ELSEWHERE
+
+
+PREFILL_ELSEWHERE = [  # each variant of the portable template, on archs with different machines
+    prefill_spec("bf16", (192, 128), True, "sm_80"), prefill_spec("fp16", (256, 256), False, "sm_80"),
+    prefill_spec("fp16", (256, 256), True, "sm_89"), prefill_spec("fp16", (192, 128), False, "sm_100a"),
+    prefill_spec("bf16", (128, 128), True, "sm_103a"), prefill_spec("bf16", (256, 256), False, "sm_120a"),
+]
+
+
+def prefill_points() -> list[Spec]:
+    return [prefill_spec("bf16", (192, 128), True), PREFILL_ELSEWHERE[0]]
+
+
+def portable_prefill() -> list[Choice]:
+    """The portable kernels that tests/kernels/test_mla_prefill.py runs on Hopper, where the native ones come first."""
+    specs = [prefill_spec("bf16", dims, causal) for dims in HEAD_DIMS for causal in CAUSAL]
+    return [registry.choose(s, "portable") for s in [*specs, prefill_spec("fp16", (192, 128), True)]]
 
 
 def merge_product(archs: Iterable[str] | None = None) -> list[Spec]:
@@ -375,10 +401,10 @@ def merge_product(archs: Iterable[str] | None = None) -> list[Spec]:
 
 
 def merge_covering() -> list[Spec]:
-    """On Hopper every type and width once, on the oldest arch one."""
+    """On Hopper every type and width, and those of mla_prefill_paged; on the oldest arch one."""
+    more = ("bf16", "bf16", 512), ("fp16", "fp32", 256), ("fp16", "fp16", 64), ("fp16", "fp32", 128)
     return [s for s in merge_product([ARCH, "sm_80"]) if (s["dtype"], s["acc_dtype"], s["v_head_dim"]) in (
-        ("bf16", "fp32", 128), *((("bf16", "bf16", 512), ("fp16", "fp32", 256), ("fp16", "fp16", 64))
-                                 if s["arch"] == ARCH else ()))]
+        ("bf16", "fp32", 128), *(more if s["arch"] == ARCH else ()))]
 
 
 def gather_product(archs: Iterable[str] | None = None) -> list[Spec]:
@@ -388,8 +414,7 @@ def gather_product(archs: Iterable[str] | None = None) -> list[Spec]:
 
 
 def gather_covering() -> list[Spec]:
-    return [s for s in gather_product([ARCH, "sm_80"]) if (s["dtype"], s["width"], s["arch"]) in (
-        ("bf16", 576, ARCH), ("fp16", 320, ARCH), ("bf16", 576, "sm_80"))]
+    return [*gather_product([ARCH]), gather_latent_spec(arch="sm_80", dtype="bf16", width=576)]
 
 
 # ------------------------------------------------------------------------------------------------------ sparse_mla
@@ -449,7 +474,7 @@ SETS = {
     "inv_rope_fp8_quant": Sets(quant_product, lambda: quant_product([ARCH, "sm_80", "sm_89", "sm_100a"]),
                                lambda: [quant_spec(ARCH, **USUAL_QUANT)], quant_wanted),
     "fp8_bmm": Sets(bmm_product, bmm_product, bmm_product),
-    "mla_prefill": Sets(prefill_product, prefill_covering, lambda: [prefill_spec("bf16", (192, 128), True)]),
+    "mla_prefill": Sets(prefill_product, prefill_covering, prefill_points, named=portable_prefill),
     "merge_attn_states": Sets(merge_product, merge_covering, lambda: merge_covering()[:1]),
     "gather_latent": Sets(gather_product, gather_covering, lambda: gather_covering()[:1]),
     "sparse_mla": Sets(sparse_product, sparse_covering, sparse_covering),

@@ -27,7 +27,7 @@ def test_ops():
         "fp8_mqa_logits": ["sm90"], "fp8_paged_mqa_logits": ["sm90"], "gather_latent": ["simt"],
         "indexer_k_gather": ["simt"], "indexer_k_scatter": ["simt"], "indexer_prologue": ["simt"],
         "inv_rope_fp8_quant": ["simt"], "kv_row_pack": ["simt"], "local_to_global": ["simt"],
-        "merge_attn_states": ["simt"], "mla_decode": ["sm90", "portable"], "mla_prefill": ["sm90"],
+        "merge_attn_states": ["simt"], "mla_decode": ["sm90", "portable"], "mla_prefill": ["sm90", "portable"],
         "sparse_mla": ["sm90"], "topk_indices": ["simt"]}
 
 
