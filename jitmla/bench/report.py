@@ -168,7 +168,7 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
                           " + ".join(key.partition("/")[2] for key in row["kernel"].split(" + "))])
             continue
         lines.append([case_name(row["case"]), f"{ours['us']:.1f}", f"{ours['tflops']:.0f}", f"{ours['gbps']:.0f}",
-                      *([f"{roof(result, row["case"], ours):.0%}"] if has_roof(result) else []),
+                      *([f"{roof(result, row['case'], ours):.0%}"] if has_roof(result) else []),
                       *(f"{row['times'][p]['us']:.1f}" if p in row["times"] else "-" for p in peers), ratio,
                       " + ".join(key.partition("/")[2] for key in row["kernel"].split(" + "))])
     return lines

@@ -226,8 +226,9 @@ def cached_mla() -> None:
     assert torch.equal(cache.view(15, 320)[slots[kept]], rows[kept])
 
 
-PARTS = {"mla_decode": mla_decode, "mla_decode_e4m3": mla_decode_e4m3, "o_proj": o_proj, "mla_prefill": mla_prefill, "indexer": indexer,
-         "cached_mla": cached_mla}
+PARTS = {"mla_decode": mla_decode, "mla_decode_e4m3": mla_decode_e4m3, "o_proj": o_proj, "mla_prefill": mla_prefill,
+         "indexer": indexer, "cached_mla": cached_mla}
+
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or PARTS:
