@@ -126,7 +126,9 @@ def read_common(module: str) -> str:
     try:
         return path.read_bytes().decode()
     except FileNotFoundError as e:
-        raise InvalidTemplate(f"from common.{module} import ...", differs=f"there is no {path}") from e
+        raise InvalidTemplate(f"from common.{module} import ...", supported="the modules of templates/common",
+                              differs=f"there is no {path}",
+                              remedy="correct the import, or add the module") from e
 
 
 def templates(op: str) -> tuple[Template, ...]:
@@ -141,7 +143,7 @@ def each_template(op: str) -> Iterator[Template]:
         yield from (_template(op, number) for number in range(len(_tables(op))))
     except (OSError, KeyError, TypeError, ValueError) as e:
         raise InvalidTemplate(f"the card of {op!r}", supported="see docs/templates.md",
-                              differs=f"{TEMPLATES / op / CARD}: {e!r}") from e
+                              differs=f"{TEMPLATES / op / CARD}: {e!r}", remedy="correct the card") from e
 
 
 @functools.cache

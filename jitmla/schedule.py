@@ -97,10 +97,12 @@ def semaphore_count(parts: int, rows: int, tile_rows: int = 0) -> int:
 def context_tile(heads: int, sequences: int, tokens: int) -> int:
     """Tokens of a tile in which the new tokens of cached_mla's prefill sequences go through mla_decode: a power of two,
     no more rows than that takes, and no more tokens than a sequence has on average."""
-    tile = 2
-    while 2 * tile * heads <= MAX_ROWS and tile * sequences < tokens:
-        tile *= 2
-    return tile
+    return min(most_tile(heads), max(2, 1 << (_ceil_div(tokens, sequences) - 1).bit_length()))
+
+
+def most_tile(heads: int) -> int:
+    """The largest such tile, which is the only one over prefixes."""
+    return 1 << (MAX_ROWS // heads).bit_length() - 1
 
 
 def context_tiles(tokens: int, sequences: int, tile: int) -> int:

@@ -103,10 +103,23 @@ def test_version_and_both_entry_points(python_env):
 def test_kernels_lists_every_row_of_every_card():
     listed = {(r["op"], r["arch"], r["template"], r["variant"]) for r in objects(cli("kernels", "--json").stdout)}
     cards = {(op, arch, t.name, v.name) for op in registry.ops() for t in registry.templates(op) for arch in t.archs
-             for v in t.variants}
+             for v in t.variants if arch in v.when.get("arch", t.archs)}
     assert listed == cards
     table = cli("kernels").stdout
     assert all(all(part in table for part in row) for row in cards)
+    assert all(line == line.rstrip() for line in table.splitlines())
+
+
+def test_kernels_of_one_op_on_one_arch():
+    listed = objects(cli("kernels", "mla_decode", "--arch", "sm_89", "--json").stdout)
+    assert {(r["op"], r["arch"], r["backend"]) for r in listed} == {("mla_decode", "sm_89", "portable")}
+    names = {v.name for t in registry.templates("mla_decode") for v in t.variants
+             if "sm_89" in t.archs and "sm_89" in v.when.get("arch", t.archs)}
+    assert {r["variant"] for r in listed} == names
+    assert cli("kernels", "fp8_bmm", "--arch", "sm_80", "--json").stdout == ""
+    for wrong, told in ((["mla_encode"], "no such op"), (["--arch", "sm_90"], "did you mean 'sm_90a'")):
+        done = CliRunner().invoke(app, ["kernels", *wrong])
+        assert done.exit_code == 2 and told in done.stderr
 
 
 # -------------------------------------------------------------------------------------------------------- prewarm
@@ -405,8 +418,9 @@ def test_doctor_without_gpu_asks_for_a_compile(machine):
 
 @pytest.mark.parametrize("gpus, probe, stopped, word", [
     (1, H100, None, "sm_90a"),
-    (1, A100, None, "sm_80: only append_latent, cached_mla, gather_latent, "
-     "inv_rope_fp8_quant, merge_attn_states, mla_decode"),
+    (1, A100, None, "sm_80: only append_latent, cached_mla, cat_quant_fp8, dsa_append, gather_latent, "
+     "indexer_k_gather, indexer_k_scatter, indexer_prologue, inv_rope_fp8_quant, kv_row_pack, local_to_global, "
+     "merge_attn_states, mla_decode, topk_indices"),
     (1, V100, "GPU", "compute capability 7.0"), (1, CPU_BUILD, "GPU", "CUDA build"),
     (1, "import nothing_like_it", "torch", "nothing_like_it"),
 ])

@@ -75,6 +75,24 @@ def test_explain_a_miss_and_do_what_it_says(model, monkeypatch):
     assert done.exit_code == 0 and "nearest" not in done.stdout
 
 
+def test_explain_a_model_ends_with_what_stores_the_rest(store, monkeypatch):
+    asked = [*MODEL, "--page-size", "64", "--max-s-q", "1", "--uses", "prefill"]
+    done = cli("explain", *asked)
+    last = done.stdout.splitlines()[-1]
+    assert done.exit_code == 1 and last.startswith("to store all that is missing: jitmla prewarm --model deepseek-v3")
+    monkeypatch.setattr(compile, "build", lambda key, source, **_: Built(SO_BYTES, source, KERNELS, 0.0))
+    assert CliRunner().invoke(app, last.partition("jitmla ")[2].split()).exit_code == 0
+    done = cli("explain", *asked)
+    assert done.exit_code == 0 and all(line.startswith("stored ") for line in done.stdout.splitlines())
+
+
+def test_explain_a_model_of_which_something_is_not_served():
+    done = cli("explain", "--model", "deepseek-v4-pro", "--arch", "sm_100a")
+    assert done.exit_code == 1 and "differs: arch=sm_100a (has sm_90a)" in done.stdout
+    listed = objects(cli("explain", "--model", "deepseek-v4-pro", "--arch", "sm_100a", "--json"))
+    assert {"error" in o for o in listed} == {True, False}
+
+
 def test_explain_names_the_layer_and_what_was_passed_over(model, monkeypatch, tmp_path, store):
     os.rename(store.root, tmp_path / "layer")
     monkeypatch.setenv(env.CACHE_PATH.name, str(tmp_path / "layer"))

@@ -115,6 +115,13 @@ def test_a_cpu_is_no_device(gpu, keys):
         jitmla.warm(keys, device="cpu")
 
 
+def test_no_gpu_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in (None, 0, "cuda"):
+        with pytest.raises(InvalidArgument, match="is_available"):
+            jitmla.warm([], device)
+
+
 @pytest.mark.budget
 def test_a_plan_within_3_ms(gpu, keys, monkeypatch):
     """From a Spec to what can be launched, the artifact on disk: processor time, the best of 20, each with nothing

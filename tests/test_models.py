@@ -256,11 +256,18 @@ def test_closure_of_the_slot_cache(name, tp):
     met = {mla_decode_spec(arch="sm_90a", dtype="bf16", kv_lora_rank=dims.kv_lora_rank, qk_rope_head_dim=64,
                            page_size=64, s_q=schedule.context_tile(heads, sequences, tokens), heads=heads, causal=True)
            for sequences in (1, 2, 7) for tokens in range(1, 5000, 3)}
-    assert met | {one} == {s for s in listed if s.op == "mla_decode"}
-    assert {s["stage"] for s in listed if s.op == "cached_mla"} == {"absorb", "project"}
+    prefix = {mla_decode_spec(arch="sm_90a", dtype="bf16", kv_lora_rank=dims.kv_lora_rank, qk_rope_head_dim=64,
+                              page_size=64, s_q=schedule.most_tile(heads), heads=heads, causal=False)}
+    assert met | prefix | {one} == {s for s in listed if s.op == "mla_decode"}
+    assert {s["stage"] for s in listed if s.op == "cached_mla"} == {"absorb", "pack", "project"}
+    assert [s["causal"] for s in listed if s.op == "mla_prefill"] == [True]
     assert {(s["slots"], s["e4m3_cache"]) for s in listed if s.op == "append_latent"} == {("i64", False), ("i64", True)}
     plain, slots = (set(keys_for(name, tp=tp, page_sizes=[64], uses=uses)) for uses in ((), ["slot_cache"]))
     assert plain < slots
+    elsewhere = specs_for(name, tp=tp, arch="sm_80", page_sizes=[64], max_s_q=1, uses=["slot_cache"])
+    assert {s.op for s in elsewhere} == {s.op for s in listed} and {s["arch"] for s in elsewhere} == {"sm_80"}
+    e4m3 = specs_for(name, tp=tp, arch="sm_90a", page_sizes=[64], max_s_q=1, uses=["slot_cache", "e4m3_cache"])
+    assert {s["e4m3_cache"] for s in e4m3 if s.op == "cached_mla" and s["stage"] == "pack"} == {False, True}
 
 
 # ------------------------------------------------------------------------------------------------------------- uses

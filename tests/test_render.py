@@ -263,7 +263,7 @@ def test_every_source_is_another_one():
         (c.template.name, c.spec.arch, c.key.constants, *_rows(c)) for c in choices})
     some = [c for c in covering_choices() if not _tiled(c)]
     # without the header, which names the Key
-    assert len({(c.source().split("\n", 3)[3], *_rows(c)) for c in some}) == len(some)
+    assert len({(c.source().split("\n", 3)[3], c.spec.arch, *_rows(c)) for c in some}) == len(some)
 
 
 def _rows(choice):

@@ -88,10 +88,10 @@ def _require_gpu() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code of `python -m jitmla.bench ...`."""
+    """Exit code of `jitmla bench ...`, and of `python -m jitmla.bench ...`, which needs nothing of the command."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="python -m jitmla.bench", description="Measure jitmla's kernels on this GPU.")
-    commands = parser.add_subparsers(dest="op", required=True)
+    parser = argparse.ArgumentParser(prog="jitmla bench", description="Measure jitmla's kernels on this GPU.")
+    commands = parser.add_subparsers(dest="op", metavar="OP", required=True)
 
     def measuring(name: str, what: str, peers: str) -> argparse.ArgumentParser:
         op = commands.add_parser(name, help=what)
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _require_gpu()
             OPS[options.op](options, command)
     except JitmlaError as e:
-        print(f"{type(e).__name__}: {e}", file=sys.stderr)
+        print(f"jitmla: {e}", file=sys.stderr)
         return 1
     return 0
 

@@ -150,7 +150,7 @@ def rows(peers: dict[str, str], cases: tuple[SparseCase, ...] = SPARSE_MLA, iter
 def second_op(case: SparseCase, peers: dict[str, str]) -> dict[str, Callable[[], Any]]:
     """Decode of a layer of DeepSeek-V3.2's sizes. rows: the context of each request."""
     layer = dsa_layer(f"bench {case}", hidden=7168, heads=case.heads, index_topk=case.topk, device="cuda",
-                      pages=case.batch * (case.rows // 64) + 1)
+                      pages=case.batch * (case.rows // 64) + 1, positions=case.rows)
     batch = dsa_batch(layer, [], [case.rows] * case.batch, max_context_len=case.rows)
     batch.topk = torch.empty(case.batch, case.topk, dtype=torch.int32, device="cuda")
     hidden = torch.randn(case.batch, 7168, device="cuda").bfloat16()

@@ -136,7 +136,8 @@ def _variants(spec: Spec, case: DecodeCase, document: Document, lengths: Sequenc
     """An entry for each range of sizes in which the rule of jitmla.pick can be beaten."""
     names = [choice.name for choice in registry.choices(spec) if choice.template.arguments == "plain"]
     if not names:
-        raise NoTemplate(str(spec), supported="see `jitmla kernels`", differs="no template serves it")
+        raise NoTemplate(str(spec), supported="see `jitmla kernels`", differs="no template serves it",
+                         remedy=f"jitmla cache explain --arch {spec.arch} --op {spec.op} says why")
     if len(names) == 1:
         return
     facts = {name: value for name, value in spec if name != "arch"}

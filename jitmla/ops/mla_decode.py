@@ -18,7 +18,6 @@ from . import checks, reference
 from .mla_decode_arguments import (
     DTYPE_NAMES,
     PLAIN,
-    REQUIRED,
     Features,
     cache_parts,
     check,
@@ -50,10 +49,10 @@ def mla_decode(q: Query, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor
 
 
 def mla_decode(q: Any, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, *, kv_lora_rank: int,
-               sm_scale: Any = REQUIRED, causal: bool = True, sinks: Tensor | None = None, out: Tensor | None = None,
-               lse: Tensor | None = None, return_lse: bool = False, cu_seqlens_q: Tensor | None = None,
-               max_q_len: int | None = None, q_descale: Any = None, kv_descale: Any = None,
-               batch_invariant: bool = False, backend: str = "auto") -> Any:
+               sm_scale: float = checks.REQUIRED, causal: bool = True, sinks: Tensor | None = None,
+               out: Tensor | None = None, lse: Tensor | None = None, return_lse: bool = False,
+               cu_seqlens_q: Tensor | None = None, max_q_len: int | None = None, q_descale: Any = None,
+               kv_descale: Any = None, batch_invariant: bool = False, backend: str = "auto") -> Any:
     """Attention of a few new query tokens per request over a paged cache of latent rows (absorbed MLA, one KV head).
 
     For request b, token i, head h, over the keys j < seq_lens[b] (with `causal`, j <= seq_lens[b] - s_q + i):

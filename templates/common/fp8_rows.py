@@ -8,7 +8,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Uint32, const_expr
 
-E4M3_MAX = 448.0
+from common.e4m3 import store_e4m3
+
 AMAX_FLOOR = 1e-4
 
 
@@ -82,8 +83,9 @@ def power_of_two(x: Float32):
 
 
 @cute.jit
-def quantise(rX, ratio, pow2: cutlass.Constexpr):
-    """(rX / scale as words of four e4m3, scale); ratio: amax / 448, with its floor."""
+def quantise(rX, ratio, pow2: cutlass.Constexpr, native: cutlass.Constexpr):
+    """(rX / scale as words of four e4m3, scale); ratio: amax / 448, with its floor. native: the arch converts to
+    e4m3."""
     n = cute.size(rX)
     rY = cute.make_rmem_tensor((n,), Float32)
     rOut = cute.make_rmem_tensor((n,), Float8E4M3FN)
@@ -97,6 +99,6 @@ def quantise(rX, ratio, pow2: cutlass.Constexpr):
     else:
         for i in cutlass.range_constexpr(n):
             rY[i] = rX[i] / ratio
-    rOut.store(rY.load().to(Float8E4M3FN))
+    store_e4m3(rY, rOut, native)
     rWords = cute.recast_tensor(rOut, Uint32)
     return [rWords[j] for j in range(n // 4)], scale

@@ -2,7 +2,9 @@
 
 import cutlass.cute as cute
 import cutlass.cute.runtime as rt
-from cutlass import Int64, Uint8
+from cutlass import Int32, Int64, Uint8
+
+from common.fp8_rows import store_words
 
 PAGE, DIM, SCALE_BYTES = 64, 128, 4
 TOKEN_BYTES = DIM + SCALE_BYTES
@@ -18,6 +20,19 @@ def code_address(mCache, page, offset):
 def scale_address(mCache, page, offset):
     """Where its scale is."""
     return mCache.iterator + (Int64(page) * mCache.stride[0] + (PAGE * DIM + offset * SCALE_BYTES))
+
+
+@cute.jit
+def store_key(mCache, slot, codes, scale, lane):
+    """16 bytes of the token's codes, of lane `lane` of eight, and by the first one the bits of its scale."""
+    page = slot // PAGE
+    offset = Int32(slot - page * PAGE)
+    store_words(code_address(mCache, page, offset) + 16 * lane, *codes)
+    if lane == 0:
+        cute.arch.inline_ptx(
+            "st.global.b32 [{$r0}], {$r1};",
+            read_only_args=[scale_address(mCache, page, offset).to_llvm_ptr(), scale],
+        )
 
 
 def fake_cache():

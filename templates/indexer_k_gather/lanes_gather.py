@@ -7,19 +7,21 @@ from cu_seq_lens[R] on, and those of pages with a negative number, are not writt
 """
 
 # --- constants: replaced when rendered ---
+ARCH = "sm_90a"
 THREADS = 256
 # --- end of constants ---
 
 import cutlass
 import cutlass.cute as cute
 import cutlass.cute.runtime as rt
-from cutlass import Float8E4M3FN, Float32, Int32, Int64, Uint32
+from cutlass import Float8E4M3FN, Float32, Int32, Int64, Uint32, const_expr
 
 from common.fp8_rows import load_words, store_words
 from common.indexer_page import DIM, PAGE, code_address, fake_cache, scale_address
 
 LANES = 8
 TOKENS = THREADS // LANES
+PDL = int(ARCH[3:].rstrip("a")) >= 90
 
 
 class IndexerKGather:
@@ -35,7 +37,7 @@ class IndexerKGather:
         stream,
     ):
         self.kernel(cache, table, cu_seq_lens, k_fp8, k_scale).launch(
-            grid=[cute.ceil_div(k_fp8.shape[0], TOKENS), 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True
+            grid=[cute.ceil_div(k_fp8.shape[0], TOKENS), 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=PDL
         )
 
     # ---------------------------------------------------------------- device
@@ -48,8 +50,9 @@ class IndexerKGather:
         lane = tid % LANES
         row = block * TOKENS + tid // LANES
         requests = mTable.shape[0]
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
+        if const_expr(PDL):
+            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_launch_dependents()
         if row < cutlass.min(mK.shape[0], mStart[requests]):
             low = Int32(0)  # the last request that does not start behind the row
             high = requests

@@ -20,6 +20,7 @@ NaN in a row stays in that row. Cannot: heads that are not a multiple of 16; wid
 """
 
 # --- constants: replaced when rendered ---
+ARCH = "sm_90a"
 HEADS = 64
 INTERLEAVE = False
 SCALE = "pow2_f32"
@@ -35,8 +36,9 @@ import cutlass.cute as cute
 import cutlass.cute.runtime as rt
 from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Int64, const_expr
 
+from common.e4m3 import E4M3_MAX
 from common.fp8_rows import (
-    AMAX_FLOOR, E4M3_MAX, lanes_amax, lanes_sum, load_words, quantise, round_bf16, store_words, unpack,
+    AMAX_FLOOR, lanes_amax, lanes_sum, load_words, quantise, round_bf16, store_words, unpack,
 )
 
 DIM, ROPE, LANES = 128, 64, 16
@@ -44,6 +46,8 @@ WARPS = 8  # for q
 ROWS = HEADS // (2 * WARPS)  # of a half warp
 TYPES = {"bf16": BFloat16, "fp32": Float32, "i32": Int32, "i64": Int64}
 WEIGHT = (HEADS * DIM) ** -0.5
+CVT = int(ARCH[3:].rstrip("a")) >= 89  # has the conversion to e4m3
+PDL = int(ARCH[3:].rstrip("a")) >= 90
 
 assert HEADS % (2 * WARPS) == 0 and SCALE in ("raw_f32", "pow2_f32")
 
@@ -69,7 +73,7 @@ class IndexerPrologue:
     ):
         self.kernel(
             q, k_raw, w_raw, ln_weight, ln_bias, positions, cos_sin, eps, q_fp8, k_fp8, k_scale, weights
-        ).launch(grid=[q.shape[0], 1, 1], block=[32 * (WARPS + 1), 1, 1], stream=stream, use_pdl=True)
+        ).launch(grid=[q.shape[0], 1, 1], block=[32 * (WARPS + 1), 1, 1], stream=stream, use_pdl=PDL)
 
     # ---------------------------------------------------------------- device
     @cute.kernel
@@ -93,8 +97,9 @@ class IndexerPrologue:
         w = cute.arch.make_warp_uniform(tid // 32)
         lane = tid % LANES
         column = 8 * lane
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
+        if const_expr(PDL):
+            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_launch_dependents()
         position = Int64(mPos[t])
         if w < WARPS:
             h0 = (tid // LANES) * ROWS
@@ -171,7 +176,7 @@ class IndexerPrologue:
         if const_expr(HADAMARD):
             self.hadamard(rX, lane)
         ratio = cute.arch.fmax(lanes_amax(rX, LANES), Float32(AMAX_FLOOR)) / Float32(E4M3_MAX)
-        words, scale = quantise(rX, ratio, SCALE == "pow2_f32")
+        words, scale = quantise(rX, ratio, SCALE == "pow2_f32", CVT)
         store_words(dst, *words)
         return scale
 
