@@ -6,8 +6,8 @@
 
 Gather: thread (w, lane) has the 16-byte column lane % 8 of a tile and the tokens 16 p + 4 w + lane / 8 of a block. The
 page numbers of the next block are on their way while this one is issued. Tokens behind the end of a request are zeros
-(cp.async that reads nothing), so nobody has to clear them. cp.async writes are those of the generic proxy: who waits
-for full[slot] needs `fence_view_async_shared` before its wgmma, see `wait_slot`.
+(cp.async that reads nothing), so nobody has to clear them. What cp.async writes, wgmma sees behind a
+`fence_view_async_shared` of whoever waited for full[slot], see `wait_slot`.
 
 The ring's barriers: `arrivals` at full[slot]; whoever reads a slot arrives at empty[slot].
 """
@@ -66,7 +66,7 @@ class KvProducer:
 
     @cute.jit
     def wait_slot(self, full, phase):
-        """Wait until a slot can be read by wgmma."""
+        """Wait until a slot can be read by wgmma, here and behind a barrier after this."""
         cute.arch.mbarrier_wait(full, phase)
         if const_expr(self.gather):
             cute.arch.fence_view_async_shared()
@@ -88,9 +88,14 @@ class KvProducer:
         cache. several: other CTAs read the same blocks.
         """
         if const_expr(self.gather):
-            self.gather_rows(c, mK, table, seqlens, w)
+            self.gather_rows(c, mK, table, seqlens, w, several)
         else:
             self.fetch_boxes(c, table, seqlens, pages, several)
+
+    @cute.jit
+    def policy(self, c, several):
+        """The L2 hint of all loads."""
+        return Int64(EVICT_FIRST) if several or c.sI[4] <= self.first_blocks else Int64(EVICT_NORMAL)
 
     @cute.jit
     def fetch_boxes(self, c, table, seqlens, pages, several):
@@ -98,7 +103,7 @@ class KvProducer:
         slot = Int32(0)
         phase = Int32(1)
         phase_q = Int32(0)
-        policy = Int64(EVICT_FIRST) if several or sI[4] <= self.first_blocks else Int64(EVICT_NORMAL)
+        policy = self.policy(c, several)
         for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
             seqlen, b0, b1, _ = piece_of(seqlens, sI, req)
             last = (seqlen + (page_size - 1)) // page_size - 1
@@ -132,22 +137,29 @@ class KvProducer:
                     self.load_q(c, req)
 
     @cute.jit
-    def page_numbers(self, rPage, table, req, token, seqlen, page_size):
+    def page_numbers(self, rPage, table, req, rEntry, token, seqlen):
         """The pages of this thread's four tokens of a block, the first of which is `token`; -1 behind the end."""
         for p in cutlass.range_constexpr(4):
-            at = token + 16 * p
             rPage[p] = Int32(-1)
-            if at < seqlen:
-                rPage[p] = table[req, at // page_size]
+            if token + 16 * p < seqlen:
+                rPage[p] = table[req, rEntry[p]]
 
     @cute.jit
-    def gather_rows(self, c, kv, table, seqlens, w):
+    def gather_rows(self, c, kv, table, seqlens, w, several):
+        """Loops are rolled up and a division is made once a request: all of this code is fetched from memory before the
+        first row is."""
+        policy = self.policy(c, several)
         lane, sI, page_size = c.lane, c.sI, kv.shape[1]
         row, chunk = w * 4 + lane // 8, lane % 8
         group_bytes = 1024 * self.slot_tiles
         to = c.sK.iterator.toint() + (row // 8) * group_bytes + (row % 8) * 128 + (chunk ^ (row % 8)) * 16
         base = kv.iterator.toint() + chunk.to(Int64) * 16
+        page_stride, token_stride = kv.stride[0] * 2, kv.stride[1] * 2
+        pages16, tokens16 = 16 // page_size, 16 % page_size
+        pages64, tokens64 = 64 // page_size, 64 % page_size
         rPage = cute.make_rmem_tensor((4,), Int32)
+        rEntry = cute.make_rmem_tensor((4,), Int32)  # of the block table, for each of the four tokens
+        rToken = cute.make_rmem_tensor((4,), Int32)  # of that page
         rAt = cute.make_rmem_tensor((4,), Int64)
         rSize = cute.make_rmem_tensor((4,), Int32)
         slot = Int32(0)
@@ -155,33 +167,42 @@ class KvProducer:
         phase_q = Int32(0)
         for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
             seqlen, b0, b1, _ = piece_of(seqlens, sI, req)
-            self.page_numbers(rPage, table, req, b0 * 64 + row, seqlen, page_size)
+            token = b0 * 64 + row
+            entry = token // page_size
+            within = token - entry * page_size
+            for p in cutlass.range_constexpr(4):
+                rEntry[p], rToken[p] = entry, within
+                entry, within = self.further(entry, within, pages16, tokens16, page_size)
+            self.page_numbers(rPage, table, req, rEntry, token, seqlen)
             if w == 0 and req == sI[0]:
                 self.load_q(c, req)
             for j in cutlass.range(b0, b1, unroll=1):
-                token = j * 64 + row
                 for p in cutlass.range_constexpr(4):
-                    at = token + 16 * p
                     rSize[p] = Int32(16) if rPage[p] >= 0 else Int32(0)
                     page = cutlass.max(rPage[p], 0).to(Int64)
-                    rAt[p] = base + (page * kv.stride[0] + (at % page_size).to(Int64) * kv.stride[1]) * 2
+                    rAt[p] = base + page * page_stride + rToken[p].to(Int64) * token_stride
+                    rEntry[p], rToken[p] = self.further(rEntry[p], rToken[p], pages64, tokens64, page_size)
                 if j + 1 < b1:
-                    self.page_numbers(rPage, table, req, token + 64, seqlen, page_size)
-                for i in cutlass.range_constexpr(self.per_block):
+                    self.page_numbers(rPage, table, req, rEntry, j * 64 + 64 + row, seqlen)
+                for _ in cutlass.range(self.per_block, unroll=1):
                     cute.arch.mbarrier_wait(c.empty + slot, phase)
                     at_slot = to + slot * self.slot_bytes
                     for p in cutlass.range_constexpr(4):
                         for x in cutlass.range_constexpr(self.slot_tiles):
                             copy_async16(
-                                at_slot,
-                                2 * p * group_bytes + 1024 * x,
-                                rAt[p],
-                                (i * self.slot_tiles + x) * 128,
-                                rSize[p],
-                            )
+                                at_slot, 2 * p * group_bytes + 1024 * x, rAt[p], x * 128, rSize[p], policy
+                            )  # fmt: skip
+                        rAt[p] = rAt[p] + self.slot_tiles * 128
                     cute.arch.cp_async_mbarrier_arrive_noinc(c.full + slot)
                     slot, phase = self.next_slot(slot, phase)
                 if j == b0 and w == 0 and req != sI[0]:
                     cute.arch.mbarrier_wait(c.q_free, phase_q)
                     phase_q = phase_q ^ 1
                     self.load_q(c, req)
+
+    @cute.jit
+    def further(self, entry, within, pages, tokens, page_size):
+        """The place pages * page_size + tokens tokens behind token `within` of an entry."""
+        entry, within = entry + pages, within + tokens
+        over = within >= page_size
+        return entry + (Int32(1) if over else Int32(0)), within - (page_size if over else Int32(0))
