@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from . import schedule
 from .errors import InvalidArgument, NoTemplate
-from .schedule import row_tiles
 
 
 class Rule(NamedTuple):
@@ -188,17 +187,29 @@ DECODE = {
     "sm90_relay/r32_triples7_gather": DecodeCost(32, 1.515, 9.0, 3.3, 3.3),
     "sm90_swap/r16_triples8_gather": DecodeCost(16, 1.38, 8.5, 3.0, 1.0),
     "sm90_swap/r8_triples8_gather": DecodeCost(8, 1.35, 8.5, 3.0, 1.0),
+    "sm90_relay/r64_fives4": DecodeCost(64, 1.20, 11.5, 1.0, 1.0),
+    "sm90_relay/r32_fives5": DecodeCost(32, 0.90, 6.3, 2.4, 2.4),
+    "sm90_swap/r16_fives5": DecodeCost(16, 0.70, 6.3, 1.8, 1.8),
+    "sm90_swap/r8_fives5": DecodeCost(8, 0.66, 6.3, 1.8, 1.8),
+    "sm90_relay/r64_fives4_gather": DecodeCost(64, 1.35, 13.0, 1.0, 1.0),
+    "sm90_relay/r32_fives5_gather": DecodeCost(32, 1.03, 7.3, 2.4, 2.4),
+    "sm90_swap/r16_fives5_gather": DecodeCost(16, 0.81, 6.8, 1.8, 1.8),
+    "sm90_swap/r8_fives5_gather": DecodeCost(8, 0.77, 6.8, 1.8, 1.8),
     "sm90_fp8/e4m3_64": DecodeCost(64, 1.3, 16.0, 0.0, 0.0, 1),
     "sm90_fp8/e4m3_32": DecodeCost(32, 0.95, 11.0, 0.0, 0.0, 1),
     "sm90_fp8/e4m3_16": DecodeCost(16, 0.71, 9.5, 0.0, 0.0, 1),
     "sm90_fp8/half_64": DecodeCost(64, 1.86, 19.2, 0.0, 0.0, 1),
     "sm90_fp8/half_32": DecodeCost(32, 1.38, 12.8, 0.0, 0.0, 1),
     "sm90_fp8/half_16": DecodeCost(16, 1.0, 9.7, 0.0, 0.0, 1),
+    "sm90_fp8/e4m3_64_256": DecodeCost(64, 0.92, 12.0, 0.0, 0.0, 1),
+    "sm90_fp8/e4m3_32_256": DecodeCost(32, 0.62, 8.0, 0.0, 0.0, 1),
+    "sm90_fp8/e4m3_16_256": DecodeCost(16, 0.45, 7.0, 0.0, 0.0, 1),
+    "sm90_fp8/half_64_256": DecodeCost(64, 1.25, 14.0, 0.0, 0.0, 1),
+    "sm90_fp8/half_32_256": DecodeCost(32, 0.95, 9.5, 0.0, 0.0, 1),
+    "sm90_fp8/half_16_256": DecodeCost(16, 0.70, 7.5, 0.0, 0.0, 1),
 }
-# latent 256: the same kernels with fewer columns
-NARROW = {"r64_fives4": "r64_triples6", "r32_fives5": "r32_triples7", "r16_fives5": "r16_triples8",
-          "r8_fives5": "r8_triples8"}
-BLOCK_ELEMENTS = {512: 64 * 576, 256: 64 * 320}  # of the cache
+SEESAW_256 = DecodeCost(64, 1.216, 11.0, 1.0, 1.0)  # a variant of both latent sizes
+WIDE_BLOCK, NARROW_BLOCK = 64 * 576, 64 * 320  # elements
 
 
 def _decode_fits(variant: str, *, rows: int, batch: int, tokens: int, sms: int) -> bool:
@@ -211,31 +222,26 @@ def _decode_best(variants: tuple[str, ...], *, rows: int, batch: int, tokens: in
     for: more row tiles leave fewer parts to combine, but each of them reads every block."""
     if len(variants) == 1 or _decode_among(variants) != variants:
         return variants[0], "the first in the card"
-    times = {v: decode_us(v, rows, batch, tokens, sms) for v in variants}
+    narrow = any("_fives" in v or v.endswith("_256") for v in variants)
+    times = {v: decode_us(v, rows, batch, tokens, sms, narrow) for v in variants}
     ranked = sorted(times, key=times.__getitem__)
     return ranked[0], f"estimated us with {tokens} tokens: " + ", ".join(f"{v} {times[v]:.1f}" for v in ranked)
 
 
 def _decode_among(variants: tuple[str, ...]) -> tuple[str, ...]:
     """All, if the model knows them; else the first in the card."""
-    return variants if all(as_measured(v) in DECODE for v in variants) else variants[:1]
+    return variants if all(v in DECODE for v in variants) else variants[:1]
 
 
-def as_measured(variant: str) -> str:
-    """The variant with latent 512."""
-    for narrow, wide in NARROW.items():
-        variant = variant.replace(narrow, wide)
-    return variant.removesuffix("_256")
-
-
-def decode_us(variant: str, rows: int, batch: int, tokens: int, sms: int) -> float:
-    cost = DECODE[as_measured(variant)]
-    latent = 512 if variant in DECODE else 256
+def decode_us(variant: str, rows: int, batch: int, tokens: int, sms: int, narrow: bool) -> float:
+    """narrow: latent 256 instead of 512."""
+    cost = DECODE[variant]
+    if narrow and variant == "sm90_seesaw/m64n64":
+        cost = SEESAW_256
     tile = schedule.unusual_tile(rows, cost.rows)
-    parts = schedule.launch_args(rows, batch, sms, latent, tile).parts
+    parts = schedule.launch_args(rows, batch, sms, tile_rows=tile).parts
     blocks = batch * -(-tokens // schedule.BLOCK_TOKENS) / parts
-    elements = BLOCK_ELEMENTS[latent]
-    block = max(cost.block * elements / BLOCK_ELEMENTS[512], parts * elements * cost.bytes / BYTES_PER_US)
+    block = max(cost.block, parts * (NARROW_BLOCK if narrow else WIDE_BLOCK) * cost.bytes / BYTES_PER_US)
     combine = cost.alone if batch == 1 else cost.split if batch * 2 <= parts else 0.0
     return cost.fixed + combine + blocks * block
 
@@ -253,9 +259,9 @@ def _sparse_best(variants: tuple[str, ...], *, tokens: int, heads: int, whole: i
     """Warpgroups that take turns do a block in less time and need more to start. In decode they are for calls that fill
     the GPU, of more than 64 heads: with fewer, memory gives the rows no faster than the others use them. whole: no
     token is split (prefill), so that every CTA has many blocks."""
-    tiles = tokens * row_tiles(heads)
+    tiles = tokens * schedule.row_tiles(heads)
     turns = [v for v in variants if v.startswith(TURNS)]
-    if turns and (whole or row_tiles(heads) > 1 and 4 * tiles > 3 * sms):
+    if turns and (whole or schedule.row_tiles(heads) > 1 and 4 * tiles > 3 * sms):
         return turns[0], f"{'prefill' if whole else 'decode'}, {tiles} row tiles, {sms} multiprocessors"
     others = [v for v in variants if not v.startswith(TURNS)]
     return (others or turns)[0], f"decode, {heads} heads, {tiles} row tiles, {sms} multiprocessors"

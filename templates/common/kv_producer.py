@@ -9,8 +9,8 @@ Elements of 16 or 8 bits: a row of a tile is 128 or 64 bytes.
 Gather: with n = 8 or 4 columns of 16 bytes in a row of a tile, thread (w, lane) has the column lane % n and of every
 128 / n tokens of a block the one number (32 w + lane) / n. The page numbers of the next block are on their way while
 this one is issued. Tokens behind the end of a request are zeros (cp.async that reads nothing), so nobody has to clear
-them. cp.async writes are those of the generic proxy: who waits for full[slot] needs `fence_view_async_shared` before
-its wgmma, see `wait_slot`.
+them. What cp.async writes, wgmma sees behind a `fence_view_async_shared` of whoever waited for full[slot], see
+`wait_slot`.
 
 The ring's barriers: `arrivals` at full[slot]; whoever reads a slot arrives at empty[slot].
 """
@@ -70,7 +70,7 @@ class KvProducer:
 
     @cute.jit
     def wait_slot(self, full, phase):
-        """Wait until a slot can be read by wgmma."""
+        """Wait until a slot can be read by wgmma, here and behind a barrier after this."""
         cute.arch.mbarrier_wait(full, phase)
         if const_expr(self.gather):
             cute.arch.fence_view_async_shared()
@@ -92,9 +92,14 @@ class KvProducer:
         cache. several: other CTAs read the same blocks.
         """
         if const_expr(self.gather):
-            self.gather_rows(c, mK, table, seqlens, w)
+            self.gather_rows(c, mK, table, seqlens, w, several)
         else:
             self.fetch_boxes(c, table, seqlens, pages, several)
+
+    @cute.jit
+    def policy(self, c, several):
+        """The L2 hint of all loads."""
+        return Int64(EVICT_FIRST) if several or c.sI[4] <= self.first_blocks else Int64(EVICT_NORMAL)
 
     @cute.jit
     def fetch_boxes(self, c, table, seqlens, pages, several):
@@ -102,7 +107,7 @@ class KvProducer:
         slot = Int32(0)
         phase = Int32(1)
         phase_q = Int32(0)
-        policy = Int64(EVICT_FIRST) if several or sI[4] <= self.first_blocks else Int64(EVICT_NORMAL)
+        policy = self.policy(c, several)
         for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
             seqlen, b0, b1, _ = piece_of(seqlens, sI, req)
             last = (seqlen + (page_size - 1)) // page_size - 1
@@ -136,25 +141,33 @@ class KvProducer:
                     self.load_q(c, req)
 
     @cute.jit
-    def page_numbers(self, rPage, table, req, token, seqlen, page_size):
+    def page_numbers(self, rPage, table, req, rEntry, token, seqlen):
         """The pages of this thread's tokens of a block, the first of which is `token`; -1 behind the end."""
         for p in cutlass.range_constexpr(cute.size(rPage)):
-            at = token + 64 // cute.size(rPage) * p
             rPage[p] = Int32(-1)
-            if at < seqlen:
-                rPage[p] = table[req, at // page_size]
+            if token + 64 // cute.size(rPage) * p < seqlen:
+                rPage[p] = table[req, rEntry[p]]
 
     @cute.jit
-    def gather_rows(self, c, kv, table, seqlens, w):
+    def gather_rows(self, c, kv, table, seqlens, w, several):
+        """Loops are rolled up and a division is made once a request: all of this code is fetched from memory before the
+        first row is."""
+        policy = self.policy(c, several)
         lane, sI, page_size, row_bytes = c.lane, c.sI, kv.shape[1], self.row_bytes
         columns = row_bytes // 16
-        passes = columns // 2
+        passes = columns // 2  # of so many tokens:
+        apart = 64 // passes
         row, chunk = (w * 32 + lane) // columns, lane % columns
         group_bytes = 8 * row_bytes * self.slot_tiles
         swizzled = chunk ^ (row % 8 * columns // 8)
         to = c.sK.iterator.toint() + (row // 8) * group_bytes + (row % 8) * row_bytes + swizzled * 16
         base = kv.iterator.toint() + chunk.to(Int64) * 16
+        page_stride, token_stride = kv.stride[0] * (row_bytes // 64), kv.stride[1] * (row_bytes // 64)
+        pass_pages, pass_tokens = apart // page_size, apart % page_size
+        block_pages, block_tokens = 64 // page_size, 64 % page_size
         rPage = cute.make_rmem_tensor((passes,), Int32)
+        rEntry = cute.make_rmem_tensor((passes,), Int32)  # of the block table, for each of this thread's tokens
+        rToken = cute.make_rmem_tensor((passes,), Int32)  # of that page
         rAt = cute.make_rmem_tensor((passes,), Int64)
         rSize = cute.make_rmem_tensor((passes,), Int32)
         slot = Int32(0)
@@ -162,34 +175,47 @@ class KvProducer:
         phase_q = Int32(0)
         for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
             seqlen, b0, b1, _ = piece_of(seqlens, sI, req)
-            self.page_numbers(rPage, table, req, b0 * 64 + row, seqlen, page_size)
+            token = b0 * 64 + row
+            entry = token // page_size
+            within = token - entry * page_size
+            for p in cutlass.range_constexpr(passes):
+                rEntry[p], rToken[p] = entry, within
+                entry, within = self.further(entry, within, pass_pages, pass_tokens, page_size)
+            self.page_numbers(rPage, table, req, rEntry, token, seqlen)
             if w == 0 and req == sI[0]:
                 self.load_q(c, req)
             for j in cutlass.range(b0, b1, unroll=1):
-                token = j * 64 + row
                 for p in cutlass.range_constexpr(passes):
-                    at = token + 64 // passes * p
                     rSize[p] = Int32(16) if rPage[p] >= 0 else Int32(0)
                     page = cutlass.max(rPage[p], 0).to(Int64)
-                    place = page * kv.stride[0] + (at % page_size).to(Int64) * kv.stride[1]
-                    rAt[p] = base + place * (row_bytes // 64)
+                    rAt[p] = base + page * page_stride + rToken[p].to(Int64) * token_stride
+                    rEntry[p], rToken[p] = self.further(rEntry[p], rToken[p], block_pages, block_tokens, page_size)
                 if j + 1 < b1:
-                    self.page_numbers(rPage, table, req, token + 64, seqlen, page_size)
-                for i in cutlass.range_constexpr(self.per_block):
+                    self.page_numbers(rPage, table, req, rEntry, j * 64 + 64 + row, seqlen)
+                for _ in cutlass.range(self.per_block, unroll=1):
                     cute.arch.mbarrier_wait(c.empty + slot, phase)
                     at_slot = to + slot * self.slot_bytes
                     for p in cutlass.range_constexpr(passes):
                         for x in cutlass.range_constexpr(self.slot_tiles):
                             copy_async16(
                                 at_slot,
-                                8 // passes * p * group_bytes + 8 * row_bytes * x,
+                                apart // 8 * p * group_bytes + 8 * row_bytes * x,
                                 rAt[p],
-                                (i * self.slot_tiles + x) * row_bytes,
+                                x * row_bytes,
                                 rSize[p],
+                                policy,
                             )
+                        rAt[p] = rAt[p] + self.slot_tiles * row_bytes
                     cute.arch.cp_async_mbarrier_arrive_noinc(c.full + slot)
                     slot, phase = self.next_slot(slot, phase)
                 if j == b0 and w == 0 and req != sI[0]:
                     cute.arch.mbarrier_wait(c.q_free, phase_q)
                     phase_q = phase_q ^ 1
                     self.load_q(c, req)
+
+    @cute.jit
+    def further(self, entry, within, pages, tokens, page_size):
+        """The place pages * page_size + tokens tokens behind token `within` of an entry."""
+        entry, within = entry + pages, within + tokens
+        over = within >= page_size
+        return entry + (Int32(1) if over else Int32(0)), within - (page_size if over else Int32(0))

@@ -26,7 +26,7 @@ converged warp; every lane gets the answer. Sums of blocks are 32-bit: up to 2^3
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, const_expr
 
 SPLIT_TOKENS = 64  # tokens of a block
 
@@ -235,11 +235,12 @@ def touch_table(
     part: Int32,
     s: Int32,
     k: Int32,
-    page_size: cutlass.Constexpr,
+    page_size,
     lane: Int32,
 ):
-    """Bring the block-table entries that an aligned split will need (at most 65536 tokens of them) into the L2 while
-    the lengths are still being read; one warp, no effect on results. Touches no entry from ceil(L / page_size) on.
+    """Bring block-table entries that an aligned split will need into the L2 while the lengths are still being read; one
+    warp, no effect on results. Touches no entry from ceil(L / page_size) on. page_size: a constant, then those of the
+    request's first 65536 tokens; or known at launch, then 1024 from where the part would begin, were the lengths equal.
 
     It may run before griddepcontrol_wait: a length that is still being written costs a useless prefetch inside the
     table. The load passes by the L1, where a stale line would be found again after the wait.
@@ -251,7 +252,11 @@ def touch_table(
         seqlen = cute.arch.load(seqlens.iterator + r, Int32, cop="cg")
         entries = cutlass.min((seqlen + (page_size - 1)) // page_size, table.shape[1])
         row = table[r, None].iterator
-        for i in cutlass.range_constexpr(max(64 // page_size, 1)):
-            e = (i * 32 + lane) * 32
+        first = Int32(0)
+        if const_expr(not isinstance(page_size, int)):
+            if s > 0:
+                first = entries // s * (part - r * s)
+        for i in cutlass.range_constexpr(max(64 // page_size, 1) if isinstance(page_size, int) else 1):
+            e = first + (i * 32 + lane) * 32
             if e < entries:
                 cute.arch.prefetch((row + e).to_llvm_ptr(), cache_level="L2")

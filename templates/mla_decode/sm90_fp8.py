@@ -444,9 +444,10 @@ class MlaDecode(KvProducer):
             w=warp_idx % 4,
         )
 
-        if const_expr(not self.gather):
-            if warp_idx == 13:
-                touch_table(table, seqlens, batch, part, parts_per_request, requests_per_part, PAGE_SIZE, lane)
+        if warp_idx == 13:
+            touch_table(
+                table, seqlens, batch, part, parts_per_request, requests_per_part, PAGE_SIZE or mK.shape[1], lane
+            )
         # everything above overlaps the previous kernel's tail
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()  # all CTAs run: nobody can take the SM of one that others wait for

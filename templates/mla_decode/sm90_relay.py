@@ -383,9 +383,10 @@ class MlaDecode(KvProducer):
             w=warp_idx % 4,
         )
 
-        if const_expr(not self.gather):
-            if warp_idx == 13:
-                touch_table(table, seqlens, batch, part, parts_per_request, requests_per_part, PAGE_SIZE, lane)
+        if warp_idx == 13:
+            touch_table(
+                table, seqlens, batch, part, parts_per_request, requests_per_part, PAGE_SIZE or mK.shape[1], lane
+            )
         # everything above overlaps the previous kernel's tail
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()  # all CTAs run: nobody can take the SM of one that others wait for
@@ -594,9 +595,10 @@ class MlaDecode(KvProducer):
     @cute.jit
     def value_block(self, c, v: cutlass.Constexpr, rO, slot, phase, keep):
         """O^T += V^T P^T of one block; frees its slots unless `keep`."""
-        for g in cutlass.range_constexpr(SLOTS):
-            s, ph = slot_of(g, slot, phase)
-            self.wait_slot(c.full + s, ph)  # landed long ago; makes what was written visible here too
+        if const_expr(not self.gather):  # there, P_FULL is behind a fence of those who have waited
+            for g in cutlass.range_constexpr(SLOTS):
+                s, ph = slot_of(g, slot, phase)
+                cute.arch.mbarrier_wait(c.full + s, ph)  # landed long ago; makes what the TMA wrote visible here too
         cute.arch.barrier(barrier_id=P_FULL, number_of_threads=384)
         if c.sAgain[0] != 0:
             self.scale_o(c, rO, c.sFactor)

@@ -333,9 +333,8 @@ class MlaDecode(KvProducer):
             wg=wg,
         )
 
-        if const_expr(not self.gather):
-            if warp_idx == 4:
-                touch_table(mTable, mSeqlens, B, part, s, k, PAGE_SIZE, lane)
+        if warp_idx == 4:
+            touch_table(mTable, mSeqlens, B, part, s, k, PAGE_SIZE or mK.shape[1], lane)
         # everything above overlaps the previous kernel's tail
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()  # all CTAs run: nobody can take the SM of one that others wait for
