@@ -221,7 +221,7 @@ def test_the_decode_picks_are_the_best_of_what_was_measured(file, kv_dtype):
         name, why = pick.best("mla_decode", list(us), sizes)
         loss[json.dumps(row)] = us[name] / min(us.values()) - 1
         assert len(us) == 1 or f"{row['kv']} tokens" in why
-    assert len(loss) >= 40 and max(loss.values()) < 0.03
+    assert len(loss) >= 30 and max(loss.values()) < 0.03
 
 
 @given(st.sampled_from([1, 16, 64]), st.sampled_from([256, 512]), st.integers(1, 512), st.integers(1, 1000),
