@@ -201,12 +201,12 @@ DECODE = {
     "sm90_fp8/half_64": DecodeCost(64, 1.86, 19.2, 0.0, 0.0, 1),
     "sm90_fp8/half_32": DecodeCost(32, 1.38, 12.8, 0.0, 0.0, 1),
     "sm90_fp8/half_16": DecodeCost(16, 1.0, 9.7, 0.0, 0.0, 1),
-    "sm90_fp8/e4m3_64_256": DecodeCost(64, 0.92, 12.0, 0.0, 0.0, 1),
-    "sm90_fp8/e4m3_32_256": DecodeCost(32, 0.62, 8.0, 0.0, 0.0, 1),
-    "sm90_fp8/e4m3_16_256": DecodeCost(16, 0.45, 7.0, 0.0, 0.0, 1),
-    "sm90_fp8/half_64_256": DecodeCost(64, 1.25, 14.0, 0.0, 0.0, 1),
-    "sm90_fp8/half_32_256": DecodeCost(32, 0.95, 9.5, 0.0, 0.0, 1),
-    "sm90_fp8/half_16_256": DecodeCost(16, 0.70, 7.5, 0.0, 0.0, 1),
+    "sm90_fp8/e4m3_64_256": DecodeCost(64, 0.93, 12.6, 0.0, 0.0, 1),
+    "sm90_fp8/e4m3_32_256": DecodeCost(32, 0.62, 10.0, 0.0, 0.0, 1),
+    "sm90_fp8/e4m3_16_256": DecodeCost(16, 0.49, 8.4, 0.0, 0.0, 1),
+    "sm90_fp8/half_64_256": DecodeCost(64, 1.20, 13.7, 0.0, 0.0, 1),
+    "sm90_fp8/half_32_256": DecodeCost(32, 0.88, 10.7, 0.0, 0.0, 1),
+    "sm90_fp8/half_16_256": DecodeCost(16, 0.61, 9.3, 0.0, 0.0, 1),
 }
 SEESAW_256 = DecodeCost(64, 1.216, 11.0, 1.0, 1.0)  # a variant of both latent sizes
 WIDE_BLOCK, NARROW_BLOCK = 64 * 576, 64 * 320  # elements

@@ -214,14 +214,14 @@ def test_the_decode_picks_are_the_best_of_what_was_measured(file, kv_dtype):
     loss = {}
     for row in rows:
         spec = decode_spec(page_size=row["page_size"], heads=row["heads"], dtype=row.get("dtype", "bf16"),
-                           kv_dtype=kv_dtype)
+                           kv_dtype=kv_dtype, kv_lora_rank=row.get("kv_lora_rank", 512))
         us = {name: t for name, t in row["us"].items() if name.startswith("sm90_")}
         assert {c.name for c in registry.choices(spec)} >= us.keys()
         sizes = {"rows": row["heads"], "batch": row["batch"], "tokens": row["kv"], "sms": 132}
         name, why = pick.best("mla_decode", list(us), sizes)
         loss[json.dumps(row)] = us[name] / min(us.values()) - 1
         assert len(us) == 1 or f"{row['kv']} tokens" in why
-    assert len(loss) >= 30 and max(loss.values()) < 0.03
+    assert len(loss) >= 40 and max(loss.values()) < 0.03
 
 
 @given(st.sampled_from([1, 16, 64]), st.sampled_from([256, 512]), st.integers(1, 512), st.integers(1, 1000),
