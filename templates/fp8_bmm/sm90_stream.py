@@ -176,6 +176,7 @@ class Fp8Bmm:
                     for e in cutlass.range_constexpr(MMA_N // 2):
                         scale = rScale[e % 2, e // 4] if SWAPPED else rScale[(e // 2) % 2, 0]
                         rAcc[e] = rTmp[j % 2][e] * scale + rAcc[e]
+                cute.arch.sync_warp()  # all lanes have read their scales
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(empty + slot)
                 slot, phase = self.advance(slot, phase)

@@ -212,8 +212,6 @@ class Fp8Bmm:
                             if lane == j:
                                 for i in cutlass.range_constexpr(BLOCKS_N):
                                     sF[i, s] = rScaleB[i]
-                            cute.arch.sync_warp()
-                            with cute.arch.elect_one():
                                 cute.arch.mbarrier_arrive(full + s)
                             s, phase = self.advance(s, phase)
         else:
@@ -268,6 +266,7 @@ class Fp8Bmm:
                             cute.arch.mbarrier_wait(full + s, phase)
                     warpgroup.wait_group(0)
                     if const_expr(i == BLOCKS_N - 1):
+                        cute.arch.sync_warp()  # all lanes have read their scales
                         with cute.arch.elect_one():
                             cute.arch.mbarrier_arrive(empty + done)
                     for e in cutlass.range_constexpr(BLOCK // 2):
