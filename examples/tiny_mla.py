@@ -2,8 +2,9 @@
 
     python examples/tiny_mla.py [STEPS]
 
-Prompts of several lengths are prefilled in chunks and then decoded together over a paged cache, by append_latent and
-mla_decode. The other side has no cache: it computes keys and values of all tokens anew for each one. It runs on the
+Prompts of several lengths are prefilled in chunks and then decoded together: over a paged cache, by append_latent and
+mla_decode, and over a slot cache, by cached_mla, which takes what the chunks of some and the tokens of others need in
+one call. The other side has no cache: it computes keys and values of all tokens anew for each one. It runs on the
 reference backend without a GPU, and on kernels with one. Weights are random and made on the CPU, so the tokens are the
 same everywhere; what attention computes differs by the rounding of bf16.
 """
@@ -11,7 +12,7 @@ same everywhere; what attention computes differs by the rounding of bf16.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,13 +138,50 @@ class Paged:
             latent, k_pe, q_pe = (x.to(self.dtype).contiguous() for x in (latent, k_pe, q_pe))
             jitmla.append_latent(latent, k_pe, self.cache[layer], slots, backend=self.backend)
             nope = q_nope.shape[-1]
-            absorbed = torch.einsum("thp,hpr->thr", q_nope, kv_b[:, :nope]).to(self.dtype)
+            absorbed = torch.einsum("thp,hpr->thr", q_nope, kv_b[:, :nope]).to(self.dtype).contiguous()
             out = jitmla.mla_decode((absorbed.unflatten(0, (n, s)), q_pe.unflatten(0, (n, s))), self.cache[layer],
                                     self.block_table[which], self.lengths[which], kv_lora_rank=absorbed.shape[-1],
                                     sm_scale=self.model.config.sm_scale, backend=self.backend)
             return torch.einsum("thr,hvr->thv", out.flatten(0, 1).to(kv_b.dtype), kv_b[:, nope:])
 
         return self.model.forward(tokens.flatten(), positions.flatten(), attend).unflatten(0, (n, s))
+
+
+class Slots:
+    """The model over a slot cache, with jitmla: any numbers of new tokens of any sequences in one call."""
+
+    def __init__(self, model: TinyMla, sequences: int, *, max_seq_len: int = 256,
+                 dtype: torch.dtype = torch.bfloat16, backend: str = "auto") -> None:
+        c, self.model, self.dtype, self.backend = model.config, model, dtype, backend
+        self.cache = [torch.full((sequences + 1, max_seq_len, c.kv_lora_rank + c.qk_rope_head_dim), float("nan"),
+                                 dtype=dtype, device=model.device) for _ in model.layers]
+        self.lengths = [0] * sequences
+
+    def step(self, news: dict[int, Tensor], decode: Sequence[int] = ()) -> dict[int, Tensor]:
+        """Logits [n, vocab] of the new tokens [n] of each sequence. Those in `decode` have one token."""
+        order = [*(i for i in news if i not in decode), *decode]
+        counts = [len(news[i]) for i in order]
+        cached = [self.lengths[i] for i in order]
+        for i, count in zip(order, counts, strict=True):
+            self.lengths[i] += count
+        positions = torch.cat([at + torch.arange(count) for at, count in zip(cached, counts, strict=True)])
+
+        def ints(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=self.model.device)
+
+        metadata = {"seq_len": ints(counts), "input_pos": ints(cached), "slot_idx": ints(order),
+                    "cu_seqlen": ints([sum(counts[:k]) for k in range(len(order))])}
+
+        def attend(layer: int, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, kv_b: Tensor) -> Tensor:
+            inputs = [x.to(self.dtype).contiguous()[None] for x in (q_nope, q_pe, latent, k_pe[:, None])]
+            return jitmla.cached_mla(*inputs, kv_b.flatten(0, 1).to(self.dtype), self.cache[layer], **metadata,
+                                     num_prefill=len(order) - len(decode), prefill_tokens=sum(counts) - len(decode),
+                                     num_decode=len(decode), sm_scale=self.model.config.sm_scale,
+                                     backend=self.backend)[0]
+
+        tokens = torch.cat([news[i] for i in order])
+        logits = self.model.forward(tokens, positions.to(self.model.device), attend)
+        return dict(zip(order, logits.split(counts), strict=True))
 
 
 def generate_plain(model: TinyMla, prompt: list[int], steps: int) -> tuple[list[int], float]:
@@ -174,6 +212,22 @@ def generate_paged(model: TinyMla, prompts: list[list[int]], steps: int, *, chun
     return torch.stack(found, 1).tolist()
 
 
+def generate_slots(model: TinyMla, prompts: list[list[int]], steps: int, *, chunk: int = 16) -> list[list[int]]:
+    """The same over a slot cache: a call has the next chunks of some sequences and the next tokens of others."""
+    slots = Slots(model, len(prompts))
+    left = [torch.tensor(prompt, device=model.device) for prompt in prompts]
+    found: list[list[Tensor]] = [[] for _ in prompts]
+    while any(len(tokens) < steps for tokens in found):
+        news = {i: left[i][:chunk] if len(left[i]) else found[i][-1][None] for i in range(len(prompts))
+                if len(found[i]) < steps}
+        logits = slots.step(news, [i for i in news if not len(left[i])])
+        for i in news:
+            left[i] = left[i][chunk:]
+            if not len(left[i]):
+                found[i].append(logits[i][-1].argmax())
+    return [torch.stack(tokens).tolist() for tokens in found]
+
+
 def main() -> int:
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 16
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -182,12 +236,13 @@ def main() -> int:
     prompts = [torch.randint(model.config.vocab_size, (length,), generator=rng).tolist() for length in (5, 40, 70)]
     with torch.inference_mode():
         expected = [generate_plain(model, prompt, steps) for prompt in prompts]
-        got = generate_paged(model, prompts, steps)
-    for prompt, (tokens, closest), ours in zip(prompts, expected, got, strict=True):
+        paged, slots = generate_paged(model, prompts, steps), generate_slots(model, prompts, steps)
+    for prompt, (tokens, closest), *ours in zip(prompts, expected, paged, slots, strict=True):
         print(f"prompt of {len(prompt)} tokens, closest call {closest:.3f} standard deviations")
-        print("  plain PyTorch", *tokens)
-        print("  jitmla       ", *ours, "" if ours == tokens else "  DIFFERENT")
-    same = got == [tokens for tokens, _ in expected]
+        print("  plain PyTorch      ", *tokens)
+        for name, got in zip(("jitmla, paged cache", "jitmla, slot cache "), ours, strict=True):
+            print(f"  {name}", *got, "" if got == tokens else "  DIFFERENT")
+    same = paged == slots == [tokens for tokens, _ in expected]
     print(f"{'equal' if same else 'DIFFERENT'} tokens on {device}")
     return 0 if same else 1
 

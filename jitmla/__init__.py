@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 OPS = ("mla_decode", "mla_prefill", "mla_prefill_absorbed", "mla_prefill_paged", "merge_attn_states", "gather_latent",
        "append_latent", "cached_mla", "inv_rope_fp8_quant", "fp8_bmm", "o_a_proj", "sparse_mla_decode",
        "sparse_mla_prefill",
-       "indexer_prologue", "cat_quant_fp8", "indexer_k_scatter", "indexer_k_gather", "kv_row_pack", "fp8_mqa_logits",
-       "fp8_paged_mqa_logits", "topk_indices", "local_to_global")
+       "indexer_prologue", "cat_quant_fp8", "indexer_k_scatter", "indexer_k_gather", "kv_row_pack", "dsa_append",
+       "fp8_mqa_logits", "fp8_paged_mqa_logits", "topk_indices", "local_to_global")
 _WHERE = {
     **{op: f"jitmla.ops.{op}" for op in OPS},
     "keys_for": "jitmla.models",
@@ -31,6 +31,7 @@ _WHERE = {
     "Spec": "jitmla.spec",
     "JitmlaError": "jitmla.errors",
 }
+_PACKAGES = ("compat", "dsa", "engines")  # their modules as well come without an import of their own
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from .ops.append_latent import append_latent as append_latent
     from .ops.cached_mla import cached_mla as cached_mla
     from .ops.cat_quant_fp8 import cat_quant_fp8 as cat_quant_fp8
+    from .ops.dsa_append import dsa_append as dsa_append
     from .ops.fp8_bmm import fp8_bmm as fp8_bmm
     from .ops.fp8_mqa_logits import fp8_mqa_logits as fp8_mqa_logits
     from .ops.fp8_paged_mqa_logits import fp8_paged_mqa_logits as fp8_paged_mqa_logits
@@ -71,12 +73,15 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _WHERE:
-        raise AttributeError(f"module 'jitmla' has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(f"module 'jitmla' has no attribute {name!r}; it has {', '.join(__all__)}, and "
+                             f"{', '.join(_PACKAGES)}")
     value = getattr(importlib.import_module(_WHERE[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return sorted(set(globals()) | set(__all__) | set(_PACKAGES))

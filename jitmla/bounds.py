@@ -57,7 +57,7 @@ def size_of(text: str, name: str = "a size") -> int | None:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if found is None or found.group(2).upper() not in UNITS:
         raise InvalidArgument(f"{name}: {text!r}", supported="a number with B, KiB, MiB, GiB, TiB, KB, MB or GB, or "
-                              "`unlimited`", differs="it is no size")
+                              "`unlimited`", differs="it is no size", remedy="such as 2GiB")
     return int(float(found.group(1)) * UNITS[found.group(2).upper()])
 
 

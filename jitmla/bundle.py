@@ -108,7 +108,7 @@ def _unpacked(path: Path, sha256: str) -> Iterator[IO[bytes]]:
                     raise ValueError("it is cut short, or something follows it")
         except OSError as e:
             raise InvalidArgument(f"the bundle {path}", supported="a file that `jitmla cache export` wrote",
-                                  differs=str(e)) from e
+                                  differs=str(e), remedy="name such a file") from e
         if sha256 and seen.hexdigest() != sha256.lower():
             raise _differs(str(path), f"its sha256 is {seen.hexdigest()}, not {sha256}")
         yield tar

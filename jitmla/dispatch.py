@@ -200,6 +200,10 @@ def _device(device: torch.device | str | int | None) -> torch.device:
     if found.type != "cuda":
         raise InvalidArgument(f"device={device!r}", supported="a CUDA device", differs=f"it is a {found.type} device",
                               remedy="the reference on CPU tensors needs no kernel")
+    if not torch.cuda.is_available():
+        raise InvalidArgument(f"kernels on {found}", supported="a machine with an NVIDIA GPU and a CUDA build of torch",
+                              differs="torch.cuda.is_available() is false",
+                              remedy="`jitmla doctor` says what is missing; `jitmla prewarm` needs no GPU")
     return found if found.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 

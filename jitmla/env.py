@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EnvVar:
+    """One variable: its name, its default ("" where there is none), and what docs/env.md says of it."""
+
     name: str
     default: str
     doc: str
@@ -34,8 +36,6 @@ ON_MISS = EnvVar("JITMLA_ON_MISS", "compile", "What a call may do when its kerne
                  "`jitmla.warm` loaded are used.")
 TUNINGS = EnvVar("JITMLA_TUNINGS", "", "Path of a file that `jitmla tune` wrote, or `off`. Unset: the tunings that "
                  "come with jitmla, for the GPUs they were measured on.")
-UNCHECKED = EnvVar("JITMLA_UNCHECKED", "", "Set to anything: `backend=\"auto\"` also takes kernels that have not been "
-                   "checked on a GPU yet (docs/notes/dsa_indexer.md). Unset: such a call is refused.")
 LOG = EnvVar("JITMLA_LOG", "", "Level (`INFO`, `DEBUG`, ...) at which jitmla's events are written to stderr. "
              "Unset: nothing is written unless the application configures logging.")
 PEERS = EnvVar("JITMLA_PEERS", "", "Folder with other libraries' kernels that `jitmla bench --peers` measures as well. "

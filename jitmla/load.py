@@ -157,7 +157,8 @@ def _primary_context(device_index: int) -> ctypes.c_void_p:
 def _call(driver: ctypes.CDLL, name: str, *args: Any) -> None:
     status = getattr(driver, name)(*args)
     if status:
-        raise LoadFailed(f"{name} for a kernel", supported="status 0", differs=f"the CUDA driver returned {status}")
+        raise LoadFailed(f"{name} for a kernel", supported="status 0", differs=f"the CUDA driver returned {status}",
+                         remedy="`jitmla doctor` checks the driver; its status codes are those of CUresult in cuda.h")
 
 
 def _failed(entry: Entry, differs: str, remedy: str) -> LoadFailed:

@@ -17,6 +17,7 @@ from .schedule import MAX_ROWS
 from .spec import (
     Spec,
     append_latent_spec,
+    cached_mla_pack_spec,
     cached_mla_specs,
     fp8_bmm_spec,
     gather_latent_spec,
@@ -28,6 +29,7 @@ from .spec import (
 )
 from .spec_indexer import (
     cat_quant_fp8_spec,
+    dsa_append_spec,
     fp8_mqa_logits_spec,
     fp8_paged_mqa_logits_spec,
     indexer_k_spec,
@@ -97,11 +99,13 @@ def model(name_or_path: str | Path, dtype: str | None = None) -> MlaModel:
     if not path.is_file():
         raise UnknownModel(f"model {str(name_or_path)!r}",
                            supported=", ".join(KNOWN) + ", or the path of a config.json",
-                           differs="it is neither a known name nor a file")
+                           differs="it is neither a known name nor a file",
+                           remedy="save the model's config.json and name its path")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise UnknownModel(f"model config {path}", supported="a Hugging Face config.json", differs=str(e)) from e
+        raise UnknownModel(f"model config {path}", supported="a Hugging Face config.json", differs=str(e),
+                           remedy="download it again: a file of Git LFS may be only a pointer") from e
     return _from_config(config, path, dtype)
 
 
@@ -110,7 +114,8 @@ def _from_config(config: Any, path: Path, dtype: str | None) -> MlaModel:
     text = config.get("text_config", config) if isinstance(config, dict) else config
     if not isinstance(text, dict):
         raise UnknownModel(f"model config {path}", supported="a Hugging Face config.json",
-                           differs=f"it holds a {type(text).__name__} instead of an object")
+                           differs=f"it holds a {type(text).__name__} instead of an object",
+                           remedy="name the config.json of the model itself")
     if isinstance(text.get("o_groups"), int) and isinstance(text.get("head_dim"), int):  # DeepSeek-V4
         width = text["head_dim"]
         text = {"kv_lora_rank": width, "qk_nope_head_dim": width - text.get("qk_rope_head_dim", 0), "v_head_dim": width,
@@ -119,7 +124,8 @@ def _from_config(config: Any, path: Path, dtype: str | None) -> MlaModel:
     missing = [f for f in fields if not isinstance(text.get(f), int)]
     if missing:
         raise UnknownModel(f"model config {path}", supported="a model with Multi-head Latent Attention",
-                           differs=f"it has no {', '.join(missing)}")
+                           differs=f"it has no {', '.join(missing)}",
+                           remedy="there are no kernels for attention of other kinds")
     own = next((c[n] for c in (text, config) for n in ("torch_dtype", "dtype") if c.get(n)), "bfloat16")
     if dtype is None and own not in _DTYPES:
         raise UnknownModel(f"model config {path}", supported=" or ".join(_DTYPES), differs=f"its dtype is {own!r}",
@@ -139,11 +145,11 @@ def specs_for(name_or_path: str | Path, *, tp: int, arch: str, page_sizes: Itera
     if tp < 1 or dims.num_attention_heads % tp:
         raise InvalidArgument(f"tp={tp} for {dims.name}",
                               supported=f"a divisor of its {dims.num_attention_heads} heads",
-                              differs="heads cannot be split evenly")
+                              differs="heads cannot be split evenly", remedy="choose another --tp")
     used = frozenset((uses,) if isinstance(uses, str) else uses)
     if not used <= USES.keys():
         raise InvalidArgument(f"the kernels for {', '.join(sorted(used - USES.keys()))}", supported=", ".join(USES),
-                              differs="there is no such use")
+                              differs="there is no such use", remedy="`jitmla prewarm --help` lists them")
     serving = Serving(dims, dims.num_attention_heads // tp, tp, arch, tuple(page_sizes), max_s_q, used)
     return list(dict.fromkeys(spec for part in PARTS for spec in part(serving)))
 
@@ -182,20 +188,31 @@ def _dense_decode(serving: Serving) -> Iterator[Spec]:
 
 def _slot_cache(serving: Serving) -> Iterator[Spec]:
     """append_latent, and what cached_mla launches: before and after the attention, and that for tiles of tokens (those
-    of one are in _dense_decode)."""
+    of one are in _dense_decode); in the MHA form, which auto takes for many tokens where it has a kernel, new tokens
+    through mla_prefill, and the largest tiles over prefixes."""
     dims = serving.dims
     if dims.o_groups or "slot_cache" not in serving.uses:
         return
     for e4m3 in (False, True):
         yield append_latent_spec(arch=serving.arch, dtype=dims.dtype, e4m3_cache=e4m3, slots="i64",
                                  kv_lora_rank=dims.kv_lora_rank, qk_rope_head_dim=dims.qk_rope_head_dim)
-    yield from cached_mla_specs(arch=serving.arch, dtype=dims.dtype, qk_nope_head_dim=dims.qk_nope_head_dim,
-                                kv_lora_rank=dims.kv_lora_rank, qk_rope_head_dim=dims.qk_rope_head_dim)
     tiles = [2**i for i in range(1, MAX_ROWS.bit_length()) if 2**i * serving.heads <= MAX_ROWS]
-    for page_size, tile in itertools.product(serving.page_sizes, tiles):
-        yield mla_decode_spec(arch=serving.arch, dtype=dims.dtype, kv_lora_rank=dims.kv_lora_rank,
-                              qk_rope_head_dim=dims.qk_rope_head_dim, page_size=page_size, s_q=tile,
-                              heads=serving.heads, causal=True)
+    mha = mla_prefill_spec(arch=serving.arch, dtype=dims.dtype, v_head_dim=dims.v_head_dim, causal=True,
+                           qk_head_dim=dims.qk_nope_head_dim + dims.qk_rope_head_dim,
+                           qk_rope_head_dim=dims.qk_rope_head_dim)
+    with_mha = bool(registry.candidates(mha))
+    if with_mha:
+        yield mha
+    for e4m3 in serving.with_and_without("e4m3_cache"):
+        facts = {"arch": serving.arch, "dtype": dims.dtype, "kv_lora_rank": dims.kv_lora_rank,
+                 "qk_rope_head_dim": dims.qk_rope_head_dim}
+        yield from cached_mla_specs(**facts, qk_nope_head_dim=dims.qk_nope_head_dim, e4m3_cache=e4m3)
+        if with_mha:
+            yield cached_mla_pack_spec(**facts, qk_nope_head_dim=dims.qk_nope_head_dim, e4m3_cache=e4m3)
+        seen = [(tile, True) for tile in tiles] + ([(tiles[-1], False)] if with_mha else [])
+        for page_size, (tile, causal) in itertools.product(serving.page_sizes, seen):
+            yield mla_decode_spec(**facts, kv_dtype="e4m3" if e4m3 else None, page_size=page_size, s_q=tile,
+                                  heads=serving.heads, causal=causal)
 
 
 def _prefill(serving: Serving) -> Iterator[Spec]:
@@ -225,7 +242,7 @@ def _output_path(serving: Serving) -> Iterator[Spec]:
         return
     if dims.o_groups % serving.tp:
         raise InvalidArgument(f"tp={serving.tp} for {dims.name}", differs="a group is not split",
-                              supported=f"a divisor of its {dims.o_groups} output groups")
+                              supported=f"a divisor of its {dims.o_groups} output groups", remedy="choose another --tp")
     for positions, mode in itertools.product(("i64", "i32"), ("pow2_f32", "raw_f32")):
         yield inv_rope_fp8_quant_spec(arch=serving.arch, dtype=dims.dtype, positions=positions,
                                       nope_dim=dims.qk_nope_head_dim, rope_dim=dims.qk_rope_head_dim, group_size=128,
@@ -244,6 +261,8 @@ def _indexer(serving: Serving) -> Iterator[Spec]:
     yield cat_quant_fp8_spec(arch=arch, scale_mode="pow2_f32")
     yield from (indexer_k_spec(op, arch=arch) for op in ("indexer_k_scatter", "indexer_k_gather"))
     yield from (kv_row_pack_spec(arch=arch, row=row) for row in ("fp8", "bf16"))
+    yield from (dsa_append_spec(arch=arch, row=row, index_keys=keys, positions=positions) for row, keys, positions in
+                itertools.product(("fp8", "bf16"), (True, False), ("i64", "i32")))
     yield from (fp8_mqa_logits_spec(arch=arch, heads=heads, store=store) for store in ("tiles", "clean"))
     yield from (fp8_paged_mqa_logits_spec(arch=arch, heads=heads, next_n=n) for n in (1, 2))
     yield from (topk_indices_spec(arch=arch, rows=rows) for rows in ("windows", "lengths"))
@@ -277,8 +296,9 @@ def keys_for(model: str | Path, tp: int = 1, arch: str = "sm_90a", *, page_sizes
     max_s_q: query tokens per request (1 + draft tokens; with compact queries, max_q_len). dtype: "bf16" or "fp16", by
     default the config's. uses: what the server uses beside plain mla_decode, of "prefill" (jitmla's prefill ops),
     "slot_cache" (append_latent and cached_mla), "e4m3_cache", "compact" (cu_seqlens_q), "split_cache" (a cache of two
-    tensors) and "batch_invariant". backend: what its calls name. Raises UnknownModel, UnknownArch, InvalidArgument,
-    NoTemplate.
+    tensors) and "batch_invariant". backend: what its calls of mla_decode name. Raises UnknownModel, UnknownArch,
+    InvalidArgument, NoTemplate.
     """
     specs = specs_for(model, tp=tp, arch=arch, page_sizes=page_sizes, max_s_q=max_s_q, dtype=dtype, uses=uses)
-    return list(dict.fromkeys(choice.key for spec in specs for choice in registry.choices(spec, backend)))
+    return list(dict.fromkeys(choice.key for spec in specs for choice in registry.choices(
+        spec, backend if spec.op == "mla_decode" else "auto")))

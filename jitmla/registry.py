@@ -126,7 +126,9 @@ def read_common(module: str) -> str:
     try:
         return path.read_bytes().decode()
     except FileNotFoundError as e:
-        raise InvalidTemplate(f"from common.{module} import ...", differs=f"there is no {path}") from e
+        raise InvalidTemplate(f"from common.{module} import ...", supported="the modules of templates/common",
+                              differs=f"there is no {path}",
+                              remedy="correct the import, or add the module") from e
 
 
 def templates(op: str) -> tuple[Template, ...]:
@@ -141,7 +143,7 @@ def each_template(op: str) -> Iterator[Template]:
         yield from (_template(op, number) for number in range(len(_tables(op))))
     except (OSError, KeyError, TypeError, ValueError) as e:
         raise InvalidTemplate(f"the card of {op!r}", supported="see docs/templates.md",
-                              differs=f"{TEMPLATES / op / CARD}: {e!r}") from e
+                              differs=f"{TEMPLATES / op / CARD}: {e!r}", remedy="correct the card") from e
 
 
 @functools.cache
@@ -211,14 +213,20 @@ def choose(spec: Spec, backend: str = "auto", sizes: Mapping[str, int] | None = 
         emit("degrade", what="tuned variant", reason=f"{tuned} does not serve it", spec=str(spec))
     if not sizes:
         return first
+    found = [c for c in found if c.template.backend == first.template.backend]
     best, why = pick.best(spec.op, [c.name for c in found], sizes)
     return next(replace(c, why=why) for c in found if c.name == best)
 
 
 def choices(spec: Spec, backend: str = "auto") -> list[Choice]:
-    """Everything that calls of `spec` can get: one Choice, or with a rule each candidate. Raises NoTemplate."""
+    """Everything that calls of `spec` can get: one Choice, or with a rule each candidate of the same backend. Raises
+    NoTemplate."""
     chosen = choose(spec, backend)
-    return candidates(spec, backend) if spec.op in pick.RULES else [chosen]
+    if spec.op not in pick.RULES:
+        return [chosen]
+    served = [c for c in candidates(spec, backend) if c.template.backend == chosen.template.backend]
+    names = pick.among(spec.op, [c.name for c in served])
+    return [c for c in served if c.name in names]
 
 
 def _no_template(spec: Spec, backend: str, candidates: list[Template]) -> NoTemplate:

@@ -38,7 +38,8 @@ def constants_of(source: str, name: str = "template") -> dict[str, Any]:
 def _not_a_constant(head: str, node: ast.stmt, name: str) -> InvalidTemplate:
     # the block begins with the end of the line that has the first mark
     return InvalidTemplate(f"line {head.count(chr(10)) + node.lineno} of {name}",
-                           supported="NAME = literal between the constants marks", differs=ast.unparse(node))
+                           supported="NAME = literal between the constants marks", differs=ast.unparse(node),
+                           remedy="compute it behind the block")
 
 
 def inline(source: str, read_common: Callable[[str], str], name: str = "template") -> str:
@@ -97,7 +98,8 @@ def _scan(source: str) -> list[str]:
 
 def _cut(source: str, name: str) -> tuple[str, str, str]:
     if source.count(BEGIN) != 1 or source.count(END) != 1 or source.index(BEGIN) > source.index(END):
-        raise InvalidTemplate(name, supported=f"one block between {BEGIN!r} and {END!r}", differs="no such block")
+        raise InvalidTemplate(name, supported=f"one block between {BEGIN!r} and {END!r}", differs="no such block",
+                              remedy="put both marks into the template, each once")
     head, rest = source.split(BEGIN)
     block, tail = rest.split(END)
     return head, block, tail
@@ -111,11 +113,12 @@ def _inline(source: str, read_common: Callable[[str], str], name: str, seen: set
     imports = [n for n in tree.body if isinstance(n, ast.ImportFrom) and (n.module or "").startswith(COMMON)]
     if [str(n.module).removeprefix(COMMON) for n in imports] != _scan(source):
         raise InvalidTemplate(name, supported="from common.X import ..., each at the beginning of a line of code",
-                              differs="a line that is not such an import looks like one, or the other way round")
+                              differs="a line that is not such an import looks like one, or the other way round",
+                              remedy="move the import to the beginning of a line of its own")
     for node in imports:
         if any(alias.asname for alias in node.names):
             raise InvalidTemplate(f"line {node.lineno} of {name}", supported="from common.X import a, b",
-                                  differs="inlined names cannot be renamed")
+                                  differs="inlined names cannot be renamed", remedy="import it under its own name")
         module = str(node.module).removeprefix(COMMON)
         pieces.append("".join(lines[position:node.lineno - 1]))
         if module not in seen:

@@ -50,14 +50,16 @@ def spec_fields(op: str) -> dict[str, Any]:
     except KeyError:
         known = [d.removeprefix("spec_") for d in document()["definitions"] if d.startswith("spec_")]
         raise SchemaViolation(f"op {op!r}", supported=", ".join(known),
-                              differs="cache_schema.json has no such op") from None
+                              differs="cache_schema.json has no such op",
+                              remedy="`jitmla kernels` lists the ops") from None
 
 
 def check(value: Any, name: str) -> None:
     """Raise SchemaViolation unless `value` matches definition `name`."""
     fault = _fault(value, definition(name), name)
     if fault:
-        raise SchemaViolation(f"a {name.replace('_', ' ')} that matches cache_schema.json", differs=fault,
+        raise SchemaViolation(f"a {name.replace('_', ' ')} that matches cache_schema.json", supported="docs/schema.md",
+                              differs=fault,
                               remedy="delete the entry, or run `jitmla prewarm` with this version of jitmla")
 
 

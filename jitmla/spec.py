@@ -63,7 +63,8 @@ def bucket(op: str, field: str, value: int) -> int:
         if value <= top:
             return top
     raise SchemaViolation(f"{field} = {value}", supported=f"at most {buckets[-1]}",
-                                 differs=f"{op} has no bucket of {field} for {value}")
+                                 differs=f"{op} has no bucket of {field} for {value}",
+                          remedy="docs/schema.md lists the values of each field")
 
 
 def mla_decode_spec(*, arch: str, dtype: str, kv_lora_rank: int, qk_rope_head_dim: int, page_size: int, s_q: int,
@@ -98,13 +99,20 @@ def append_latent_spec(*, arch: str, dtype: str, e4m3_cache: bool, slots: str, k
                    kv_lora_rank=kv_lora_rank, qk_rope_head_dim=qk_rope_head_dim)
 
 
-def cached_mla_specs(*, arch: str, dtype: str, qk_nope_head_dim: int, kv_lora_rank: int, qk_rope_head_dim: int
-                     ) -> tuple[Spec, Spec]:
-    """The Specs of what a cached_mla call launches before and after the attention."""
-    return (Spec.of("cached_mla", arch=arch, stage="absorb", dtype=dtype, qk_nope_head_dim=qk_nope_head_dim,
-                    kv_lora_rank=kv_lora_rank, qk_rope_head_dim=qk_rope_head_dim),
+def cached_mla_specs(*, arch: str, dtype: str, qk_nope_head_dim: int, kv_lora_rank: int, qk_rope_head_dim: int,
+                     e4m3_cache: bool = False) -> tuple[Spec, Spec]:
+    """The Specs of what a cached_mla call launches before and after mla_decode."""
+    return (Spec.of("cached_mla", arch=arch, stage="absorb", dtype=dtype, e4m3_cache=e4m3_cache,
+                    qk_nope_head_dim=qk_nope_head_dim, kv_lora_rank=kv_lora_rank, qk_rope_head_dim=qk_rope_head_dim),
             Spec.of("cached_mla", arch=arch, stage="project", dtype=dtype, qk_nope_head_dim=0,
                     kv_lora_rank=kv_lora_rank, qk_rope_head_dim=0))
+
+
+def cached_mla_pack_spec(*, arch: str, dtype: str, qk_nope_head_dim: int, kv_lora_rank: int, qk_rope_head_dim: int,
+                         e4m3_cache: bool = False) -> Spec:
+    """The Spec of what a cached_mla call launches before mla_prefill."""
+    return Spec.of("cached_mla", arch=arch, stage="pack", dtype=dtype, e4m3_cache=e4m3_cache,
+                   qk_nope_head_dim=qk_nope_head_dim, kv_lora_rank=kv_lora_rank, qk_rope_head_dim=qk_rope_head_dim)
 
 
 def mla_prefill_spec(*, arch: str, dtype: str, qk_head_dim: int, v_head_dim: int, qk_rope_head_dim: int, causal: bool

@@ -35,6 +35,12 @@ def kv_row_pack_spec(*, arch: str, row: str) -> Spec:
 
 
 @functools.cache
+def dsa_append_spec(*, arch: str, row: str, index_keys: bool, positions: str) -> Spec:
+    """The Spec of a dsa_append call."""
+    return Spec.of("dsa_append", arch=arch, row=row, index_keys=index_keys, positions=positions)
+
+
+@functools.cache
 def fp8_mqa_logits_spec(*, arch: str, heads: int, store: str) -> Spec:
     """The Spec of an fp8_mqa_logits call."""
     return Spec.of("fp8_mqa_logits", arch=arch, heads=heads, head_dim=layouts.INDEX_DIM, out_dtype="fp32", store=store)

@@ -203,7 +203,7 @@ class Oracle:
         if usual:
             allowed = torch.maximum(torch.full_like(self.out, 8e-4), self.out.abs() * (2.01 / 128))
         else:
-            allowed = 3 * UNIT_ROUNDOFF[self.problem.dtype] * self.spread + 1e-4
+            allowed = 3 * UNIT_ROUNDOFF[out.dtype] * self.spread + 1e-4
         allowed = allowed + 2 * dots * self.logit[..., None] * self.spread
         report.out = _worst("out", got, self.out, allowed, report.faults)
         x = got.double()

@@ -13,8 +13,9 @@ from .dsa import Batch, Config, Context, Generation, Layer, Weights
 from .ops.sparse_reference import unpack_rows
 from .testing_sparse import pack_rows
 
-PAGE, INDEX_BYTES, POSITIONS = 64, 132, 4096
+PAGE, INDEX_BYTES = 64, 132
 FP8 = torch.float8_e4m3fn
+NEAR = 1e-3
 
 
 @dataclass
@@ -26,8 +27,10 @@ class DsaBatch(Batch):
 
 def dsa_layer(key: str, *, hidden: int, heads: int, index_topk: int, index_heads: int = 64,
               q_lora_rank: int | None = 1536, fmt: str = "fp8", pages: int = 64, indexer: bool = True,
-              device: torch.device | str = "cpu", seed: int = 0, sm_scale: float = 0.1352, **options: Any) -> Layer:
-    """A layer with random weights, and caches of `pages` pages of 64 tokens full of rows of earlier tokens."""
+              device: torch.device | str = "cpu", seed: int = 0, sm_scale: float = 0.1352, positions: int = 4096,
+              **options: Any) -> Layer:
+    """A layer with random weights and angles for so many positions, and caches of `pages` pages of 64 tokens full of
+    rows of earlier tokens."""
     rng = torch.Generator(device=device).manual_seed(seed)
 
     def matrix(*shape: int) -> Tensor:
@@ -46,7 +49,7 @@ def dsa_layer(key: str, *, hidden: int, heads: int, index_topk: int, index_heads
         w_uk=matrix(heads, 512, 128).transpose(1, 2).contiguous(),
         w_uv=matrix(heads, 128, 512).transpose(1, 2).contiguous(),
         q_a_norm=ones[0].bfloat16() if rank else None, **(parts if indexer else {}))
-    angle = torch.arange(POSITIONS, device=device)[:, None] * 10000.0 ** (-torch.arange(32, device=device) / 32)
+    angle = torch.arange(positions, device=device)[:, None] * 10000.0 ** (-torch.arange(32, device=device) / 32)
     rows = torch.randn(pages * PAGE, 576, generator=rng, device=device)
     packed = pack_rows(rows[:, :512], rows[:, 512:])[0] if fmt == "fp8" else rows.bfloat16()
     index_cache = torch.empty(pages, PAGE, 1, INDEX_BYTES, dtype=torch.uint8, device=device)
@@ -87,9 +90,25 @@ def dsa_batch(layer: Layer, context: Sequence[tuple[int, int]], generation: Sequ
     return DsaBatch(*slots, past, following, positions=position.to(device))
 
 
-def dsa_oracle(layer: Layer, batch: DsaBatch, hidden: Tensor, positions: Tensor) -> Tensor:
+def checked(selected: Tensor, logits: Tensor, order: Tensor, k: int) -> Tensor:
+    """`selected`; raises AssertionError unless it is the first k of `order`, but for ties."""
+    last, near = logits[order[k - 1]], NEAR * logits.abs().max()
+    assert len(selected) == k == len(selected.unique()) and bool((selected >= 0).all()), "not so many positions"
+    assert bool((logits[selected] >= last - near).all()), "a position that is not among the largest"
+    left = torch.ones_like(logits, dtype=torch.bool)
+    left[selected] = False
+    assert bool((logits[left] <= last + near).all()), "one of the largest is missing"
+    return selected
+
+
+def dsa_oracle(layer: Layer, batch: DsaBatch, hidden: Tensor, positions: Tensor, selected: Tensor | None = None
+               ) -> Tensor:
     """What the two ops give for these tokens, [tokens, heads * 128] float64; the caches are left as they are. From the
-    first op's results on, all is computed here, row by row, in float64."""
+    first op's results on, all is computed here, row by row, in float64.
+
+    selected: batch.topk of a call to judge, [tokens, index_topk]. It has to be right but for logits that are closer to
+    the last one than NEAR of the largest, and is then what is attended: in float32 such positions change places.
+    """
     c, w = layer.config, layer.weights
     q, compressed, k_pe, _, q_fp8, k_fp8, k_scale, weights = torch.ops.jitmla.mla_dsa_proj(hidden, positions, layer.key)
     angles = layer.cos_sin[positions].double()
@@ -129,7 +148,10 @@ def dsa_oracle(layer: Layer, batch: DsaBatch, hidden: Tensor, positions: Tensor)
             if len(seen) > c.index_topk:
                 dots = torch.einsum("hd,kd->kh", q_fp8[token].double(), keys[index_at]).relu()
                 logits = dots @ weights[token].double()
-                at = at[logits.sort(descending=True, stable=True)[1][:c.index_topk]]
+                order = logits.sort(descending=True, stable=True)[1]
+                if selected is not None:
+                    order = checked(selected[token].long(), logits, order, c.index_topk)
+                at = at[order[:c.index_topk]]
             attention = torch.softmax(c.sm_scale * query[token] @ exact[at].T, -1)
             out[token] = torch.einsum("hc,hcv->hv", attention @ exact[at, :512], w.w_uv.double())
             token += 1

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import jitmla
+
 from .testing_o_proj import calc_diff, cos_sin_table
 
 FP8 = torch.float8_e4m3fn
@@ -109,21 +111,24 @@ def exact_rows(p: PrologueProblem, interleave: bool, hadamard: bool, eps: float 
 
 def exact_scales(amax: Tensor, scale_mode: str, floor: float = 1e-4) -> Tensor:
     """Scales of rows with these magnitudes (float64)."""
-    ratio = (amax.clamp_min(floor).float() / 448.0).double()
+    ratio = (amax.clamp_min(floor).float().double() / 448.0).float().double()  # a float32 tensor / 448.0 is not exact
     if scale_mode == "raw_f32":
         return ratio
     mantissa, exponent = torch.frexp(ratio)
     return torch.ldexp(torch.ones_like(ratio), exponent - (mantissa == 0.5).int())
 
 
-def check_codes(codes: Tensor, rows: Tensor, scale: Tensor, allowed: float = 1e-4) -> None:
-    """Raise AssertionError unless `codes` are rows / scale as e4m3: but for `allowed` of them, which are one step
-    off."""
+def check_codes(codes: Tensor, rows: Tensor, scale: Tensor, allowed: float = 1e-4, far: float = 0.0) -> None:
+    """Raise AssertionError unless `codes` are rows / scale as e4m3: but for `allowed` of them, which are one step off.
+    far: the share of rows that may be further off, because a value that went into all of their columns was rounded
+    the other way in float32."""
     ideal = (rows / scale).clamp(-448, 448).float().to(FP8)
     got, best = codes.contiguous().view(torch.int8).int(), ideal.view(torch.int8).int()
     got, best = (torch.where(x < 0, -128 - x, x) for x in (got, best))  # in the order of the values; -0 is 0
     off = (got - best).abs()
-    assert int(off.max()) <= 1, f"a code is {int(off.max())} steps off"
+    other = (off > 1).any(-1)
+    assert other.double().mean().item() <= far, f"{int(other.sum())} of {len(other)} rows, up to {int(off.max())} steps"
+    off = off[~other]
     share = (off > 0).double().mean().item()
     assert share <= allowed, f"{share:.1e} of the codes are a step off"
 
@@ -146,9 +151,10 @@ def check_prologue(p: PrologueProblem, out: Sequence[Tensor], *, rope_interleave
     near = near[near.isfinite()]
     assert (near > 1e-5).double().mean().item() <= 1e-3, f"{int((near > 1e-5).sum())} of {near.numel()} scales are off"
     same = (got / scale[:, :heads] - 1).abs() <= 1e-5
-    check_codes(q_fp8[same], rows[:, :heads][same], scale[:, :heads][same][:, None])
+    far = 1e-2 if hadamard else 0.0
+    check_codes(q_fp8[same], rows[:, :heads][same], scale[:, :heads][same][:, None], far=far)
     same = (steps - 1).abs() <= 1e-5
-    check_codes(k_fp8[same], rows[:, heads][same], scale[:, heads][same][:, None], allowed=2e-3)
+    check_codes(k_fp8[same], rows[:, heads][same], scale[:, heads][same][:, None], allowed=2e-3, far=far)
 
 
 # ------------------------------------------------------------------------------------------------ caches
@@ -194,6 +200,101 @@ def packed_row(latent: Tensor, rope: Tensor, row: str) -> bytes:
     scale = torch.ldexp(torch.ones(4, dtype=torch.float64), exponent - (mantissa == 0.5).int())
     codes = (tiles / scale[:, None]).float().to(FP8)
     return raw(codes) + struct.pack("<4f", *scale.tolist()) + raw(rope)
+
+
+@dataclass(frozen=True)
+class AppendProblem:
+    """The arguments of one jitmla.dsa_append call. q_out is the end of the rows q_wide."""
+
+    q_pe: Tensor
+    q_wide: Tensor
+    kv_c: Tensor
+    k_pe: Tensor
+    positions: Tensor
+    cos_sin_cache: Tensor
+    kv_cache: Tensor
+    page_bytes: int
+    slots: Tensor
+    k_fp8: Tensor
+    k_scale: Tensor
+    index_cache: Tensor
+    index_slots: Tensor
+
+    @property
+    def q_out(self) -> Tensor:
+        return self.q_wide[..., 512:]
+
+    @property
+    def args(self) -> tuple[Tensor, ...]:
+        return (self.q_pe, self.q_out, self.kv_c, self.k_pe, self.positions, self.cos_sin_cache, self.kv_cache,
+                self.slots)
+
+    @property
+    def index(self) -> dict[str, Tensor]:
+        return dict(k_fp8=self.k_fp8, k_scale=self.k_scale, index_cache=self.index_cache,
+                    index_slot_mapping=self.index_slots)
+
+
+def append_problem(tokens: int, heads: int, row: str, *, positions: torch.dtype = torch.int64,
+                   device: torch.device | str = "cpu", seed: int = 0) -> AppendProblem:
+    """A random problem, all parts columns of wider rows with NaN around them. The cosines and sines have few bits, so
+    that a turned value is exact in float32 and its bf16 the same in whatever order it is computed."""
+    rng = generator(seed, device)
+
+    def columns(before: int, own: int, behind: int, *shape: int) -> Tensor:
+        wide = torch.full((*shape, before + own + behind), float("nan"), dtype=torch.bfloat16, device=device)
+        level = torch.exp(torch.randn(*shape, 1, generator=rng, device=device))
+        wide[..., before:before + own] = torch.randn(*shape, own, generator=rng, device=device) * level
+        return wide[..., before:before + own]
+
+    def slots() -> Tensor:
+        found = torch.randperm(pages * PAGE, generator=rng, device=device)[:tokens]
+        found[1::5] = -1
+        return found
+
+    pages, size, pad = tokens // PAGE + 3, {"fp8": 656, "bf16": 1152}[row], 32
+    step = PAGE * size + pad
+    storage = torch.full((pages * step,), OLD_BYTE, dtype=torch.uint8, device=device)
+    if row == "bf16":
+        storage, size, step = storage.view(torch.bfloat16), size // 2, step // 2
+    table = torch.randint(-16, 17, (300, 64), generator=rng, device=device).float() / 16
+    where = torch.randint(0, 300, (tokens,), generator=rng, device=device).to(positions)
+    codes = torch.randint(0, 256, (tokens, DIM), generator=rng, device=device).byte().view(FP8)
+    return AppendProblem(
+        columns(128, 64, 0, tokens, heads), columns(0, 576, 0, tokens, heads).fill_(float("nan")),
+        columns(16, 512, 0, tokens), columns(8, 64, 16, tokens), where, table,
+        storage.as_strided((pages, PAGE, 1, size), (step, size, size, 1)), step * storage.element_size(), slots(),
+        codes, torch.rand(tokens, 1, generator=rng, device=device), index_pool(pages, 256, device=device), slots())
+
+
+def exact_append(p: AppendProblem) -> tuple[Tensor, Tensor]:
+    """(q turned [tokens, heads, 64], k_pe turned [tokens, 64]), bf16, from complex numbers in float64."""
+    table = p.cos_sin_cache.double()[p.positions.long()]
+    angle = torch.complex(table[:, :32], table[:, 32:])
+
+    def turned(x: Tensor, by: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.double().unflatten(-1, (32, 2)).contiguous())
+        return torch.view_as_real(pairs * by).flatten(-2).float().bfloat16()
+
+    return turned(p.q_pe, angle[:, None]), turned(p.k_pe, angle)
+
+
+def check_append(p: AppendProblem, row: str, keys: bool, backend: str = "auto") -> None:
+    """Call jitmla.dsa_append; raise AssertionError unless all bytes of both pools and of the queries are right."""
+    pools = [pool_bytes(pool) for pool in (p.kv_cache, p.index_cache)]
+    jitmla.dsa_append(*p.args, **(p.index if keys else {}), backend=backend)
+    q, k = exact_append(p)
+    assert torch.equal(p.q_out.contiguous().view(torch.int16), q.view(torch.int16)), "the queries"
+    assert bool(p.q_wide[..., :512].isnan().all()), "columns before the queries' last ones were written"
+    size = 656 if row == "fp8" else 1152
+    for t, slot in enumerate(p.slots.tolist()):
+        if slot >= 0:
+            at = slot // PAGE * p.page_bytes + slot % PAGE * size
+            pools[0][at:at + size] = packed_row(p.kv_c[t].cpu(), k[t].cpu(), row)
+    if keys:
+        pools[1] = scattered(pools[1], p.index_cache.stride(0), p.k_fp8, p.k_scale, p.index_slots.tolist())
+    assert pool_bytes(p.kv_cache) == pools[0], "the rows"
+    assert pool_bytes(p.index_cache) == pools[1], "the keys"
 
 
 # ------------------------------------------------------------------------------------------------ logits
@@ -304,25 +405,15 @@ def topk_rows(rows: int, n: int, seed: int = 0, device: torch.device | str = "cp
 
 
 def exact_topk(logits: Tensor, start: Tensor, end: Tensor, k: int) -> Tensor:
-    """[rows, k] int64: the positions in increasing order, then -1."""
+    """[rows, k] int64: the positions in increasing order, then -1. By a stable sort, where `logits` are."""
     out = torch.full((logits.shape[0], k), -1, dtype=torch.int64)
     for r, (a, b) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
-        row = logits[r, a:max(a, min(b, logits.shape[1]))].double().cpu()
-        n = len(row)
-        if n <= k:
-            out[r, :n] = torch.arange(n)
-            continue
+        row = logits[r, a:max(a, min(b, logits.shape[1]))].double()
         row = torch.where(row.isnan(), -torch.inf, row)
         row[row == 0] = 0.0
-        order = sorted(range(n), key=row.neg().tolist().__getitem__)[:k] if n < 1000 else _largest(row, k)
-        out[r] = torch.tensor(sorted(order))
+        order = row.sort(descending=True, stable=True)[1] if len(row) > k else torch.arange(len(row))
+        out[r, :min(k, len(row))] = order[:k].sort()[0]
     return out
-
-
-def _largest(row: Tensor, k: int) -> list[int]:
-    bound = row.kthvalue(len(row) - k + 1).values
-    above = (row > bound).nonzero().flatten().tolist()
-    return above + (row == bound).nonzero().flatten()[:k - len(above)].tolist()
 
 
 def check_topk(got: Tensor, exact: Tensor) -> None:

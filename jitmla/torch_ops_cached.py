@@ -19,8 +19,10 @@ from torch import Tensor
 _APPEND = "Tensor latent, Tensor k_pe, Tensor(a!) kv_cache, Tensor slots, Tensor? kv_scale, str backend"
 _INPUTS = "Tensor q_nope, Tensor q_pe, Tensor latent, Tensor k_pe, Tensor kv_b_proj_weight, "
 _CACHED = (_INPUTS + "Tensor(a!) kv_cache, Tensor seq_len, Tensor input_pos, Tensor slot_idx, Tensor cu_seqlen, "
-           "SymInt num_prefill, SymInt prefill_tokens, SymInt num_decode, float sm_scale, str backend")
-_AUTODEPLOY = (_INPUTS + "Tensor batch_info_host, Tensor seq_len, Tensor input_pos, Tensor slot_idx, Tensor cu_seqlen, "
+           "SymInt num_prefill, SymInt prefill_tokens, SymInt num_decode, float sm_scale, Tensor? kv_scale, "
+           "SymInt? max_prefix, str form, str backend")
+_AUTODEPLOY = ("Tensor q_nope, Tensor q_pe, Tensor compressed_kv, Tensor kpe, Tensor kv_b_proj_weight, "
+               "Tensor batch_info_host, Tensor seq_len, Tensor input_pos, Tensor slot_idx, Tensor cu_seqlen, "
                "Tensor(a!) mla_cache, float? scale=None, int kv_lora_rank=512")
 
 _library = torch.library.Library("jitmla", "FRAGMENT")
@@ -39,12 +41,13 @@ def _append_latent(latent: Tensor, k_pe: Tensor, kv_cache: Tensor, slots: Tensor
 
 def _cached_mla(q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, weight: Tensor, kv_cache: Tensor,
                 seq_len: Tensor, input_pos: Tensor, slot_idx: Tensor, cu_seqlen: Tensor, num_prefill: int,
-                prefill_tokens: int, num_decode: int, sm_scale: float, backend: str, out: Tensor | None = None
-                ) -> Tensor:
+                prefill_tokens: int, num_decode: int, sm_scale: float, kv_scale: Tensor | None,
+                max_prefix: int | None, form: str, backend: str, out: Tensor | None = None) -> Tensor:
     from .ops.cached_mla import cached_mla
     return cached_mla(q_nope, q_pe, latent, k_pe, weight, kv_cache, seq_len=seq_len, input_pos=input_pos,
                       slot_idx=slot_idx, cu_seqlen=cu_seqlen, num_prefill=num_prefill, prefill_tokens=prefill_tokens,
-                      num_decode=num_decode, sm_scale=sm_scale, out=out, backend=backend)
+                      num_decode=num_decode, sm_scale=sm_scale, out=out, kv_scale=kv_scale, max_prefix=max_prefix,
+                      form=form, backend=backend)
 
 
 def _cached_mla_out(*args: Any) -> None:
@@ -85,10 +88,11 @@ def call_append_latent(*args: Any) -> None:
 
 def call_cached_mla(q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, weight: Tensor, kv_cache: Tensor,
                     seq_len: Tensor, input_pos: Tensor, slot_idx: Tensor, cu_seqlen: Tensor, num_prefill: int,
-                    prefill_tokens: int, num_decode: int, sm_scale: float, out: Tensor | None, backend: str) -> Tensor:
+                    prefill_tokens: int, num_decode: int, sm_scale: float, kv_scale: Tensor | None,
+                    max_prefix: int | None, form: str, out: Tensor | None, backend: str) -> Tensor:
     """What jitmla.cached_mla does while torch.compile traces it."""
     args = (q_nope, q_pe, latent, k_pe, weight, kv_cache, seq_len, input_pos, slot_idx, cu_seqlen, num_prefill,
-            prefill_tokens, num_decode, sm_scale, backend)
+            prefill_tokens, num_decode, sm_scale, kv_scale, max_prefix, form, backend)
     if out is None:
         return torch.ops.jitmla.cached_mla(*args)
     torch.ops.jitmla.cached_mla_out(*args, out)

@@ -2,7 +2,7 @@
 
     indexer_prologue, cat_quant_fp8, indexer_k_gather, fp8_mqa_logits, fp8_paged_mqa_logits, topk_indices,
     local_to_global                                        functional: allocate and return
-    the last five with _out; indexer_k_scatter, kv_row_pack   write what their schemas declare as mutated
+    the last five with _out; indexer_k_scatter, kv_row_pack, dsa_append   write what their schemas declare as mutated
 
 As in torch_ops.py: all call the front ends of eager code, which import this module; hence the late imports. `empty_*`
 are the results of the functional ones, for the front ends and as fakes.
@@ -95,6 +95,14 @@ def _global(topk: Tensor, req_id: Tensor, block_table: Tensor | None, page_size:
                                     out=out, valid_count=valid_count, backend=backend)
 
 
+def _append(q_pe: Tensor, q_out: Tensor, kv_c: Tensor, k_pe: Tensor, positions: Tensor, cos_sin_cache: Tensor,
+            kv_cache: Tensor, slot_mapping: Tensor, k_fp8: Tensor | None, k_scale: Tensor | None,
+            index_cache: Tensor | None, index_slot_mapping: Tensor | None, backend: str) -> None:
+    front("dsa_append")(q_pe, q_out, kv_c, k_pe, positions, cos_sin_cache, kv_cache, slot_mapping, k_fp8=k_fp8,
+                        k_scale=k_scale, index_cache=index_cache, index_slot_mapping=index_slot_mapping,
+                        backend=backend)
+
+
 def _gather(cache: Tensor, block_table: Tensor, cu_seq_lens: Tensor, tokens: int, backend: str,
             k_fp8: Tensor | None = None, k_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return front("indexer_k_gather")(cache, block_table, cu_seq_lens, tokens, k_fp8=k_fp8, k_scale=k_scale,
@@ -130,6 +138,10 @@ DEFINED: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "kv_row_pack": (
         "(Tensor kv_c, Tensor k_pe, Tensor(a!) cache, Tensor slot_mapping, str backend) -> ()",
         lambda *args: front("kv_row_pack")(*args[:-1], backend=args[-1]), _nothing),
+    "dsa_append": (
+        "(Tensor q_pe, Tensor(a!) q_out, Tensor kv_c, Tensor k_pe, Tensor positions, Tensor cos_sin_cache, "
+        "Tensor(b!) kv_cache, Tensor slot_mapping, Tensor? k_fp8, Tensor? k_scale, Tensor(c!)? index_cache, "
+        "Tensor? index_slot_mapping, str backend) -> ()", _append, _nothing),
     "indexer_k_gather": (f"({_GATHER}, str backend) -> (Tensor, Tensor)", _gather,
                          lambda cache, table, start, tokens, _: empty_gather(cache, tokens)),
     "indexer_k_gather_out": (f"({_GATHER}, str backend, Tensor(a!) k_fp8, Tensor(b!) k_scale) -> ()", silent(_gather),

@@ -15,7 +15,7 @@ SEMAPHORES = 1 << 20  # counters set aside for captured calls, per device: enoug
 
 _workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 _pools: dict[int, Tensor] = {}
-_bytes: dict[tuple[int, int], Tensor] = {}
+_bytes: dict[tuple[int, int, str], Tensor] = {}
 
 
 def scratch(device: int, floats: int, counters: int) -> tuple[Tensor, Tensor]:
@@ -46,12 +46,19 @@ def _captured_counters(device: int, count: int) -> Tensor:
     return pool[:count]
 
 
-def kept_bytes(device: int, stream: int, size: int) -> Tensor:
-    """A uint8 buffer of at least `size` for the current stream: the same one as before where that is large enough. A
-    captured call, and one that wants more than KEPT_BYTES, gets memory of its own."""
+def kept_bytes(device: int, stream: int, size: int, name: str) -> Tensor:
+    """A uint8 buffer of at least `size` for the current stream: the same one as before for this `name` where that is
+    large enough. A captured call, and one that wants more than KEPT_BYTES, gets memory of its own."""
     if size > KEPT_BYTES or torch.cuda.is_current_stream_capturing():
-        return torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}")
-    kept = _bytes.get((device, stream))
+        return _writable_bytes(device, size)
+    kept = _bytes.get((device, stream, name))
     if kept is None or kept.shape[0] < size:
-        kept = _bytes[device, stream] = torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}")
+        # a power of two: all that were outgrown, which callers may still hold, are together no more than this one
+        kept = _bytes[device, stream, name] = _writable_bytes(device, 1 << (size - 1).bit_length())
     return kept
+
+
+def _writable_bytes(device: int, size: int) -> Tensor:
+    """Not an inference tensor, which torch refuses to write outside of inference mode."""
+    with torch.inference_mode(False):
+        return torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}")

@@ -25,11 +25,13 @@ from jitmla.registry import Choice
 from jitmla.spec import (
     Spec,
     append_latent_spec,
+    cached_mla_pack_spec,
     cached_mla_specs,
     fp8_bmm_spec,
     gather_latent_spec,
     inv_rope_fp8_quant_spec,
     merge_attn_states_spec,
+    mla_decode_spec,
     mla_prefill_spec,
     sparse_mla_spec,
 )
@@ -40,24 +42,27 @@ ARCH = "sm_90a"
 class Sets(NamedTuple):
     """The Specs of an op. product: all that its card serves, of all archs. covering: those that GPU tests draw from.
     points: whose code is a golden file (the last one of each template).
-    wanted: which Choices of the covering Specs, for an op that picks by the sizes of a call; None: all."""
+    wanted: which Choices of the covering Specs, for an op that picks by the sizes of a call; None: all.
+    named: Choices that only a named backend gives, which GPU tests run as well."""
 
     product: Callable[[], list[Spec]]
     covering: Callable[[], list[Spec]]
     points: Callable[[], list[Spec]]
     wanted: Callable[[Choice], bool] | None = None
+    named: Callable[[], list[Choice]] = list
 
 
 @functools.cache
 def every_choice(*ops: str) -> list[Choice]:
     """All that calls can get, of these ops or all."""
-    return _choices(spec for op in ops or SETS for spec in SETS[op].product())
+    return _choices(spec for op in ops or SETS for spec in SETS[op].product()) + _named(ops)
 
 
 @functools.cache
 def covering_choices(*ops: str) -> list[Choice]:
     """Every template and variant and value of each constant, of these ops or all."""
-    return [c for op in ops or SETS for c in _choices(SETS[op].covering()) if (SETS[op].wanted or bool)(c)]
+    found = [c for op in ops or SETS for c in _choices(SETS[op].covering()) if (SETS[op].wanted or bool)(c)]
+    return found + _named(ops)
 
 
 @functools.cache
@@ -95,6 +100,10 @@ def golden_choices() -> list[Choice]:
     return list({choice.template.name: choice for choice in found}.values())
 
 
+def _named(ops: Iterable[str]) -> list[Choice]:
+    return [choice for op in ops or SETS for choice in SETS[op].named()]
+
+
 def _choices(specs: Iterable[Spec]) -> list[Choice]:
     return [choice for spec in specs for choice in registry.choices(spec)]
 
@@ -121,6 +130,8 @@ def covering() -> list[Spec]:
     for rows, a, b, c in itertools.product(_pairs_of_rows(), (0, 1), (0, 1), (0, 1)):
         specs.append(spec(DTYPES[c], LATENTS[a ^ c], PAGES[2 * a + b], rows[(a ^ b ^ c) % len(rows)], CAUSAL[b ^ c]))
     specs += [spec("bf16", 512, 64, rows, causal) for rows in ROWS for causal in CAUSAL]
+    for i, rows in enumerate(ROWS):  # a gather of single rows
+        specs += [spec("bf16", 512, 0, rows, CAUSAL[i % 2]), spec("fp16", 256, 0, rows, CAUSAL[1 - i % 2])]
     specs += [spec("bf16", 256, 64, 32, False), spec("bf16", 256, 64, 512, True)]  # cached_mla with Mistral Small 4
     return list(dict.fromkeys(specs))
 
@@ -133,18 +144,32 @@ def _pairs_of_rows() -> list[tuple[int, ...]]:
     return [tuple(rows[i:i + 2]) for rows in served.values() for i in range(0, len(rows), 2)]
 
 
+def decode_wanted(choice: Choice) -> bool:
+    """The usual Choice of each Spec, and of the usual working points all that calls can get."""
+    usual = ("bf16", 512, 64), ("bf16", 512, 0)
+    return (choice.template.backend != "sm90" or choice.spec["kv_dtype"] == "e4m3"
+            or tuple(choice.spec[f] for f in ("dtype", "kv_lora_rank", "page_size")) in usual
+            or choice.name == registry.choose(choice.spec).name)
+
+
 def e4m3(dtype: str, latent: int, page: int, rows: int, causal: bool) -> Spec:
     return Spec.of("mla_decode", arch=ARCH, dtype=dtype, kv_dtype="e4m3", kv_lora_rank=latent, qk_rope_head_dim=64,
                    page_size=page, rows=rows, causal=causal)
 
 
-# what sm90_fp8 serves, and what tests/kernels/test_mla_decode_e4m3.py runs
-E4M3 = [e4m3(dtype, 512, 64, rows, False) for dtype in ("e4m3", "bf16") for rows in (8, 16, 64, 512)]
+E4M3_DTYPES = ("e4m3", "bf16", "fp16")
+# of what sm90_fp8 serves: the usual working point for each row bucket, causal or not, with each kind of query; then
+# every other latent, page size and dtype with some of each other. tests/kernels/test_mla_decode_e4m3.py runs them
+E4M3 = [e4m3(dtype, 512, 64, rows, causal) for dtype in ("e4m3", "bf16") for rows in ROWS for causal in CAUSAL] + [
+    e4m3(E4M3_DTYPES[i % 3], LATENTS[i // 2 % 2], PAGES[1 + i % 3], ROWS[1 + i % 4], CAUSAL[i // 3 % 2])
+    for i in range(12)] + [
+    e4m3(dtype, 256, 64, rows, rows != 32) for dtype in ("e4m3", "bf16") for rows in (16, 32, 64)]
 
 
 def product() -> list[Spec]:
     """Every Spec that the shipped cards serve with an sm90 template."""
-    return [*(spec(*values) for values in itertools.product(DTYPES, LATENTS, PAGES, ROWS, CAUSAL)), *E4M3]
+    return [*(spec(*values) for values in itertools.product(DTYPES, LATENTS, (*PAGES, 0), ROWS, CAUSAL)),
+            *(e4m3(*values) for values in itertools.product(E4M3_DTYPES, LATENTS, PAGES, ROWS, CAUSAL))]
 
 
 def portable(arch: str, dtype: str, kv_dtype: str, latent: int, rope: int, page: int, rows: int, causal: bool,
@@ -154,8 +179,8 @@ def portable(arch: str, dtype: str, kv_dtype: str, latent: int, rope: int, page:
 
 
 PORTABLE_ON_GPU = [  # what tests/kernels/test_mla_decode_portable.py runs
-    portable(ARCH, "bf16", "bf16", 512, 64, 0, 16, False), portable(ARCH, "bf16", "bf16", 512, 64, 0, 32, False),
-    portable(ARCH, "bf16", "bf16", 512, 64, 0, 512, True), portable(ARCH, "fp16", "fp16", 256, 64, 0, 8, False),
+    portable(ARCH, "bf16", "bf16", 512, 32, 0, 16, False), portable(ARCH, "bf16", "bf16", 512, 16, 0, 32, False),
+    portable(ARCH, "bf16", "bf16", 512, 32, 0, 512, True), portable(ARCH, "fp16", "fp16", 256, 32, 0, 8, False),
     portable(ARCH, "fp16", "fp16", 128, 16, 0, 16, True), portable(ARCH, "bf16", "bf16", 64, 0, 0, 512, False),
     portable(ARCH, "bf16", "bf16", 256, 32, 0, 64, True), portable(ARCH, "bf16", "e4m3", 512, 64, 0, 16, False),
     portable(ARCH, "fp16", "e4m3", 128, 0, 0, 32, True), portable(ARCH, "e4m3", "e4m3", 512, 64, 0, 512, True),
@@ -194,37 +219,105 @@ def points() -> list[Spec]:
 
 # ------------------------------------------------------------------------------------------- append_latent, cached_mla
 
+def append_spec(arch: str, dtype: str, e4m3_cache: bool, slots: str, rank: int, rope: int) -> Spec:
+    return append_latent_spec(arch=arch, dtype=dtype, e4m3_cache=e4m3_cache, slots=slots, kv_lora_rank=rank,
+                              qk_rope_head_dim=rope)
+
+
 def append_product() -> list[Spec]:
+    """All on Hopper; elsewhere the widths of models."""
     (template,) = registry.templates("append_latent")
-    return [append_latent_spec(arch=arch, dtype="bf16", e4m3_cache=e4m3, slots="i64", kv_lora_rank=rank,
-                               qk_rope_head_dim=64)
-            for arch, e4m3, rank in itertools.product(template.archs, CAUSAL, LATENTS)]
+    return card_product("append_latent", [ARCH]) + [
+        append_spec(arch, "bf16", e4m3, "i64", rank, 64)
+        for arch, e4m3, rank in itertools.product(template.archs, CAUSAL, LATENTS) if arch != ARCH]
 
 
-def append_wanted(choice: Choice) -> bool:
-    """All on Hopper, and the conversion to e4m3 on an arch without an instruction for it."""
-    s = choice.spec
-    return s.arch == ARCH or (s.arch, s["kv_lora_rank"], s["e4m3_cache"]) == ("sm_80", 512, True)
+def append_covering() -> list[Spec]:
+    """On Hopper the widths of models, and each other value of each constant; the conversion to e4m3 on an arch without
+    an instruction for it; one behind Hopper."""
+    return [*(append_spec(ARCH, "bf16", e4m3, "i64", rank, 64) for e4m3, rank in itertools.product(CAUSAL, LATENTS)),
+            append_spec(ARCH, "fp16", False, "i32", 64, 16), append_spec(ARCH, "fp16", True, "i32", 128, 32),
+            append_spec(ARCH, "fp16", False, "i64", 64, 16),  # tests/test_tiny_model.py
+            append_spec("sm_80", "bf16", True, "i64", 512, 64), append_spec("sm_100a", "fp16", False, "i64", 512, 64)]
 
 
-CACHED = ((64, 256, 64), (128, 512, 64))  # P, R, r: Mistral Small 4, DeepSeek-V3
+class CachedPoint(NamedTuple):
+    """The facts of a cached_mla call. heads: those that GPU tests take; other numbers may need kernels of mla_decode
+    that are not compiled for them."""
+
+    nope: int
+    rank: int
+    rope: int
+    value: int
+    heads: int
+    dtype: str = "bf16"
+    e4m3: bool = False
+    page: int = 64
+    backend: str = "auto"
+    mha: bool = True  # mla_prefill has a kernel
+
+    def facts(self, arch: str = ARCH) -> dict[str, Any]:
+        return {"arch": arch, "dtype": self.dtype, "qk_nope_head_dim": self.nope, "kv_lora_rank": self.rank,
+                "qk_rope_head_dim": self.rope, "e4m3_cache": self.e4m3}
+
+    def specs(self, arch: str = ARCH) -> list[Spec]:
+        facts = self.facts(arch)
+        return [*cached_mla_specs(**facts), *([cached_mla_pack_spec(**facts)] if self.mha else [])]
+
+    def attention(self) -> list[Choice]:
+        """What decode, tiles of as many tokens as fit, and the MHA form with a prefix can get."""
+        tile = max(2**i for i in range(1, 10) if 2**i * self.heads <= 512)
+        specs = [mla_decode_spec(
+            arch=ARCH, dtype=self.dtype, kv_dtype="e4m3" if self.e4m3 else None, kv_lora_rank=self.rank,
+            qk_rope_head_dim=self.rope, page_size=self.page, s_q=s_q, heads=self.heads, causal=causal)
+            for s_q, causal in ((1, True), (tile, True), (tile, False))]
+        if self.mha:
+            specs.append(mla_prefill_spec(
+                arch=ARCH, dtype=self.dtype, qk_head_dim=self.nope + self.rope, v_head_dim=self.value,
+                qk_rope_head_dim=self.rope, causal=True))
+        return [c for spec in specs
+                for c in registry.choices(spec, self.backend if spec.op == "mla_decode" else "auto")]
+
+
+
+MISTRAL_4 = CachedPoint(64, 256, 64, 128, 32)
+DEEPSEEK_V3 = CachedPoint(128, 512, 64, 128, 128)
+CACHED = (MISTRAL_4, DEEPSEEK_V3)
+# Kimi K2; half precision; GLM-5; e4m3; widths and pages that only the portable kernel serves; examples/tiny_mla.py
+CACHED_MORE = (
+    DEEPSEEK_V3._replace(heads=64), DEEPSEEK_V3._replace(heads=16, dtype="fp16"), CachedPoint(192, 512, 64, 256, 64),
+    MISTRAL_4._replace(e4m3=True), DEEPSEEK_V3._replace(heads=16, e4m3=True),
+    CachedPoint(32, 64, 16, 32, 6, "fp16", mha=False), CachedPoint(96, 128, 32, 96, 5, e4m3=True, page=50, mha=False),
+    MISTRAL_4._replace(backend="portable", mha=False), CachedPoint(32, 512, 64, 32, 8, mha=False))
+
+
+@functools.cache
+def cached_attention() -> list[Choice]:
+    """The attention of cached_mla in GPU tests."""
+    mistral = [mla_decode_spec(arch=ARCH, dtype="bf16", kv_lora_rank=256, qk_rope_head_dim=64, page_size=64, s_q=2,
+                               heads=32, causal=causal) for causal in CAUSAL]
+    deepseek = [spec("bf16", 512, 64, rows, causal) for rows in ROWS for causal in CAUSAL]
+    tiny = [mla_decode_spec(arch=ARCH, dtype="fp16", kv_lora_rank=64, qk_rope_head_dim=16, page_size=page, s_q=s_q,
+                            heads=8, causal=causal)
+            for page, s_q, causal in [*itertools.product((16, 64), (1, 2, 4, 8, 64), (True,)), (16, 2, False),
+                                      (16, 64, False)]]  # tests/test_tiny_model.py
+    found = [*_choices([*mistral, *deepseek, *tiny]), *(c for p in (*CACHED, *CACHED_MORE) for c in p.attention())]
+    return list({choice.key.digest: choice for choice in found}.values())
 
 
 def cached_product() -> list[Spec]:
     archs = registry.templates("cached_mla")[0].archs
-    return list(dict.fromkeys(
-        spec for arch, nope, rank in itertools.product(archs, (64, 128), LATENTS)
-        for spec in cached_mla_specs(arch=arch, dtype="bf16", qk_nope_head_dim=nope, kv_lora_rank=rank,
-                                     qk_rope_head_dim=64)))
-
-
-CACHED_DIMS = tuple({"nope": nope, "rank": rank, "rope": rope} for nope, rank, rope in CACHED)
+    points = [p._replace(dtype=dtype, e4m3=e4m3, mha=True) for p in (*CACHED, *CACHED_MORE)
+              for dtype in DTYPES for e4m3 in CAUSAL]
+    return list(dict.fromkeys(spec for arch in archs for p in points for spec in p.specs(arch)
+                              if arch == ARCH or p.rope == 64))
 
 
 def cached_covering() -> list[Spec]:
-    return [spec for nope, rank, rope in CACHED
-            for spec in cached_mla_specs(arch=ARCH, dtype="bf16", qk_nope_head_dim=nope, kv_lora_rank=rank,
-                                         qk_rope_head_dim=rope)]
+    """What GPU tests run, and an arch without the conversions of e4m3 and one behind Hopper."""
+    elsewhere = [("sm_80", MISTRAL_4._replace(e4m3=True)), ("sm_100a", DEEPSEEK_V3._replace(dtype="fp16"))]
+    return list(dict.fromkeys([*(spec for p in (*CACHED, *CACHED_MORE) for spec in p.specs()),
+                               *(spec for arch, p in elsewhere for spec in p.specs(arch))]))
 
 
 # ---------------------------------------------------------------------------------- DeepSeek-V4's output path
@@ -266,18 +359,37 @@ def bmm_product() -> list[Spec]:
 HEAD_DIMS = ((192, 128), (128, 128), (256, 256))  # qk and v of DeepSeek-V3, Mistral Small 4, GLM-5
 
 
-def prefill_spec(dtype: str, dims: tuple[int, int], causal: bool) -> Spec:
-    return mla_prefill_spec(arch=ARCH, dtype=dtype, qk_head_dim=dims[0], v_head_dim=dims[1], qk_rope_head_dim=64,
+def prefill_spec(dtype: str, dims: tuple[int, int], causal: bool, arch: str = ARCH) -> Spec:
+    return mla_prefill_spec(arch=arch, dtype=dtype, qk_head_dim=dims[0], v_head_dim=dims[1], qk_rope_head_dim=64,
                             causal=causal)
 
 
 def prefill_product() -> list[Spec]:
-    return [prefill_spec(*values) for values in itertools.product(DTYPES, HEAD_DIMS, CAUSAL)]
+    archs = dict.fromkeys(itertools.chain(*(t.archs for t in registry.templates("mla_prefill"))))
+    return [prefill_spec(*values) for values in itertools.product(DTYPES, HEAD_DIMS, CAUSAL, archs)]
 
 
 def prefill_covering() -> list[Spec]:
-    """bf16 with all dimensions, causal and not; fp16 with one."""
-    return [s for s in prefill_product() if s["dtype"] == "bf16" or s["qk_head_dim"] == 192]
+    """On Hopper bf16 with all dimensions, causal and not, and fp16 with one; elsewhere a few."""
+    here = [prefill_spec(*values) for values in itertools.product(DTYPES, HEAD_DIMS, CAUSAL)]
+    return [s for s in here if s["dtype"] == "bf16" or s["qk_head_dim"] == 192] + PREFILL_ELSEWHERE
+
+
+PREFILL_ELSEWHERE = [  # each variant of the portable template, on archs with different machines
+    prefill_spec("bf16", (192, 128), True, "sm_80"), prefill_spec("fp16", (256, 256), False, "sm_80"),
+    prefill_spec("fp16", (256, 256), True, "sm_89"), prefill_spec("fp16", (192, 128), False, "sm_100a"),
+    prefill_spec("bf16", (128, 128), True, "sm_103a"), prefill_spec("bf16", (256, 256), False, "sm_120a"),
+]
+
+
+def prefill_points() -> list[Spec]:
+    return [prefill_spec("bf16", (192, 128), True), PREFILL_ELSEWHERE[0]]
+
+
+def portable_prefill() -> list[Choice]:
+    """The portable kernels that tests/kernels/test_mla_prefill.py runs on Hopper, where the native ones come first."""
+    specs = [prefill_spec("bf16", dims, causal) for dims in HEAD_DIMS for causal in CAUSAL]
+    return [registry.choose(s, "portable") for s in [*specs, prefill_spec("fp16", (192, 128), True)]]
 
 
 def merge_product(archs: Iterable[str] | None = None) -> list[Spec]:
@@ -288,10 +400,10 @@ def merge_product(archs: Iterable[str] | None = None) -> list[Spec]:
 
 
 def merge_covering() -> list[Spec]:
-    """On Hopper every type and width once, on the oldest arch one."""
+    """On Hopper every type and width, and those of mla_prefill_paged; on the oldest arch one."""
+    more = ("bf16", "bf16", 512), ("fp16", "fp32", 256), ("fp16", "fp16", 64), ("fp16", "fp32", 128)
     return [s for s in merge_product([ARCH, "sm_80"]) if (s["dtype"], s["acc_dtype"], s["v_head_dim"]) in (
-        ("bf16", "fp32", 128), *((("bf16", "bf16", 512), ("fp16", "fp32", 256), ("fp16", "fp16", 64))
-                                 if s["arch"] == ARCH else ()))]
+        ("bf16", "fp32", 128), *(more if s["arch"] == ARCH else ()))]
 
 
 def gather_product(archs: Iterable[str] | None = None) -> list[Spec]:
@@ -301,8 +413,7 @@ def gather_product(archs: Iterable[str] | None = None) -> list[Spec]:
 
 
 def gather_covering() -> list[Spec]:
-    return [s for s in gather_product([ARCH, "sm_80"]) if (s["dtype"], s["width"], s["arch"]) in (
-        ("bf16", 576, ARCH), ("fp16", 320, ARCH), ("bf16", 576, "sm_80"))]
+    return [*gather_product([ARCH]), gather_latent_spec(arch="sm_80", dtype="bf16", width=576)]
 
 
 # ------------------------------------------------------------------------------------------------------ sparse_mla
@@ -340,9 +451,11 @@ OTHER_PROLOGUE = {"heads": 32, "rope_interleave": True, "scale_mode": "raw_f32",
 
 
 def prologue_covering() -> list[Spec]:
-    """The usual point, its opposite, and two with half of the values of each."""
+    """The usual point, its opposite, two with half of the values of each, and what a DSA layer meets: weights from a
+    product in bf16."""
     fields = list(USUAL_PROLOGUE)
-    points = [lambda i: False, lambda i: True, lambda i: i % 2 == 0, lambda i: i % 4 in (1, 2)]
+    points = [lambda i: False, lambda i: True, lambda i: i % 2 == 0, lambda i: i % 4 in (1, 2),
+              lambda i: fields[i] == "w_dtype"]
     return [Spec.of("indexer_prologue", arch=ARCH, **{f: (OTHER_PROLOGUE if other(i) else USUAL_PROLOGUE)[f]
                                                       for i, f in enumerate(fields)}) for other in points]
 
@@ -354,21 +467,20 @@ def simple(op: str) -> Sets:
 
 SETS = {
     "mla_decode": Sets(lambda: product() + every_portable(),
-                       lambda: covering() + E4M3 + PORTABLE_ON_GPU + PORTABLE_ELSEWHERE, points),
-    "append_latent": Sets(append_product, append_product, lambda: [append_latent_spec(
-        arch=ARCH, dtype="bf16", e4m3_cache=True, slots="i64", kv_lora_rank=512, qk_rope_head_dim=64)], append_wanted),
-    "cached_mla": Sets(cached_product, cached_covering, lambda: cached_covering()[:2]),
+                       lambda: covering() + E4M3 + PORTABLE_ON_GPU + PORTABLE_ELSEWHERE, points, decode_wanted),
+    "append_latent": Sets(append_product, append_covering, lambda: [append_spec(ARCH, "bf16", True, "i64", 512, 64)]),
+    "cached_mla": Sets(cached_product, cached_covering, lambda: cached_covering()[:3]),
     "inv_rope_fp8_quant": Sets(quant_product, lambda: quant_product([ARCH, "sm_80", "sm_89", "sm_100a"]),
                                lambda: [quant_spec(ARCH, **USUAL_QUANT)], quant_wanted),
     "fp8_bmm": Sets(bmm_product, bmm_product, bmm_product),
-    "mla_prefill": Sets(prefill_product, prefill_covering, lambda: [prefill_spec("bf16", (192, 128), True)]),
+    "mla_prefill": Sets(prefill_product, prefill_covering, prefill_points, named=portable_prefill),
     "merge_attn_states": Sets(merge_product, merge_covering, lambda: merge_covering()[:1]),
     "gather_latent": Sets(gather_product, gather_covering, lambda: gather_covering()[:1]),
     "sparse_mla": Sets(sparse_product, sparse_covering, sparse_covering),
     "indexer_prologue": Sets(lambda: card_product("indexer_prologue"), prologue_covering,
                              lambda: prologue_covering()[:1]),
     **{op: simple(op) for op in (
-        "cat_quant_fp8", "indexer_k_scatter", "indexer_k_gather", "kv_row_pack", "fp8_mqa_logits",
+        "cat_quant_fp8", "indexer_k_scatter", "indexer_k_gather", "kv_row_pack", "dsa_append", "fp8_mqa_logits",
         "fp8_paged_mqa_logits", "topk_indices", "local_to_global")},
 }
 
@@ -398,7 +510,9 @@ if __name__ == "__main__":
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--op", choices=SETS, action="append", default=[], help="only these; repeat it for several")
     parser.add_argument("--arch", help="only this one")
+    parser.add_argument("--attention", action="store_true", help="also what cached_mla takes of other ops")
     options = parser.parse_args()
     wanted = (every_choice if options.all else covering_choices)(*options.op)
+    wanted += cached_attention() if options.attention else []
     wanted = [c for c in wanted if options.arch in (None, c.spec.arch)]
     sys.exit(1 if prewarm(wanted, options.jobs) else 0)

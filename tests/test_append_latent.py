@@ -97,7 +97,7 @@ def test_what_is_refused(change, error, words):
 
 def test_no_gradients():
     latent, k_pe, kv_cache, slots = inputs()
-    with pytest.raises(InvalidArgumentType, match="gradient"):
+    with pytest.raises(InvalidArgument, match="gradient"):
         jitmla.append_latent(latent.requires_grad_(), k_pe, kv_cache, slots)
     with torch.no_grad():
         jitmla.append_latent(latent, k_pe, kv_cache, slots)

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 import jitmla
 import jitmla.ops.cached_mla as op
-from jitmla import schedule
+from jitmla import pick, schedule
 from jitmla.compat import trtllm
 from jitmla.errors import InvalidArgument, InvalidArgumentType, JitmlaError
+from jitmla.spec import cached_mla_specs
 from jitmla.testing_cached import cached_oracle, cached_problem, check_cached
 
 DETERMINED = settings(deadline=None, derandomize=True, database=None, max_examples=60)
@@ -31,8 +32,8 @@ def problems(draw, **fixed):
     return dict(prefill=draw(st.lists(st.tuples(cached, new), max_size=4)), decode=draw(st.lists(cached, max_size=4)),
                 heads=draw(st.sampled_from([1, 3, 4, 6, 12])), gap=0 if rows else draw(st.sampled_from([0, 0, 2])),
                 tail=draw(st.sampled_from([0, 0, 3])), rows=rows, strided=draw(st.booleans()), max_seq_len=32,
-                dtype=draw(st.sampled_from([torch.bfloat16, torch.float16])), seed=draw(st.integers(0, 99)),
-                **{**TINY, **fixed})
+                dtype=draw(st.sampled_from([torch.bfloat16, torch.float16])), e4m3=draw(st.booleans()),
+                seed=draw(st.integers(0, 99)), **{**TINY, **fixed})
 
 
 @given(problems())
@@ -112,7 +113,15 @@ CHANGES = [
     (dict(weight=torch.zeros(192, 32, dtype=torch.bfloat16)), InvalidArgument, "192 rows of 32"),
     (dict(weight=torch.zeros(192, 64, dtype=torch.float16)), InvalidArgumentType, "kv_b_proj_weight"),
     (dict(kv_cache=torch.zeros(4, 32, 64, dtype=torch.bfloat16)), InvalidArgument, "80"),
-    (dict(kv_cache=torch.zeros(4, 32, 80, dtype=torch.uint8).view(E4M3)), InvalidArgumentType, "kv_cache"),
+    (dict(kv_cache=torch.zeros(4, 32, 80, dtype=torch.float16)), InvalidArgumentType, "kv_cache"),
+    (dict(kv_cache=torch.zeros(4, 32, 80, dtype=torch.uint8).view(E4M3)), InvalidArgument, "float8_e4m3fn without"),
+    (dict(kv_scale=torch.ones(1)), InvalidArgument, "bfloat16 with kv_scale"),
+    (dict(kv_cache=torch.zeros(4, 32, 80, dtype=torch.uint8).view(E4M3), kv_scale=torch.ones(2)), InvalidArgument,
+     "kv_scale"),
+    (dict(kv_cache=torch.zeros(4, 32, 80, dtype=torch.uint8).view(E4M3), kv_scale=0.5), InvalidArgumentType, "kv_sca"),
+    (dict(max_prefix=-1), InvalidArgumentType, "max_prefix=-1"),
+    (dict(max_prefix=True), InvalidArgumentType, "max_prefix=True"),
+    (dict(form="mqa"), InvalidArgument, "auto, absorbed, mha"),
     (dict(seq_len=torch.zeros(3, dtype=torch.int64)), InvalidArgumentType, "seq_len"),
     (dict(slot_idx=torch.zeros(2, dtype=torch.int32)), InvalidArgument, "each of the 3 sequences"),
     (dict(cu_seqlen=torch.zeros(4, dtype=torch.int32, device="meta")), InvalidArgument, "cu_seqlen on meta"),
@@ -195,6 +204,27 @@ def test_context_tiles():
     assert schedule.context_tile(8, 100, 250) == 4
     for heads in range(1, 129):
         assert 2 * heads <= schedule.context_tile(heads, 3, 10**6) * heads <= 512
+
+
+def test_the_form_by_sizes():
+    def form(sequences, tokens, prefix, heads=32, rank=256):
+        return pick.cached_form(heads=heads, kv_lora_rank=rank, sequences=sequences, tokens=tokens, prefix=prefix)
+
+    assert form(1, 20, True)[0] == "absorbed" and form(1, 5000, True)[0] == "mha"
+    assert form(100, 3000, True)[0] == "absorbed", "many short sequences"
+    for heads, rank in ((8, 512), (32, 256), (128, 512)):
+        least = min(n for n in range(1, 5000) if form(1, n, True, heads, rank)[0] == "mha")
+        assert form(1, least - 1, False, heads, rank)[0] == "mha", "without prefixes it is worth it earlier"
+    assert "9600 query rows, 100 new tokens a sequence" in form(3, 300, True)[1]
+
+
+def test_explain_says_the_form():
+    spec, _ = cached_mla_specs(arch="sm_90a", dtype="bf16", qk_nope_head_dim=64, kv_lora_rank=256, qk_rope_head_dim=64)
+    assert jitmla.explain(spec)["form"] == "by heads, kv_lora_rank, sequences, tokens, prefix of the call"
+    found = jitmla.explain(spec, heads=32, kv_lora_rank=256, sequences=1, tokens=5000, prefix=True)
+    assert found["form"].startswith("mha: 160000 query rows") and found["template"] == "absorb"
+    with pytest.raises(InvalidArgument, match="heads, kv_lora_rank, prefix, sequences"):
+        jitmla.explain(spec, tokens=5000)
 
 
 @given(st.integers(0, 2**32))

@@ -103,10 +103,23 @@ def test_version_and_both_entry_points(python_env):
 def test_kernels_lists_every_row_of_every_card():
     listed = {(r["op"], r["arch"], r["template"], r["variant"]) for r in objects(cli("kernels", "--json").stdout)}
     cards = {(op, arch, t.name, v.name) for op in registry.ops() for t in registry.templates(op) for arch in t.archs
-             for v in t.variants}
+             for v in t.variants if arch in v.when.get("arch", t.archs)}
     assert listed == cards
     table = cli("kernels").stdout
     assert all(all(part in table for part in row) for row in cards)
+    assert all(line == line.rstrip() for line in table.splitlines())
+
+
+def test_kernels_of_one_op_on_one_arch():
+    listed = objects(cli("kernels", "mla_decode", "--arch", "sm_89", "--json").stdout)
+    assert {(r["op"], r["arch"], r["backend"]) for r in listed} == {("mla_decode", "sm_89", "portable")}
+    names = {v.name for t in registry.templates("mla_decode") for v in t.variants
+             if "sm_89" in t.archs and "sm_89" in v.when.get("arch", t.archs)}
+    assert {r["variant"] for r in listed} == names
+    assert cli("kernels", "fp8_bmm", "--arch", "sm_80", "--json").stdout == ""
+    for wrong, told in ((["mla_encode"], "no such op"), (["--arch", "sm_90"], "did you mean 'sm_90a'")):
+        done = CliRunner().invoke(app, ["kernels", *wrong])
+        assert done.exit_code == 2 and told in done.stderr
 
 
 # -------------------------------------------------------------------------------------------------------- prewarm
@@ -205,8 +218,9 @@ def test_the_command_in_messages_is_understood(builder):
     for spec in models.specs_for("deepseek-v3", tp=8, arch="sm_90a", page_sizes=[32]):
         program, *args = dispatch.prewarm_command(spec).split()
         assert program == "jitmla"
-        [done] = objects(cli(*args, "--json").stdout)
-        assert done["spec"] == spec.as_dict() and done["status"] in ("compiled", "hit")
+        found = objects(cli(*args, "--json").stdout)
+        assert len(found) == len(registry.choices(spec))
+        assert all(done["spec"] == spec.as_dict() and done["status"] in ("compiled", "hit") for done in found)
 
 
 def test_a_cache_that_cannot_be_written_fails_before_compiling(builder, monkeypatch):
@@ -280,7 +294,7 @@ def test_interrupt_stops_the_compilers_and_keeps_what_is_done(python_env, store,
     (["prewarm", "--model", "deepseek-v3", "--arch", "sm_80"], "NoTemplate"),
     (["prewarm", "--model", "deepseek-v3", "--arch", "sm_90a", "--tp", "3"], "InvalidArgument"),
     (["prewarm", "--model", "deepseek-v3", "--arch", "sm_90a", "--dtype", "fp8"], "InvalidArgument"),
-    (["prewarm", "--model", "deepseek-v3", "--arch", "sm_90a", "--page-size", "48"], "NoTemplate"),
+    (["prewarm", *(fact.replace("rank=512", "rank=64") for fact in SPEC)], "NoTemplate"),
     (["prewarm", "--op", "conv", "--arch", "sm_90a"], "InvalidArgument"),
     (["prewarm", *SPEC, "--spec", "rows=7"], "InvalidArgument"),
     (["prewarm", *SPEC, "--spec", "causal=maybe"], "InvalidArgument"),
@@ -404,8 +418,8 @@ def test_doctor_without_gpu_asks_for_a_compile(machine):
 
 @pytest.mark.parametrize("gpus, probe, stopped, word", [
     (1, H100, None, "sm_90a"),
-    (1, A100, None, "sm_80: only append_latent, cached_mla, gather_latent, "
-     "inv_rope_fp8_quant, merge_attn_states, mla_decode"),
+    (1, A100, None, "sm_80: only " + ", ".join(op for op in registry.ops() if any(
+        "sm_80" in template.archs for template in registry.templates(op)))),
     (1, V100, "GPU", "compute capability 7.0"), (1, CPU_BUILD, "GPU", "CUDA build"),
     (1, "import nothing_like_it", "torch", "nothing_like_it"),
 ])

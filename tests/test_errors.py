@@ -1,14 +1,18 @@
 """Errors: one tree, four parts each."""
 
+import ast
 import copy
 import inspect
 import pickle
+from pathlib import Path
 
 import pytest
 
 from jitmla import errors
 from jitmla.errors import JitmlaError
 
+PACKAGE = Path(errors.__file__).parent
+PARTS = {"supported", "differs", "remedy"}
 CLASSES = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, JitmlaError)]
 
 
@@ -35,6 +39,21 @@ def test_four_parts(kind):
                           "  to mend it: what mends it")
     assert error.as_dict() == {"error": kind.__name__, "asked": "what was asked", "supported": "what works",
                                "differs": "where they differ", "remedy": "what mends it"}
+
+
+def _raised():
+    """(file:line, keywords) of every error that jitmla makes."""
+    names = {kind.__name__ for kind in CLASSES}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in names:
+                yield f"{path.relative_to(PACKAGE)}:{node.lineno}", {keyword.arg for keyword in node.keywords}
+
+
+def test_every_error_that_is_raised_has_all_parts():
+    raised = dict(_raised())
+    assert len(raised) > 100
+    assert [at for at, given in raised.items() if None not in given and not PARTS <= given] == []  # None: **parts
 
 
 def test_empty_parts_are_left_out():

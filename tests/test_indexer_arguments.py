@@ -7,12 +7,11 @@ import jitmla
 from jitmla import dispatch
 from jitmla.errors import InvalidArgument, InvalidArgumentType, NoTemplate
 from jitmla.models import keys_for, specs_for
-from jitmla.ops import launch
 from jitmla.ops.checks import usual_strides
 from jitmla.registry import choose
 from jitmla.spec import Spec
-from jitmla.spec_indexer import fp8_mqa_logits_spec, topk_indices_spec
-from jitmla.testing_indexer import FP8, index_pool, logits_problem, prologue_problem
+from jitmla.spec_indexer import fp8_mqa_logits_spec
+from jitmla.testing_indexer import FP8, append_problem, index_pool, logits_problem, prologue_problem
 
 BF16, FP32, I32, I64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
 
@@ -45,6 +44,12 @@ def pack(**change):
     return jitmla.kv_row_pack(**{
         "kv_c": z(3, 512, dtype=BF16), "k_pe": z(3, 64, dtype=BF16), "cache": z(2, 8, 1, 656).byte(),
         "slot_mapping": z(3, dtype=I64), **change})
+
+
+def append(**change):
+    p = append_problem(3, 2, "fp8")
+    given = {f: getattr(p, f) for f in ("q_pe", "q_out", "kv_c", "k_pe", "positions", "cos_sin_cache", "kv_cache")}
+    return jitmla.dsa_append(**{**given, "slot_mapping": p.slots, **p.index, **change})
 
 
 def ragged(**change):
@@ -83,7 +88,7 @@ CASES = [
     (prologue, VALUE, "scale_mode='ue8m0_i32'", {"scale_mode": "ue8m0_i32"}), (prologue, TYPE, "eps", {"eps": "x"}),
     (prologue, VALUE, "backend='sm90'", {"backend": "sm90"}),
     (prologue, VALUE, "strides", {"q": z(3, 64, 256, dtype=BF16)[..., ::2]}),
-    (prologue, VALUE, "requires a gradient", {"w_raw": z(3, 64).requires_grad_()}),
+    (prologue, VALUE, "require a gradient: w_raw", {"w_raw": z(3, 64).requires_grad_()}),
     (cat_quant, VALUE, "pe with 62 columns", {"pe": z(3, 62, dtype=BF16), "nope": z(3, 66, dtype=BF16)}),
     (cat_quant, VALUE, "nope", {"nope": z(3, 60, dtype=BF16)}), (cat_quant, TYPE, "pe", {"pe": z(3, 64)}),
     (cat_quant, VALUE, "strides", {"pe": z(3, 65, dtype=BF16)[:, :64]}),
@@ -101,6 +106,16 @@ CASES = [
     (pack, VALUE, "cache", {"cache": z(2, 8, 1, 584).byte()}), (pack, TYPE, "cache", {"cache": z(2, 8, 1, 656)}),
     (pack, VALUE, "cache", {"cache": z(2, 8, 1, 656, dtype=BF16)}),
     (pack, VALUE, "at most 3 slots", {"slot_mapping": z(4, dtype=I64)}),
+    (append, VALUE, "q_pe", {"q_pe": z(3, 2, 128, dtype=BF16)}), (append, TYPE, "q_pe", {"q_pe": z(3, 2, 64)}),
+    (append, VALUE, "q_out", {"q_out": z(3, 3, 64, dtype=BF16)}),
+    (append, VALUE, "k_pe", {"kv_c": z(4, 512, dtype=BF16)}),
+    (append, VALUE, "strides", {"q_pe": z(3, 2, 66, dtype=BF16)[..., :64]}),
+    (append, VALUE, "positions", {"positions": z(2, dtype=I64)}), (append, TYPE, "positions", {"positions": z(3)}),
+    (append, VALUE, "all four", {"k_scale": None}), (append, VALUE, "k_fp8", {"k_fp8": z(3, 64, dtype=FP8)}),
+    (append, VALUE, "slots, one for each token", {"index_slot_mapping": z(2, dtype=I64)}),
+    (append, VALUE, "slot_mapping", {"slot_mapping": z(2, dtype=I64)}),
+    (append, VALUE, "cache", {"kv_cache": z(2, 8, 1, 584).byte()}),
+    (append, VALUE, "cos_sin_cache", {"cos_sin_cache": z(9, 32)}),
     (ragged, TYPE, "q", {"q": z(3, 64, 128)}), (ragged, VALUE, "heads of q=16", {"q": z(3, 16, 128, dtype=FP8)}),
     (ragged, VALUE, "q", {"q": z(3, 64, 64, dtype=FP8)}), (ragged, VALUE, "k_scale", {"k_scale": z(8)}),
     (ragged, VALUE, "weights", {"weights": z(3, 32)}), (ragged, TYPE, "ks", {"ks": z(3, dtype=I64)}),
@@ -132,32 +147,17 @@ def test_refused(call, error, word, change):
     assert caught.value.differs and caught.value.supported
 
 
+def test_parameters_are_weights_where_autograd_does_not_record():
+    weight = torch.nn.Parameter(prologue_problem(3).ln_weight)
+    with torch.no_grad():
+        prologue(ln_weight=weight)
+    with pytest.raises(InvalidArgument, match="require a gradient: ln_weight"):
+        prologue(ln_weight=weight)
+
+
 def test_what_no_template_serves():
     with pytest.raises(NoTemplate, match="arch=sm_100a"):
         choose(fp8_mqa_logits_spec(arch="sm_100a", heads=64, store="clean"))
-    with pytest.raises(NoTemplate, match="arch=sm_80"):
-        choose(topk_indices_spec(arch="sm_80", rows="windows"))
-
-
-def test_kernels_that_have_not_run_on_a_gpu_are_no_default(monkeypatch):
-    """Nor do they give way to the reference silently: the call is refused, and says how to get either."""
-    monkeypatch.setattr(launch.checks, "takes_reference", lambda *_: False)
-    monkeypatch.setattr(dispatch, "arch_of", lambda device: "sm_90a")
-    asked = []
-    monkeypatch.setattr(dispatch, "plan_for", lambda spec, backend, device, **_: asked.append(backend) or print)
-    small = {prologue: "indexer_prologue", cat_quant: "cat_quant_fp8", scatter: "indexer_k_scatter",
-             gather: "indexer_k_gather", pack: "kv_row_pack", to_global: "local_to_global"}
-    assert set(small.values()) == launch.UNCHECKED
-    for call in small:
-        with pytest.raises(NoTemplate, match="not been checked on a GPU"):
-            call()
-    assert not asked
-    for call in small:
-        call(backend="simt")
-    monkeypatch.setenv("JITMLA_UNCHECKED", "1")
-    for call in small:
-        call()
-    assert asked == ["simt"] * len(small) + ["auto"] * len(small)
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +175,7 @@ def test_a_server_meets_no_other_keys():
     assert fp8_mqa_logits_spec(arch="sm_90a", heads=64, store="clean") in specs
     assert Spec.of("topk_indices", arch="sm_90a", dtype="fp32", rows="lengths") in specs
     keys = keys_for("deepseek-v3.2", tp=8)
-    assert len({k.name for k in keys if k.spec.op == "topk_indices"}) == 3, "each variant that a call can pick"
+    assert len({k.name for k in keys if k.spec.op == "topk_indices"}) == 4, "each variant that a call can pick"
     assert not {s.op for s in specs_for("deepseek-v3", tp=8, arch="sm_90a")} & {"topk_indices", "fp8_mqa_logits"}
 
 

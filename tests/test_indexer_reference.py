@@ -12,6 +12,8 @@ from jitmla.testing_indexer import (
     GOLDEN_ROW_SCALES,
     GOLDEN_SCALES,
     PAGE,
+    append_problem,
+    check_append,
     check_codes,
     check_logits,
     check_prologue,
@@ -156,6 +158,13 @@ def test_row_pack(row, page, pad):
         cache = storage.view(BF16).as_strided((pages, page, 1, width), ((page * size + pad) // 2, width, width, 1))
     jitmla.kv_row_pack(latent, rope, cache, torch.tensor(slots))
     assert bytearray(storage.numpy().tobytes()) == expected
+
+
+@pytest.mark.parametrize("positions", [torch.int64, torch.int32])
+@pytest.mark.parametrize("keys", [True, False])
+@pytest.mark.parametrize("row", ["fp8", "bf16"])
+def test_append(row, keys, positions):
+    check_append(append_problem(37, 5, row, positions=positions), row, keys)
 
 
 @pytest.mark.parametrize("amax, scale", GOLDEN_ROW_SCALES.items())

@@ -76,6 +76,23 @@ def test_three_layers_are_four_spans_and_three_cuts(layers):
         assert [piecewise.op_name(n) for n in nodes] == ["mla_dsa_attn_inplace"]
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_inputs_that_grow_with_the_tokens(layers, dynamic):
+    """Hidden states and positions do; the mixers, whose width is a symbol as well, do not."""
+    torch.compiler.reset()
+    found = []
+
+    def record(graph, examples):
+        found.append([(tuple(x.shape), grows) for x, grows in zip(examples, piecewise.growing(graph, examples),
+                                                                  strict=True) if isinstance(x, torch.Tensor)])
+        return graph
+
+    batch = dsa_batch(layers[0], [(3, 10)], [33, 5])
+    with torch.inference_mode(), dsa.forward(batch):
+        torch.compile(toy(layers), backend=record, fullgraph=True, dynamic=dynamic)(*pad(batch, 16, 0))
+    assert found == [[((16, HIDDEN), True), ((16,), True)] + [((HIDDEN, HEADS * 128), False)] * LAYERS]
+
+
 def test_names_of_ops_however_they_are_called():
     graph = fx.Graph()
     x = graph.placeholder("x")

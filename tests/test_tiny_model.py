@@ -1,7 +1,8 @@
 """A two-layer MLA model (examples/tiny_mla.py) through the cache agrees with its full recomputation in float64.
 
 Token by token, prefilled at once or in chunks, decoded one by one or several at once (MTP), in a paged or a slot cache.
-Attention is in fp16, all else in float64, so that what differs is attention alone.
+Attention is in fp16, all else in float64, so that what differs is attention alone. On the CPU the reference computes
+it, on a GPU the kernels (`python -m tests.keysets --op append_latent --op cached_mla --attention` compiles them).
 """
 
 import importlib.util
@@ -30,15 +31,19 @@ def load_example():
 tiny = load_example()
 
 
-@pytest.fixture(scope="module")
-def model():
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+def model(request):
     config = tiny.Config(hidden_size=128, vocab_size=64, kv_lora_rank=64, qk_rope_head_dim=16)
-    return tiny.TinyMla(config, seed=3, dtype=torch.float64)
+    return tiny.TinyMla(config, seed=3, dtype=torch.float64, device=request.param)
 
 
 @pytest.fixture(scope="module")
-def sequences():
-    return torch.randint(64, (len(PROMPTS), LENGTH), generator=torch.Generator().manual_seed(5))
+def sequences(model):
+    found = torch.randint(64, (len(PROMPTS), LENGTH), generator=torch.Generator().manual_seed(5))
+    return found.to(model.device)
 
 
 @pytest.fixture(scope="module")
@@ -52,40 +57,6 @@ def off(got, exact):
     return float(((got - exact).norm(dim=-1) / exact.norm(dim=-1)).max())
 
 
-class Slots:
-    """The model over a slot cache, with cached_mla: any numbers of new tokens in one call."""
-
-    def __init__(self, model, sequences, max_seq_len=64):
-        c, self.model = model.config, model
-        self.cache = [torch.full((sequences + 1, max_seq_len, c.kv_lora_rank + c.qk_rope_head_dim), float("nan"),
-                                 dtype=torch.float16) for _ in model.layers]
-        self.lengths = [0] * sequences
-
-    def step(self, news, decode=()):
-        """Logits of each of the new tokens: news {sequence: tokens}; those in `decode` have one token, and go last."""
-        order = [*(i for i in news if i not in decode), *decode]
-        tokens = [news[i] for i in order]
-        counts = [len(t) for t in tokens]
-        positions = torch.cat([self.lengths[i] + torch.arange(n) for i, n in zip(order, counts, strict=True)])
-        cached = [self.lengths[i] for i in order]
-        starts = [sum(counts[:k]) for k in range(len(order))]
-        for i, n in zip(order, counts, strict=True):
-            self.lengths[i] += n
-
-        def ints(values):
-            return torch.tensor(values, dtype=torch.int32)
-
-        def attend(layer, q_nope, q_pe, latent, k_pe, kv_b):
-            half = [x.half()[None] for x in (q_nope, q_pe, latent, k_pe[:, None])]
-            return jitmla.cached_mla(*half, kv_b.flatten(0, 1).half(), self.cache[layer], seq_len=ints(counts),
-                                     input_pos=ints(cached), slot_idx=ints(order), cu_seqlen=ints(starts),
-                                     num_prefill=len(order) - len(decode), prefill_tokens=sum(counts) - len(decode),
-                                     num_decode=len(decode), sm_scale=self.model.config.sm_scale)[0]
-
-        logits = self.model.forward(torch.cat(tokens), positions, attend)
-        return dict(zip(order, logits.split(counts), strict=True))
-
-
 @pytest.mark.parametrize("chunk, new", [(100, 1), (16, 2), (5, 3), (1, 1)])
 def test_paged(model, sequences, exact, chunk, new):
     """append_latent and mla_decode: prompts of several lengths in chunks, then `new` tokens of all at once, with the
@@ -94,11 +65,11 @@ def test_paged(model, sequences, exact, chunk, new):
     for i, prompt in enumerate(PROMPTS):
         for at in range(0, prompt, chunk):
             end = min(at + chunk, prompt)
-            got = paged.step(torch.tensor([i]), sequences[i:i + 1, at:end])
+            got = paged.step(torch.tensor([i], device=model.device), sequences[i:i + 1, at:end])
             assert off(got[0], exact[i, at:end]) < LIMIT
-    everyone = torch.arange(len(PROMPTS))
+    everyone = torch.arange(len(PROMPTS), device=model.device)
     while int(paged.lengths.max()) + new <= LENGTH:
-        at = paged.lengths.long()[:, None] + torch.arange(new)
+        at = paged.lengths.long()[:, None] + torch.arange(new, device=model.device)
         rejected = sequences.gather(1, at).clone()
         rejected[:, 1:] = (rejected[:, 1:] + 7) % 64
         paged.step(everyone, rejected)
@@ -110,7 +81,7 @@ def test_paged(model, sequences, exact, chunk, new):
 @pytest.mark.parametrize("chunk", [100, 16, 5])
 def test_slots(model, sequences, exact, chunk):
     """cached_mla: chunks of some sequences beside decode of others, until all are at their end."""
-    slots = Slots(model, len(PROMPTS))
+    slots = tiny.Slots(model, len(PROMPTS), max_seq_len=64, dtype=torch.float16)
     while min(slots.lengths) < LENGTH:
         news = {}
         for i, prompt in enumerate(PROMPTS):
@@ -129,6 +100,7 @@ def test_a_wrong_mask_is_seen(model, sequences, exact, monkeypatch):
     decode = jitmla.mla_decode
     monkeypatch.setattr(jitmla, "mla_decode", lambda *args, **options: decode(*args, **options, causal=False))
     paged = tiny.Paged(model, 1, page_size=16, dtype=torch.float16)
-    paged.step(torch.tensor([0]), sequences[:1, :20])
-    got = paged.step(torch.tensor([0]), sequences[:1, 20:22])
+    first = torch.tensor([0], device=model.device)
+    paged.step(first, sequences[:1, :20])
+    got = paged.step(first, sequences[:1, 20:22])
     assert off(got[0], exact[0, 20:22]) > 20 * LIMIT

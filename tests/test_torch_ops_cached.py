@@ -28,7 +28,7 @@ def problem(**options):
 
 
 def inputs(p):
-    return (*p.args, *p.metadata.values(), *p.counts.values(), p.sm_scale, "auto")
+    return (*p.args, *p.metadata.values(), *p.counts.values(), p.sm_scale, p.kv_scale, None, "auto", "auto")
 
 
 def test_the_schemas_declare_what_is_written():

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import jitmla
 from jitmla import torch_ops_indexer
-from jitmla.testing_indexer import DIM, FP8, PAGE, index_pool, logits_problem, prologue_problem
+from jitmla.testing_indexer import DIM, FP8, PAGE, append_problem, index_pool, logits_problem, prologue_problem
 
 OPS = torch.ops.jitmla
 # torch.compile and opcheck warn about their own internals
@@ -76,7 +76,14 @@ def to_global(tokens=5):
 
 CALLS = {"indexer_prologue": prologue, "cat_quant_fp8": cat_quant, "indexer_k_gather": gather, "fp8_mqa_logits": mqa,
          "fp8_paged_mqa_logits": paged, "topk_indices": topk, "local_to_global": to_global}
-WRITERS = {"indexer_k_scatter": (scatter, 2), "kv_row_pack": (pack, 2)}
+def append(tokens=5):
+    p = append_problem(tokens, 3, "fp8")
+    return *p.args, *p.index.values(), "auto"
+
+
+# what each writes: the arguments by number and name
+WRITERS = {"indexer_k_scatter": (scatter, {2: "cache"}), "kv_row_pack": (pack, {2: "cache"}),
+           "dsa_append": (append, {1: "q_out", 6: "kv_cache", 10: "index_cache"})}
 OUT = {"indexer_k_gather": ["k_fp8", "k_scale"], "fp8_mqa_logits": ["out"], "fp8_paged_mqa_logits": ["out"],
        "topk_indices": ["out"], "local_to_global": ["out", "valid_count"]}
 
@@ -99,7 +106,7 @@ def test_schemas_declare_what_is_written():
         return [a.name for a in op.default._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
 
     declared = {name: writes(getattr(OPS, name)) for name in torch_ops_indexer.DEFINED}
-    assert declared == {**{n: [] for n in CALLS}, **{n: ["cache"] for n in WRITERS},
+    assert declared == {**{n: [] for n in CALLS}, **{n: [*w.values()] for n, (_, w) in WRITERS.items()},
                         **{f"{n}_out": w for n, w in OUT.items()}}
     for name in torch_ops_indexer.DEFINED:
         returns = getattr(OPS, name).default._schema.returns
@@ -143,7 +150,7 @@ def test_only_what_is_declared_is_written(name):
     arguments = CALLS[name]() if name in CALLS else WRITERS[name][0]()
     before = [bits(x).clone() if isinstance(x, torch.Tensor) else x for x in arguments]
     getattr(OPS, name)(*arguments)
-    written = [] if name in CALLS else [WRITERS[name][1]]
+    written = {} if name in CALLS else WRITERS[name][1]
     for i, (x, y) in enumerate(zip(arguments, before, strict=True)):
         if isinstance(x, torch.Tensor):
             assert torch.equal(bits(x), y) == (i not in written)

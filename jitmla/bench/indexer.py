@@ -18,6 +18,7 @@ import jitmla
 from .. import dispatch, env, layouts, registry
 from ..spec import Spec
 from ..spec_indexer import (
+    dsa_append_spec,
     fp8_mqa_logits_spec,
     fp8_paged_mqa_logits_spec,
     indexer_k_spec,
@@ -27,15 +28,15 @@ from ..spec_indexer import (
     topk_indices_spec,
 )
 from ..store import Store
-from ..testing_indexer import LOGITS_DIFF, exact_logits, logits_problem, prologue_problem
+from ..testing_indexer import LOGITS_DIFF, append_problem, exact_logits, logits_problem, prologue_problem
 from ..testing_o_proj import calc_diff
 from .cases import INDEXER, INDEXER_HOST, IndexerCase
 from .report import case_name
 from .timing import Timing, gpu_times, host_us
 
 OURS, DEEPGEMM, TORCH, FLASHINFER, ORDERED = "jitmla", "deepgemm", "torch", "flashinfer", "flashinfer deterministic"
+COPY = "copy"
 K = 2048
-SIMT = "simt"  # by name: see UNCHECKED in jitmla/ops/launch.py
 I32 = torch.int32
 
 
@@ -49,7 +50,8 @@ def _module(name: str) -> Any:
 
 def available() -> tuple[dict[str, str], dict[str, str]]:
     """(peers that are here, with a note; the others, with the reason why not)"""
-    found, absent = {TORCH: "torch.topk, unsorted"}, {}
+    found = {TORCH: "torch.topk, unsorted", COPY: "torch's copy that moves as many bytes, beside what only moves them"}
+    absent = {}
     for module, names in (("deep_gemm", {DEEPGEMM: "clean_logits as ours"}),
                           ("flashinfer", {FLASHINFER: "top_k_ragged_transform", ORDERED: "the same, deterministic"})):
         try:
@@ -124,7 +126,7 @@ def _topk(case: IndexerCase, peers: Sequence[str]) -> Calls:
 
 def _prologue(case: IndexerCase, peers: Sequence[str]) -> Calls:
     p = prologue_problem(case.rows, device="cuda")
-    return {OURS: lambda: jitmla.indexer_prologue(*p.args, backend=SIMT)}
+    return {OURS: lambda: jitmla.indexer_prologue(*p.args)}
 
 
 def _cache(case: IndexerCase, peers: Sequence[str]) -> Calls:
@@ -134,16 +136,15 @@ def _cache(case: IndexerCase, peers: Sequence[str]) -> Calls:
     scales = torch.ones(tokens, 1, device="cuda")
     pool = torch.zeros(2 * tokens // 64, 64, 1, 132, dtype=torch.uint8, device="cuda")
     if case.op == "indexer_k_scatter":
-        return {OURS: lambda: jitmla.indexer_k_scatter(codes, scales, pool, slots, backend=SIMT)}
+        return {OURS: lambda: jitmla.indexer_k_scatter(codes, scales, pool, slots)}
     if case.op == "kv_row_pack":
         latent = torch.randn(tokens, 576, device="cuda").bfloat16()
         rows = torch.zeros(2 * tokens // 64, 64, 1, layouts.ROW_BYTES["fp8"], dtype=torch.uint8, device="cuda")
-        return {OURS: lambda: jitmla.kv_row_pack(latent[:, :512], latent[:, 512:], rows, slots, backend=SIMT)}
+        return {OURS: lambda: jitmla.kv_row_pack(latent[:, :512], latent[:, 512:], rows, slots)}
     table = torch.randperm(tokens // 64, device="cuda").int().view(8, -1)
     start = torch.arange(9, device="cuda", dtype=I32) * (tokens // 8)
     flat = scales.flatten()
-    return {OURS: lambda: jitmla.indexer_k_gather(pool, table, start, tokens, k_fp8=codes, k_scale=flat,
-                                                  backend=SIMT)}
+    return {OURS: lambda: jitmla.indexer_k_gather(pool, table, start, tokens, k_fp8=codes, k_scale=flat)}
 
 
 def _to_global(case: IndexerCase, peers: Sequence[str]) -> Calls:
@@ -151,12 +152,26 @@ def _to_global(case: IndexerCase, peers: Sequence[str]) -> Calls:
     table = torch.randint(0, 32768, (64, 512), dtype=I32, device="cuda")
     request = torch.arange(case.rows, dtype=I32, device="cuda") % 64
     out = torch.empty_like(chosen)
-    return {OURS: lambda: jitmla.local_to_global(chosen, request, table, out=out, backend=SIMT)}
+    return {OURS: lambda: jitmla.local_to_global(chosen, request, table, out=out)}
+
+
+def _append(case: IndexerCase, peers: Sequence[str]) -> Calls:
+    p = append_problem(case.rows, case.columns, "fp8", device="cuda")
+    return {OURS: lambda: jitmla.dsa_append(*p.args, **p.index)}
+
+
+def _copied(case: IndexerCase) -> Callable[[], Any]:
+    source, target = torch.zeros(2, case.bytes() // 2, dtype=torch.uint8, device="cuda")
+    return lambda: target.copy_(source)
 
 
 MADE: dict[str, Callable[[IndexerCase, Sequence[str]], Calls]] = {
     "fp8_mqa_logits": _logits, "fp8_paged_mqa_logits": _paged, "topk_indices": _topk, "indexer_prologue": _prologue,
-    "indexer_k_scatter": _cache, "indexer_k_gather": _cache, "kv_row_pack": _cache, "local_to_global": _to_global}
+    "indexer_k_scatter": _cache, "indexer_k_gather": _cache, "kv_row_pack": _cache, "dsa_append": _append,
+    "local_to_global": _to_global}
+
+
+MOVERS = ("indexer_prologue", "indexer_k_scatter", "indexer_k_gather", "kv_row_pack", "dsa_append", "local_to_global")
 
 
 def spec_of(case: IndexerCase) -> Spec:
@@ -168,6 +183,7 @@ def spec_of(case: IndexerCase) -> Spec:
         "indexer_prologue": lambda: indexer_prologue_spec(
             arch=arch, heads=64, rope_interleave=False, scale_mode="pow2_f32", hadamard=False, k_dtype="bf16",
             w_dtype="fp32", ln_dtype="fp32", positions="i64"),
+        "dsa_append": lambda: dsa_append_spec(arch=arch, row="fp8", index_keys=True, positions="i64"),
         "kv_row_pack": lambda: kv_row_pack_spec(arch=arch, row="fp8"),
         "local_to_global": lambda: local_to_global_spec(arch=arch, workspace=False, count=False)}
     return made[case.op]() if case.op in made else indexer_k_spec(case.op, arch=arch)
@@ -182,7 +198,10 @@ def rows(peers: Sequence[str], cases: Sequence[IndexerCase] = tuple(INDEXER), it
          ) -> Iterator[dict[str, Any]]:
     """One result per case. ratio: time of the best peer over ours, so above 1 we are faster."""
     for case in cases:
-        times = gpu_times(MADE[case.op](case, peers), iters=iters if case.rows < 4096 else max(6, iters // 2))
+        calls = MADE[case.op](case, peers)
+        if COPY in peers and case.op in MOVERS:
+            calls[COPY] = _copied(case)
+        times = gpu_times(calls, iters=iters if case.rows < 4096 else max(6, iters // 2))
         sizes = {"rows": case.rows, "columns": case.columns,
                  "sms": dispatch.sm_count(torch.device("cuda", torch.cuda.current_device()))}
         choice = registry.choose(spec_of(case), "auto", sizes if case.op == "topk_indices" else None)

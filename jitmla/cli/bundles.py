@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from .. import bundle, models, registry
+from .. import bundle, registry
 from ..errors import CacheCorrupt, InvalidArgument
 from ..store import Entry, Store
 from . import output, requests
@@ -19,13 +19,12 @@ def export(
     file: Annotated[Path, Argument(metavar="FILE", help="The bundle to write; it is replaced if it exists.")],
     model: Annotated[str | None, Option(metavar="NAME|PATH", help="Every kernel that a model can reach, with --tp and "
                                         "--arch, instead of all.")] = None,
-    tp: Annotated[int, Option(metavar="N", min=1, help="Ranks that share the model's heads.")] = 1,
+    tp: requests.Tp = 1,
     arch: Annotated[str | None, Option(metavar="ARCH", help="Only kernels of this architecture.")] = None,
-    page_size: Annotated[list[int] | None, Option(metavar="N", help="Page size of the engine's cache; repeat it for "
-                                                  "several.")] = None,
-    max_s_q: Annotated[int | None, Option(metavar="N", min=1, help="Most query tokens per request.")] = None,
+    page_size: requests.PageSize = None,
+    max_s_q: requests.MaxSQ = None,
     uses: requests.Uses = None,
-    dtype: Annotated[str | None, Option(metavar="DTYPE", help="bf16 or fp16. Default: the model's.")] = None,
+    dtype: requests.Dtype = None,
     as_json: output.Json = False,
 ) -> None:
     """Write entries of all layers into one compressed file.
@@ -37,20 +36,22 @@ def export(
     if model is None:
         entries = _all(store, arch)
     else:
-        specs = requests.of_model(model, tp, arch or "", page_size or models.PAGE_SIZES, max_s_q, dtype, uses or ())
+        asked = (model, tp, arch or "", page_size, max_s_q, dtype, uses)
+        specs = requests.of_model(*asked)
         keys = dict.fromkeys(choice.key for spec in specs for choice in registry.choices(spec))
         entries = [entry for entry in map(store.find, keys) if entry is not None]
         if len(entries) < len(keys):
             raise InvalidArgument(f"the {len(keys)} kernels of {model}", supported="those that are stored",
                                   differs=f"{len(keys) - len(entries)} are not",
-                                  remedy=f"jitmla prewarm --model {model} --tp {tp} --arch {arch}")
+                                  remedy=requests.command(*asked))
     if not entries:
         raise InvalidArgument("to export kernels", supported="those that are stored", differs="none fits",
                               remedy="`jitmla cache ls` lists what is there")
     try:
         digest = bundle.write(file, entries)
     except OSError as e:
-        raise InvalidArgument(f"to write {file}", supported="a path that can be written", differs=str(e)) from e
+        raise InvalidArgument(f"to write {file}", supported="a path that can be written", differs=str(e),
+                              remedy="name another path") from e
     if as_json:
         output.json_line({"file": str(file), "sha256": digest, "bytes": file.stat().st_size,
                           "keys": [entry.key.digest for entry in entries]})

@@ -53,9 +53,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         grid.add_row(*(Text(cell, overflow="fold") for cell in row))
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=10_000)
-    console.print(grid)
+    if console.is_terminal:
+        console.print(grid)
+        return
+    wide = Console(highlight=False, width=10_000)
+    with wide.capture() as captured:
+        wide.print(grid)
+    for text in captured.get().splitlines():
+        line(text.rstrip())
 
 
 def facts(values: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from .. import events, models, tune
+from .. import events, tune
 from ..prewarm import Outcome, choices, cores, run
 from ..spec import Spec
 from ..store import Store
@@ -24,18 +24,14 @@ STATUSES = ("compiled", "hit", "failed", "unserved")
 def prewarm(
     arch: Annotated[str | None, Option(metavar="ARCH[,ARCH...]", help="GPU architectures, such as sm_90a (H100, H200)."
                                        )] = None,
-    model: Annotated[str | None, Option(metavar="NAME|PATH", help="A known model, or the path of its Hugging Face "
-                                        "config.json.")] = None,
-    tp: Annotated[int, Option(metavar="N", min=1, help="Ranks that share the model's heads.")] = 1,
-    page_size: Annotated[list[int] | None, Option(metavar="N", help="Page size of the engine's cache; repeat it for "
-                                                  "several. Default: every size that is served.")] = None,
-    max_s_q: Annotated[int | None, Option(metavar="N", min=1, help="Most query tokens per request (1 + draft tokens). "
-                                          f"Default: {models.MAX_S_Q}.")] = None,
-    dtype: Annotated[str | None, Option(metavar="DTYPE", help="bf16 or fp16. Default: the model's.")] = None,
+    model: requests.Model = None,
+    tp: requests.Tp = 1,
+    page_size: requests.PageSize = None,
+    max_s_q: requests.MaxSQ = None,
+    dtype: requests.Dtype = None,
     uses: requests.Uses = None,
-    op: Annotated[str | None, Option(metavar="OP", help="Instead of --model: one op, described by --spec.")] = None,
-    spec: Annotated[list[str] | None, Option(metavar="FIELD=VALUE", help="One field of the Spec; repeat it for all but "
-                                             "op and arch (docs/schema.md).")] = None,
+    op: requests.Op = None,
+    spec: requests.Facts = None,
     keys_from: Annotated[Path | None, Option(metavar="FILE", help="Instead of --model: what an earlier run printed "
                                              "with --json, or a JSON list of Specs; - is stdin. --arch replaces theirs."
                                              )] = None,
@@ -71,7 +67,7 @@ def prewarm(
         specs = requests.of_file(keys_from, archs)
     for name in archs if keys_from is None else ():
         specs += ([requests.of_assignments(op, name, spec or [])] if op is not None else
-                  requests.of_model(model or "", tp, name, page_size or models.PAGE_SIZES, max_s_q, dtype, uses or ()))
+                  requests.of_model(model or "", tp, name, page_size, max_s_q, dtype, uses))
     wanted, unserved = choices(specs)
     if unserved and not wanted and unserved[0].error:
         raise unserved[0].error

@@ -15,8 +15,19 @@ from .. import models, schema
 from ..errors import InvalidArgument, JitmlaError, SchemaViolation
 from ..spec import Spec
 
+Model = Annotated[str | None, Option("--model", metavar="NAME|PATH", help="A known model, or the path of its Hugging "
+                                     "Face config.json.")]
+Tp = Annotated[int, Option("--tp", metavar="N", min=1, help="Ranks that share the model's heads.")]
+PageSize = Annotated[list[int] | None, Option("--page-size", metavar="N", help="Page size of the engine's cache; "
+                                              "repeat it for several. Default: every size that is served.")]
+MaxSQ = Annotated[int | None, Option("--max-s-q", metavar="N", min=1, help="Most query tokens per request (1 + draft "
+                                     f"tokens). Default: {models.MAX_S_Q}.")]
+Dtype = Annotated[str | None, Option("--dtype", metavar="DTYPE", help="bf16 or fp16. Default: the model's.")]
 Uses = Annotated[list[str] | None, Option("--uses", metavar="NAME", help="What the server uses beside mla_decode, "
                                           f"of {', '.join(models.USES)}; repeat it for several.")]
+Op = Annotated[str | None, Option("--op", metavar="OP", help="Instead of --model: one op, described by --spec.")]
+Facts = Annotated[list[str] | None, Option("--spec", metavar="FIELD=VALUE", help="One field of the Spec; repeat it for "
+                                           "all but op and arch (docs/schema.md).")]
 
 
 def archs(text: str) -> list[str]:
@@ -27,14 +38,22 @@ def archs(text: str) -> list[str]:
     return found
 
 
-def of_model(model: str, tp: int, arch: str, page_sizes: Sequence[int], max_s_q: int | None,
-             dtype: str | None, uses: Sequence[str] = ()) -> list[Spec]:
+def of_model(model: str, tp: int, arch: str, page_sizes: Sequence[int] | None, max_s_q: int | None,
+             dtype: str | None, uses: Sequence[str] | None) -> list[Spec]:
     """Every Spec that serving the model can reach; raises UnknownModel, UnknownArch and InvalidArgument."""
     try:
-        return models.specs_for(model, tp=tp, arch=arch, page_sizes=page_sizes, max_s_q=max_s_q or models.MAX_S_Q,
-                                dtype=dtype, uses=uses)
+        return models.specs_for(model, tp=tp, arch=arch, page_sizes=page_sizes or models.PAGE_SIZES,
+                                max_s_q=max_s_q or models.MAX_S_Q, dtype=dtype, uses=uses or ())
     except SchemaViolation as error:
         raise _misput(f"--model {model} with these options", error) from error
+
+
+def command(model: str, tp: int, arch: str, page_sizes: Sequence[int] | None, max_s_q: int | None, dtype: str | None,
+            uses: Sequence[str] | None) -> str:
+    """What stores every kernel of `of_model`."""
+    given = [("model", model), ("tp", tp), ("arch", arch), *(("page-size", n) for n in page_sizes or ()),
+             ("max-s-q", max_s_q), ("dtype", dtype), *(("uses", name) for name in uses or ())]
+    return "jitmla prewarm " + " ".join(f"--{name} {value}" for name, value in given if value is not None)
 
 
 def of_assignments(op: str, arch: str, assignments: list[str]) -> Spec:

@@ -140,6 +140,6 @@ def _pin(prefixes: list[str], pinned: bool) -> None:
     for digest in [only(prefix).digest for prefix in prefixes]:
         if digest not in there:
             raise InvalidArgument(f"to pin {digest[:output.SHORT]}", supported=f"an entry of {store.root}",
-                                  differs="a read-only layer holds it, where nothing is evicted")
+                                  differs="a read-only layer holds it, where nothing is evicted", remedy="none needed")
         store.pin(digest, pinned)
         output.line(f"{'pinned' if pinned else 'unpinned'} {digest[:output.SHORT]}")

@@ -11,10 +11,9 @@ from torch import Tensor
 from .. import layouts
 from ..errors import InvalidArgument
 from ..ops.fp8_bmm import fp8_bmm
-from .deep_gemm_logits import fp8_mqa_logits as fp8_mqa_logits
-from .deep_gemm_logits import fp8_paged_mqa_logits as fp8_paged_mqa_logits
-from .deep_gemm_logits import get_paged_mqa_logits_metadata as get_paged_mqa_logits_metadata
+from .deep_gemm_logits import fp8_mqa_logits, fp8_paged_mqa_logits, get_paged_mqa_logits_metadata
 
+__all__ = ["fp8_einsum", "fp8_mqa_logits", "fp8_paged_mqa_logits", "get_paged_mqa_logits_metadata"]
 EXPRESSION, RECIPE = "bhr,hdr->bhd", (1, 128, 128)
 
 
@@ -29,7 +28,8 @@ def fp8_einsum(expr: str, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], d:
     if expr != EXPRESSION or tuple(recipe) != RECIPE or c is not None:
         raise InvalidArgument(f"fp8_einsum({expr!r}, recipe={tuple(recipe)}{'' if c is None else ', c=...'})",
                               supported=f"{EXPRESSION!r} with recipe={RECIPE} and no c",
-                              differs="it is another product")
+                              differs="it is another product",
+                              remedy="call jitmla.fp8_bmm, or DeepGEMM itself for other products")
     (values, scales), (weights, weight_scales) = a, b
     fp8_bmm(values.transpose(0, 1), tokens_innermost(scales), weights, weight_scales.contiguous(),
             out=d.transpose(0, 1))

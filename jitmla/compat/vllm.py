@@ -7,6 +7,8 @@ from torch import Tensor
 from ..errors import InvalidArgument
 from ..ops.inv_rope_fp8_quant import inv_rope_fp8_quant
 
+__all__ = ["fused_inv_rope_fp8_quant"]
+
 
 def fused_inv_rope_fp8_quant(o: Tensor, positions: Tensor, cos_sin_cache: Tensor, n_groups: int, heads_per_group: int,
                              nope_dim: int = 448, rope_dim: int = 64, quant_group_size: int = 128,
@@ -18,7 +20,8 @@ def fused_inv_rope_fp8_quant(o: Tensor, positions: Tensor, cos_sin_cache: Tensor
     if heads != n_groups * heads_per_group:
         raise InvalidArgument(f"{n_groups} groups of {heads_per_group} heads",
                               supported=f"{heads} heads in all, as o has",
-                              differs=f"that makes {n_groups * heads_per_group}")
+                              differs=f"that makes {n_groups * heads_per_group}",
+                              remedy="give the numbers of this rank: heads_per_group is heads / n_groups")
     o_fp8, o_scale = inv_rope_fp8_quant(o, positions, cos_sin_cache, n_groups=n_groups, nope_dim=nope_dim,
                                         rope_dim=rope_dim, group_size=quant_group_size,
                                         scale_mode="ue8m0_i32" if tma_aligned_scales else "pow2_f32")

@@ -29,7 +29,7 @@ def attend(layer: Layer, batch: Batch, q: Tensor, compressed_kv: Tensor, k_pe: T
         return
     if n > output.shape[0]:
         raise InvalidArgument(f"{output.shape[0]} rows for a batch of {n} tokens", supported="at least as many rows",
-                              differs="tokens are missing")
+                              differs="tokens are missing", remedy="allocate output for the padded number of tokens")
     capturing = output.is_cuda and torch.cuda.is_current_stream_capturing()
     if batch.context_tokens and capturing:
         raise InvalidArgument("jitmla::mla_dsa_attn_inplace on context tokens during CUDA graph capture",
@@ -37,24 +37,24 @@ def attend(layer: Layer, batch: Batch, q: Tensor, compressed_kv: Tensor, k_pe: T
                               remedy="split the graph at this op (jitmla.engines.piecewise), or capture decode batches")
     if c.debug and not capturing:
         _check_pages(layer, batch)
-    if layer.has_indexer:
-        _select(layer, batch, [x[:n] for x in indexer])
-    topk = batch.topk_of(c.index_topk)
     positions = torch.arange(n, device=q.device) if position_ids is None else position_ids[:n]
-
-    # the new rows must be in the cache before anything is attended: a token sees itself
-    angles = layer.cos_sin[positions]
-    rotated = rotate(k_pe[:n], angles)
-    jitmla.kv_row_pack(compressed_kv[:n], rotated, layer.kv_cache, batch.slot_mapping, backend=c.backend)
-
     heads = q[:n].view(n, c.heads, c.qk_head_dim)
     if c.llama_4_scaling is not None:
         beta, original = c.llama_4_scaling
         heads = heads * (1 + beta * torch.log1p(((positions + 1) // original).float())).to(q.dtype)[:, None, None]
-    absorbed = q.new_empty(n, c.heads, c.kv_lora_rank + c.qk_rope_head_dim)
     nope, rope = heads.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+    absorbed = q.new_empty(n, c.heads, c.kv_lora_rank + c.qk_rope_head_dim)
+    # the new rows must be in the caches before anything is selected or attended: a token sees itself
+    found = [x[:n] for x in indexer] if layer.has_indexer else []
+    keys = dict(k_fp8=found[1], k_scale=found[2], index_cache=layer.index_cache,
+                index_slot_mapping=batch.index_slot_mapping) if found else {}
+    jitmla.dsa_append(rope, absorbed[..., c.kv_lora_rank:], compressed_kv[:n], k_pe[:n], positions, layer.cos_sin,
+                      layer.kv_cache, batch.slot_mapping, **keys, backend=c.backend)
+    # before the selection, whose kernels are then launched without a gap up to the attention
     torch.bmm(nope.transpose(0, 1), layer.weights.w_uk, out=absorbed[..., :c.kv_lora_rank].transpose(0, 1))
-    absorbed[..., c.kv_lora_rank:] = rotate(rope, angles[:, None])
+    if found:
+        _select(layer, batch, found[0], found[3])
+    topk = batch.topk_of(c.index_topk)
 
     latent = q.new_empty(n, c.heads, c.kv_lora_rank)
     for part, rows, s_q in ((batch.context, slice(0, split), 1), (batch.generation, slice(split, n), None)):
@@ -69,13 +69,6 @@ def attend(layer: Layer, batch: Batch, q: Tensor, compressed_kv: Tensor, k_pe: T
     torch.bmm(latent.transpose(0, 1), layer.weights.w_uv, out=by_head)
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Pairs (2 i, 2 i + 1) of the last dimension turned by the angles [..., 32 cosines | 32 sines], in float32."""
-    cos, sin = angles.split(angles.shape[-1] // 2, -1)
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
-
-
 def _check_pages(layer: Layer, batch: Batch) -> None:
     """On the host: block tables and slots lie in the caches."""
     caches = ((layer.kv_cache, "block_table", batch.slot_mapping),
@@ -86,20 +79,20 @@ def _check_pages(layer: Layer, batch: Batch) -> None:
         for part in (batch.context, batch.generation):
             if part is not None and part.tokens and int(getattr(part, table).max()) >= cache.shape[0]:
                 raise InvalidArgument(f"{table} with page {int(getattr(part, table).max())}",
-                                      supported=f"pages below {cache.shape[0]}", differs="the cache has no such page")
+                                      supported=f"pages below {cache.shape[0]}", differs="the cache has no such page",
+                                      remedy="look at how the engine fills its block tables")
         if int(slots.max()) >= cache.shape[0] * cache.shape[1]:
             raise InvalidArgument(f"slot {int(slots.max())}", supported=f"below {cache.shape[0] * cache.shape[1]}",
-                                  differs="the cache has no such row")
+                                  differs="the cache has no such row",
+                                  remedy="look at how the engine computes slot_mapping and index_slot_mapping")
 
 
 # ------------------------------------------------------------------------------------------------------- the indexer
 
 
-def _select(layer: Layer, batch: Batch, indexer: Sequence[Tensor]) -> None:
-    """The indexer's keys into its cache, then the positions that each token attends to into batch.topk."""
-    q_fp8, k_fp8, k_scale, weights = indexer
+def _select(layer: Layer, batch: Batch, q_fp8: Tensor, weights: Tensor) -> None:
+    """The positions that each token attends to into batch.topk; the indexer's keys are in its cache."""
     split = batch.context_tokens
-    jitmla.indexer_k_scatter(k_fp8, k_scale, layer.index_cache, batch.index_slot_mapping, backend=layer.config.backend)
     topk = batch.topk_of(layer.config.index_topk)
     if batch.context is not None and split:
         _select_context(layer, batch.context, q_fp8[:split], weights[:split], topk[:split])

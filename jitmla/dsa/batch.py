@@ -30,7 +30,8 @@ class Context:
         if len(self.q_lens) != len(self.kv_lens) or any(
                 not 0 <= q <= k for q, k in zip(self.q_lens, self.kv_lens, strict=True)):
             raise InvalidArgument(f"q_lens={self.q_lens}, kv_lens={self.kv_lens}",
-                                  supported="as many, and no more new tokens than tokens", differs="they are otherwise")
+                                  supported="as many, and no more new tokens than tokens", differs="they are otherwise",
+                                  remedy="kv_lens[i] counts the q_lens[i] new tokens as well")
 
     @property
     def tokens(self) -> int:
@@ -88,7 +89,8 @@ class Batch:
     def __post_init__(self) -> None:
         if self.slot_mapping.shape != (self.tokens,) or self.index_slot_mapping.shape != (self.tokens,):
             raise InvalidArgument(f"slots of shape {list(self.slot_mapping.shape)}", supported=f"[{self.tokens}]",
-                                  differs="the context and generation have other numbers of tokens")
+                                  differs="the context and generation have other numbers of tokens",
+                                  remedy="one slot for each token of context and generation, padding excluded")
         if self.generation is not None:
             _ = self.generation.request_of  # made now: not while a graph is captured
 
@@ -125,7 +127,8 @@ def current() -> Batch:
     """The batch of the pass under way; raises InvalidArgument outside of `forward`."""
     if _current is None:
         raise InvalidArgument("jitmla::mla_dsa_attn_inplace without a batch", supported="a call inside "
-                              "jitmla.dsa.forward(batch)", differs="no forward pass is under way")
+                              "jitmla.dsa.forward(batch)", differs="no forward pass is under way",
+                              remedy="wrap the model's call: with jitmla.dsa.forward(batch): ...")
     return _current
 
 

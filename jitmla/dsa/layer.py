@@ -36,10 +36,11 @@ class Config:
     def __post_init__(self) -> None:
         if (self.kv_lora_rank, self.qk_rope_head_dim) != (512, 64):
             raise InvalidArgument(f"kv_lora_rank={self.kv_lora_rank}, qk_rope_head_dim={self.qk_rope_head_dim}",
-                                  supported="512 and 64", differs="rows of the cache have these sizes")
+                                  supported="512 and 64", differs="rows of the cache have these sizes",
+                                  remedy="models of other widths are not served by jitmla.dsa")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise InvalidArgument(f"q_lora_rank={self.q_lora_rank}", supported="a rank, or None where q has none",
-                                  differs="it is neither")
+                                  differs="it is neither", remedy="take it from the model's config.json")
 
     @property
     def qk_head_dim(self) -> int:
@@ -72,7 +73,8 @@ class Weights:
         indexer = (self.index_q_proj, self.index_kw_proj, self.index_k_norm, self.index_k_bias)
         if len({x is None for x in indexer}) != 1:
             raise InvalidArgument("a part of an indexer", supported="index_q_proj, index_kw_proj, index_k_norm and "
-                                  "index_k_bias, or none of them", differs="some are missing")
+                                  "index_k_bias, or none of them", differs="some are missing",
+                                  remedy="give all four, or none where the layer before has selected")
 
 
 @dataclass(eq=False)
@@ -95,11 +97,13 @@ class Layer:
         self.has_indexer = self.weights.index_q_proj is not None
         if self.has_indexer and self.index_cache is None:
             raise InvalidArgument(f"layer {self.key!r} without index_cache", supported="a cache for its indexer",
-                                  differs="its weights have an indexer")
+                                  differs="its weights have an indexer",
+                                  remedy="allocate one: uint8 [pages, 64, 1, 132]")
         if (self.weights.q_a_norm is None) != (self.config.q_lora_rank is None):
             raise InvalidArgument(f"layer {self.key!r}: q_lora_rank={self.config.q_lora_rank}",
                                   supported="q_a_norm where there is a q_lora_rank, and only there",
-                                  differs=f"q_a_norm is {'missing' if self.weights.q_a_norm is None else 'given'}")
+                                  differs=f"q_a_norm is {'missing' if self.weights.q_a_norm is None else 'given'}",
+                                  remedy="take both from the model, whose q_lora_rank may be null")
         if self.key in _layers:
             raise InvalidArgument(f"layer {self.key!r}", supported="one layer for each key", differs="there is one",
                                   remedy="drop the other one first, or name this one otherwise")

@@ -148,19 +148,38 @@ class Backend:
         pieces = split(graph, self.boundaries)
         self.pieces.append(pieces)
         spans = {name: Span(getattr(pieces.module, name), self.pool) for name in pieces.spans}
-        program = Program(pieces.module, spans, self.sizes, examples)
+        program = Program(pieces.module, spans, self.sizes, growing(graph, examples))
         self._programs.append(program)
         return program
 
 
-class Program:
-    """A compiled graph: eager, or for some numbers of tokens a series of replays."""
+def growing(graph: fx.GraphModule, examples: Sequence[Any]) -> list[bool]:
+    """Which inputs have a size that grows with the number of tokens: the first size of the first tensor for which it is
+    a symbol. With dynamic=True widths are symbols as well; what has only those is a weight. Where nothing is a symbol,
+    inputs with as many rows as the first tensor."""
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    # the examples may be real tensors, whose sizes are numbers
+    known = [node.meta.get("example_value", x) for node, x in zip(placeholders, examples, strict=True)]
+    sizes = [x.shape if isinstance(x, Tensor) else () for x in known]
+    symbol = next((_symbols(size[0]) for size in sizes if len(size) and _symbols(size[0])), None)
+    if symbol is not None:
+        return [any(symbol & _symbols(n) for n in size) for size in sizes]
+    rows = next((size[0] for size in sizes if len(size)), None)
+    return [len(size) > 0 and size[0] == rows for size in sizes]
 
-    def __init__(self, module: fx.GraphModule, spans: dict[str, Span], sizes: frozenset[int], examples: Sequence[Any]):
-        self.module, self.spans, self.sizes = module, spans, sizes
-        self.symbolic = [i for i, x in enumerate(examples) if isinstance(x, torch.SymInt)]
-        # what grows with the tokens is copied to where it was; everything else must stay where it is
-        self.grows = [isinstance(x, Tensor) and any(isinstance(n, torch.SymInt) for n in x.shape) for x in examples]
+
+def _symbols(size: Any) -> frozenset[Any]:
+    """Those that a size is made of."""
+    return frozenset(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else frozenset()
+
+
+class Program:
+    """A compiled graph: eager, or for some numbers of tokens a series of replays. grows: inputs that have a row, or
+    several, for each token, the first size of the first one their number. They are copied to where they were when the
+    graphs were captured; everything else must stay where it is."""
+
+    def __init__(self, module: fx.GraphModule, spans: dict[str, Span], sizes: frozenset[int], grows: Sequence[bool]):
+        self.module, self.spans, self.sizes, self.grows = module, spans, sizes, grows
         self.kept: dict[int, list[Any]] = {}  # by number of tokens: the inputs as they were captured
         self.how: tuple[str, int] = ("eager", 0)
         for name, span in spans.items():
@@ -184,10 +203,8 @@ class Program:
         return self.module(*self.kept[tokens])
 
     def tokens(self, inputs: Sequence[Any]) -> int:
-        """The number of tokens of a pass: the one symbolic size, or else the first size of the first tensor."""
-        if self.symbolic:
-            return int(inputs[self.symbolic[0]])
-        return next((int(x.shape[0]) for x in inputs if isinstance(x, Tensor) and x.dim() > 0), 0)
+        """The number of tokens of a pass."""
+        return next((int(x.shape[0]) for x, grows in zip(inputs, self.grows, strict=True) if grows), 0)
 
     def forget(self) -> None:
         self.kept.clear()

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from .. import dispatch
 from .. import torch_ops_cached as torch_ops
-from ..errors import InvalidArgument, InvalidArgumentType
+from ..errors import InvalidArgument
 from ..spec import append_latent_spec
 from . import cached_reference, checks
+from .cached_mla_arguments import E4M3, check_kv_scale
 
 OP = "append_latent"
 SLOT_NAMES = {torch.int32: "i32", torch.int64: "i64"}
-E4M3 = torch.float8_e4m3fn
 MAX_ROWS = 2**31
 RANKS, ROPES = (64, 128, 256, 512), (16, 32, 64)
 
@@ -124,29 +124,16 @@ def _check(latent: Any, k_pe: Any, kv_cache: Any, slots: Any, kv_scale: Any) -> 
     checks.shape("kv_cache", kv_cache, layout, [*kv_cache.shape[:2], rank + k_pe.shape[1]], "latent and k_pe")
     if kv_cache.shape[0] * kv_cache.shape[1] >= MAX_ROWS:
         raise InvalidArgument(f"kv_cache: {checks.describe(kv_cache)}", supported=f"fewer than {MAX_ROWS} rows",
-                              differs=f"it has {kv_cache.shape[0] * kv_cache.shape[1]}")
+                              differs=f"it has {kv_cache.shape[0] * kv_cache.shape[1]}",
+                              remedy="divide the cache into several tensors")
     checks.tensor("slots", slots, "[tokens]", 1)
     checks.dtype("slots", slots, list(SLOT_NAMES))
     checks.shape("slots", slots, "[tokens]", [tokens], "latent")
-    if (kv_scale is None) == (kv_cache.dtype == E4M3):
-        raise InvalidArgument(f"kv_cache of {str(kv_cache.dtype).removeprefix('torch.')} "
-                              f"{'without' if kv_scale is None else 'with'} kv_scale",
-                              supported="kv_scale for a float8_e4m3fn cache, and for no other one",
-                              differs="an unscaled FP8 cache would lose what does not fit" if kv_scale is None
-                              else "rows are stored as they are",
-                              remedy="pass kv_scale, a float32 tensor of one element" if kv_scale is None
-                              else "leave kv_scale out")
-    if kv_scale is not None:
-        checks.tensor("kv_scale", kv_scale, "[1]", 1)
-        checks.dtype("kv_scale", kv_scale, [torch.float32])
-        checks.shape("kv_scale", kv_scale, "[1]", [1], "nothing: one scale for the cache")
-        checks.device("kv_scale", kv_scale, latent.device, "latent")
+    check_kv_scale(kv_scale, kv_cache, latent)
     for name, value in (("latent", latent), ("k_pe", k_pe), ("kv_cache", kv_cache), ("slots", slots)):
         checks.contiguous_last(name, value)
         checks.device(name, value, latent.device, "latent")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (latent, k_pe, kv_cache)):
-        raise InvalidArgumentType("append_latent on tensors that require a gradient", supported="inference only",
-                                  differs="there is no backward", remedy="call it under torch.inference_mode()")
+    checks.no_gradient("append_latent", latent=latent, k_pe=k_pe, kv_cache=kv_cache)
 
 
 def _check_width(name: str, value: Tensor, widths: tuple[int, ...]) -> None:

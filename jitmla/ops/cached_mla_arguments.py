@@ -11,6 +11,8 @@ from ..errors import InvalidArgument, InvalidArgumentType
 from . import checks
 
 MAX_HEADS = 128
+E4M3 = torch.float8_e4m3fn
+FORMS = ("auto", "absorbed", "mha")
 
 
 class Sizes(NamedTuple):
@@ -25,11 +27,9 @@ class Sizes(NamedTuple):
 
 
 def check(q_nope: Any, q_pe: Any, latent: Any, k_pe: Any, weight: Any, kv_cache: Any, metadata: dict[str, Any],
-          counts: dict[str, Any], sm_scale: Any, out: Any) -> Sizes:
+          counts: dict[str, Any], sm_scale: Any, out: Any, kv_scale: Any, max_prefix: Any, form: Any) -> Sizes:
     """Raise InvalidArgument or InvalidArgumentType unless the op is defined on these."""
-    if checks.finite_number("sm_scale", sm_scale) <= 0:
-        raise InvalidArgument(f"sm_scale={sm_scale}", supported="a positive number", differs="it is not positive",
-                              remedy="look where sm_scale is computed")
+    checks.scale("cached_mla", sm_scale)
     checks.tensor("q_nope", q_nope, "[batch, s, heads, qk_nope_head_dim]", 4)
     checks.dtype("q_nope", q_nope, list(checks.DTYPE_NAMES))
     batch, s, heads, nope = q_nope.shape
@@ -65,15 +65,36 @@ def check(q_nope: Any, q_pe: Any, latent: Any, k_pe: Any, weight: Any, kv_cache:
                      "q_nope and kv_b_proj_weight")
         tensors["out"] = out
     for name, value in tensors.items():
-        checks.dtype(name, value, [q_nope.dtype])
+        checks.dtype(name, value, [q_nope.dtype, E4M3] if name == "kv_cache" else [q_nope.dtype])
         checks.contiguous_last(name, value)
         checks.device(name, value, q_nope.device, "q_nope")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
-        names = [n for n, t in tensors.items() if t.requires_grad]
-        raise InvalidArgument(f"cached_mla on tensors that require a gradient: {names[0]}", supported="inference only",
-                              differs="there is no backward", remedy="call it under torch.inference_mode()")
+    checks.no_gradient("cached_mla", **tensors)
     _check_metadata(metadata, counts, batch * s, q_nope)
+    check_kv_scale(kv_scale, kv_cache, q_nope)
+    if max_prefix is not None and (isinstance(max_prefix, bool) or not isinstance(max_prefix, int) or max_prefix < 0):
+        raise InvalidArgumentType(f"max_prefix={max_prefix!r}", supported="None, or an int, at least 0",
+                                  differs="it is none", remedy="leave it out where the host does not know one")
+    if form not in FORMS:
+        raise InvalidArgument(f"form={form!r}", supported=", ".join(FORMS), differs="there is no such form",
+                              remedy='leave it out: "auto" takes the faster one')
     return Sizes(batch * s, heads, nope, rope, rank, value_dim)
+
+
+def check_kv_scale(kv_scale: Any, kv_cache: Tensor, like: Tensor) -> None:
+    """A scale for an e4m3 cache, on the device of `like`, and for no other one."""
+    if (kv_scale is None) == (kv_cache.dtype == E4M3):
+        raise InvalidArgument(f"kv_cache of {str(kv_cache.dtype).removeprefix('torch.')} "
+                              f"{'without' if kv_scale is None else 'with'} kv_scale",
+                              supported="kv_scale for a float8_e4m3fn cache, and for no other one",
+                              differs="an unscaled FP8 cache would lose what does not fit" if kv_scale is None
+                              else "rows are stored as they are",
+                              remedy="pass kv_scale, a float32 tensor of one element" if kv_scale is None
+                              else "leave kv_scale out")
+    if kv_scale is not None:
+        checks.tensor("kv_scale", kv_scale, "[1]", 1)
+        checks.dtype("kv_scale", kv_scale, [torch.float32])
+        checks.shape("kv_scale", kv_scale, "[1]", [1], "nothing: one scale for the cache")
+        checks.device("kv_scale", kv_scale, like.device, "the other tensors")
 
 
 def _check_metadata(metadata: dict[str, Any], counts: dict[str, Any], tokens: int, q_nope: Tensor) -> None:
@@ -88,7 +109,8 @@ def _check_metadata(metadata: dict[str, Any], counts: dict[str, Any], tokens: in
         raise InvalidArgument(", ".join(f"{n}={v}" for n, v in counts.items()),
                               supported=f"counts of at most {tokens} tokens, for which q_nope has places; "
                               "prefill_tokens 0 without prefill sequences",
-                              differs=f"they are {counts['prefill_tokens'] + counts['num_decode']} tokens")
+                              differs=f"they are {counts['prefill_tokens'] + counts['num_decode']} tokens",
+                              remedy="pass q_nope, q_pe, latent and k_pe of all tokens, prefill first")
     for name, value in metadata.items():
         checks.tensor(name, value, "[sequences]", 1)
         checks.dtype(name, value, [torch.int32])

@@ -44,5 +44,6 @@ def cat_quant_fp8(pe: Tensor, nope: Tensor, *, scale_mode: str = "pow2_f32", bac
                lambda: dispatch.plan_for(cat_quant_fp8_spec(arch=dispatch.arch_of(pe.device), scale_mode=scale_mode),
                                          backend, pe.device),
                lambda: (*parts, fp8, scale),
-               lambda: indexer_reference.cat_quant_fp8(pe, nope, scale_mode=scale_mode, fp8=fp8, scale=scale))
+               lambda: indexer_reference.cat_quant_fp8(pe, nope, scale_mode=scale_mode, fp8=fp8, scale=scale),
+               isinstance(nope, Tensor) and pe.shape[-1] + nope.shape[-1] == arguments.INDEX_DIM)
     return fp8, scale

@@ -15,6 +15,16 @@ from ..errors import InvalidArgument, InvalidArgumentType
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
+class _Required:
+    """Stands for sm_scale where it is not given: it has no default, and that deserves a better error than Python's."""
+
+    def __repr__(self) -> str:
+        return "<required>"
+
+
+REQUIRED: Any = _Required()
+
+
 def describe(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
@@ -97,6 +107,36 @@ def finite_number(name: str, value: Any) -> float:
         raise InvalidArgument(f"{name}={value}", supported="a finite number", differs="it is not finite",
                               remedy=f"look where {name} is computed")
     return float(value)
+
+
+def scale(op: str, sm_scale: Any) -> None:
+    if sm_scale is REQUIRED:
+        raise InvalidArgumentType(f"{op} without sm_scale", supported="sm_scale: float, required",
+                                  differs="it cannot be inferred: it is (qk_nope_head_dim + qk_rope_head_dim)**-0.5 "
+                                  "times any YaRN mscale**2",
+                                  remedy="pass it, for example sm_scale=0.1352 for DeepSeek-V3")
+    if finite_number("sm_scale", sm_scale) <= 0:
+        raise InvalidArgument(f"sm_scale={sm_scale}", supported="a positive number", differs="it is not positive",
+                              remedy="look where sm_scale is computed")
+
+
+def output(name: str, value: Any, shape_: tuple[int, ...], dtype_: torch.dtype, like: Tensor) -> None:
+    """An output that the caller may give, for inputs such as `like`."""
+    if value is None:
+        return
+    tensor(name, value, f"{list(shape_)}", len(shape_))
+    dtype(name, value, [dtype_])
+    shape(name, value, "", shape_, "the inputs")
+    contiguous_last(name, value)
+    device(name, value, like.device, "the inputs")
+
+
+def no_gradient(op: str, **tensors: Tensor) -> None:
+    """Weights may be parameters, as long as autograd does not record."""
+    named = [name for name, value in tensors.items() if value.requires_grad]
+    if named and torch.is_grad_enabled():
+        raise InvalidArgument(f"{op} on tensors that require a gradient: {named[0]}", supported="inference only",
+                              differs="there is no backward", remedy="call it under torch.inference_mode()")
 
 
 def takes_reference(op: str, backend: Any, tensor: Tensor) -> bool:

@@ -43,17 +43,19 @@ def fp8_mqa_logits(q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: T
     def check() -> None:
         arguments.mqa_logits(q, k, k_scale, weights, ks, ke, clean_logits, max_seqlen_k)
         if out is not None:
-            room = max_seqlen_k or -(-k.shape[0] // BLOCK) * BLOCK
             arguments.logits_out(out, q.shape[0], max_seqlen_k or k.shape[0], room, q)
 
     if not isinstance(q, Tensor) or q.dim() != 3 or not isinstance(k, Tensor) or not q.shape[0] or not k.shape[0]:
         check()
-    given = torch_ops.empty_logits(q, q.shape[0], max_seqlen_k or k.shape[0]) if out is None else out
+    columns = max_seqlen_k or k.shape[0]
+    room = max_seqlen_k or -(-columns // BLOCK) * BLOCK
+    given = torch_ops.empty_logits(q, q.shape[0], columns) if out is None else out
     if not q.shape[0] or not k.shape[0]:
         return given
     launch.run(OP, _calls, (q.get_device(), q.shape[1], store, backend), q, backend, check,
                lambda: dispatch.plan_for(fp8_mqa_logits_spec(arch=dispatch.arch_of(q.device), heads=q.shape[1],
                                                              store=store), backend, q.device),
                lambda: (q, k, k_scale, weights, ks, ke, given, dispatch.sm_count(q.device)),
-               lambda: indexer_reference.fp8_mqa_logits(q, k, k_scale, weights, ks, ke, store=store, out=given))
+               lambda: indexer_reference.fp8_mqa_logits(q, k, k_scale, weights, ks, ke, store=store, out=given),
+               out is None or arguments.has_room(out, columns, room))
     return given

@@ -61,5 +61,6 @@ def fp8_paged_mqa_logits(q: Tensor, cache: Tensor, weights: Tensor, context_lens
                # as wide as what may be written: the kernel stops there
                lambda: (q, cache.view(torch.uint8), weights, lens, block_table,
                         given.as_strided((rows, room), given.stride()), dispatch.sm_count(q.device)),
-               lambda: indexer_reference.fp8_paged_mqa_logits(q, cache, weights, lens, block_table, out=given))
+               lambda: indexer_reference.fp8_paged_mqa_logits(q, cache, weights, lens, block_table, out=given),
+               out is None or arguments.has_room(out, max_context_len, room))
     return given

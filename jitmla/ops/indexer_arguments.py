@@ -33,9 +33,7 @@ def check(name: str, value: Any, layout: str, shape: Sequence[int | None], dtype
     checks.shape(name, value, layout, expected, follows="the other arguments and the formats of the op")
     if first is not None:
         checks.device(name, value, first.device, of="the first argument")
-    if value.requires_grad:
-        raise InvalidArgument(f"{name} requires a gradient", supported="inference only", differs="there is no backward",
-                              remedy="call it under torch.inference_mode() or torch.no_grad()")
+    checks.no_gradient("an op of the indexer", **{name: value})
     if contiguous and not value.is_contiguous():
         raise InvalidArgument(f"{name} with strides {tuple(value.stride())}", supported=f"a contiguous {name}",
                               differs="it is not", remedy=f"pass {name}.contiguous()")
@@ -45,15 +43,17 @@ def check(name: str, value: Any, layout: str, shape: Sequence[int | None], dtype
 def one_of(name: str, value: Any, supported: Sequence[Any]) -> None:
     if value not in supported:
         raise InvalidArgument(f"{name}={value!r}", supported=", ".join(map(str, supported)),
-                              differs="it is none of them")
+                              differs="it is none of them", remedy=f"choose one of them for {name}")
 
 
 def index(name: str, value: Any, least: int = 0) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidArgumentType(f"{name}: {type(value).__name__}", supported=f"{name}: an int",
-                                  differs=f"{value!r} is not an int")
+                                  differs=f"{value!r} is not an int",
+                                  remedy=f"pass {name} as a Python int; a tensor would have to be read on the host")
     if value < least:
-        raise InvalidArgument(f"{name}={value}", supported=f"at least {least}", differs=f"it is {value}")
+        raise InvalidArgument(f"{name}={value}", supported=f"at least {least}", differs=f"it is {value}",
+                              remedy=f"pass a larger {name}")
 
 
 def address(name: str, value: Tensor, size: int = 16) -> None:
@@ -112,7 +112,7 @@ def cat_quant(pe: Any, nope: Any, scale_mode: Any) -> None:
     check("nope", nope, "the same with 128 - pe_dim columns", (*pe.shape[:-1], width), [BF16], pe)
     if pe.shape[-1] % 4 or width <= 0 or pe.shape[-1] == 0:
         raise InvalidArgument(f"pe with {pe.shape[-1]} columns", supported="multiples of 4 from 4 to 124",
-                              differs="pieces of 4 columns must be of one part")
+                              differs="pieces of 4 columns must be of one part", remedy="pad the columns of pe")
     for name, x in (("pe", pe), ("nope", nope)):
         strides(name, x, 4)
         address(name, x, 8)
@@ -161,10 +161,42 @@ def row_pack(kv_c: Any, k_pe: Any, cache: Any, slot_mapping: Any) -> str:
         if (cache.shape[1] > 1 and cache.stride(1) != width) or (cache.shape[0] > 1 and cache.stride(0) % 8):
             raise InvalidArgument(f"cache with strides {tuple(cache.stride())}",
                                   supported=f"stride(1) == {width} and stride(0) a multiple of 8",
-                                  differs="its pages are laid out otherwise")
+                                  differs="its pages are laid out otherwise",
+                                  remedy="allocate the cache contiguously, or with padding between pages only")
         address("cache", cache)
     slots("slot_mapping", slot_mapping, kv_c.shape[0], kv_c)
     return row
+
+
+def append(q_pe: Any, q_out: Any, kv_c: Any, k_pe: Any, positions: Any, cos_sin_cache: Any, kv_cache: Any,
+           slot_mapping: Any, k_fp8: Any, k_scale: Any, index_cache: Any, index_slot_mapping: Any) -> None:
+    check("q_pe", q_pe, "[tokens, heads, 64]", (None, None, LATENT_ROPE), [BF16])
+    check("q_out", q_out, "[tokens, heads, 64]", tuple(q_pe.shape), [BF16], q_pe)
+    for name, x in (("q_pe", q_pe), ("q_out", q_out)):
+        strides(name, x, 8)
+        address(name, x)
+    row_pack(kv_c, k_pe, kv_cache, slot_mapping)
+    tokens = q_pe.shape[0]
+    for name, x in (("kv_c", kv_c), ("slot_mapping", slot_mapping)):
+        if x.shape[0] != tokens:
+            raise InvalidArgument(f"{name}: {checks.describe(x)}", supported=f"{tokens} tokens, as q_pe has",
+                                  differs=f"it has {x.shape[0]}",
+                                  remedy="pass as many rows of each as there are queries")
+    check("positions", positions, "[tokens]", (tokens,), [I64, I32], q_pe, contiguous=True)
+    check("cos_sin_cache", cos_sin_cache, "[positions, 64]", (None, 64), [FP32], q_pe, contiguous=True)
+    address("cos_sin_cache", cos_sin_cache)
+    index = (k_fp8, k_scale, index_cache, index_slot_mapping)
+    if len({x is None for x in index}) != 1:
+        raise InvalidArgument("k_fp8, k_scale, index_cache and index_slot_mapping", supported="all four, or none",
+                              differs="some are missing", remedy="pass none of them in a layer without an indexer")
+    if k_fp8 is not None:
+        scatter(*index)
+        check("k_scale", k_scale, "[tokens, 1]", (None, 1), [FP32], q_pe, contiguous=True)
+        if index_slot_mapping.shape[0] != tokens:
+            raise InvalidArgument(f"index_slot_mapping: {checks.describe(index_slot_mapping)}",
+                                  supported=f"{tokens} slots, one for each token",
+                                  differs=f"it has {index_slot_mapping.shape[0]}",
+                                  remedy="pass -1 for a token that is not to be stored")
 
 
 def row_kind(cache: Any) -> str:
@@ -183,13 +215,22 @@ def weights(value: Any, rows: int, heads: int, first: Tensor) -> None:
     address("weights", value)
 
 
+def has_room(out: Any, columns: int, room: int) -> bool:
+    """Whether a GPU may write logits of so many columns to `out`, `room` elements of each row."""
+    if not isinstance(out, Tensor) or out.dim() != 2 or out.shape[1] != columns or not out.shape[0]:
+        return False
+    end = out.storage_offset() + (out.shape[0] - 1) * out.stride(0) + room
+    return (out.stride(0) >= room or out.shape[0] == 1) and end <= out.untyped_storage().nbytes() // 4
+
+
 def logits_out(out: Any, rows: int, columns: int, room: int, first: Tensor) -> None:
     """`room`: elements from one row to the next that the kernels need; the reference does not."""
     check("out", out, "[rows, columns]", (rows, columns), [FP32], first)
-    if out.stride(0) < room and rows > 1 and columns and out.is_cuda:
+    if columns and out.is_cuda and not has_room(out, columns, room):
         raise InvalidArgument(f"out with strides {tuple(out.stride())}",
-                              supported=f"rows at least {room} elements apart: whole blocks of keys are written",
-                              differs=f"they are {out.stride(0)} apart",
+                              supported=f"rows at least {room} elements apart, in memory that has so many behind "
+                              "the start of the last one: whole blocks of keys are written",
+                              differs=f"they are {out.stride(0)} apart, or the memory ends before",
                               remedy="allocate rows of jitmla.layouts.logits_stride(columns) and pass [:, :columns]")
 
 
@@ -229,14 +270,16 @@ def topk(logits: Any, k: Any, row_start: Any, row_end: Any, seq_lens: Any, next_
     rows = logits.shape[0]
     if (row_start is None) != (row_end is None) or (row_start is None) == (seq_lens is None):
         raise InvalidArgument("row_start, row_end and seq_lens", supported="row_start and row_end, or seq_lens",
-                              differs="another combination of them was given")
+                              differs="another combination of them was given",
+                              remedy="windows of rows (prefill) or lengths (decode), not both")
     if seq_lens is None:
         check("row_start", row_start, "[rows]", (rows,), [I32], logits, contiguous=True)
         check("row_end", row_end, "[rows]", (rows,), [I32], logits, contiguous=True)
     else:
         if rows % next_n:
             raise InvalidArgument(f"next_n={next_n} with {rows} rows", supported="a divisor of the rows",
-                                  differs="each request has next_n rows")
+                                  differs="each request has next_n rows",
+                                  remedy="pass the number of query tokens per request")
         check("seq_lens", seq_lens, "[rows / next_n]", (rows // next_n,), [I32], logits, contiguous=True)
     if out is not None:
         check("out", out, "[rows, k]", (rows, k), [I32], logits)
@@ -248,21 +291,24 @@ def to_global(topk: Any, req_id: Any, block_table: Any, page_size: Any, stride_f
     rows = topk.shape[0]
     check("req_id", req_id, "[rows]", (rows,), [I32], topk, contiguous=True)
     if (block_table is None) == (workspace_start is None):
-        raise InvalidArgument("block_table and workspace_start", supported="one of them", differs="both or none given")
+        raise InvalidArgument("block_table and workspace_start", supported="one of them", differs="both or none given",
+                              remedy="block_table for a paged cache, workspace_start for gathered rows")
     if block_table is not None:
         check("block_table", block_table, "[requests, pages]", (None, None), [I32], topk)
     else:
         check("workspace_start", workspace_start, "[requests]", (None,), [I32], topk, contiguous=True)
     index("page_size", page_size, 1)
     if page_size & (page_size - 1):
-        raise InvalidArgument(f"page_size={page_size}", supported="a power of two", differs="it is none")
+        raise InvalidArgument(f"page_size={page_size}", supported="a power of two", differs="it is none",
+                              remedy="allocate the cache with pages of 64 tokens")
     index("stride_factor", stride_factor, 1)
     index("layer_offset", layer_offset)
     if pages is not None:
         index("num_pages", pages)
         if pages * stride_factor > 2**31 - 1:
             raise InvalidArgument(f"num_pages={pages} with stride_factor={stride_factor}",
-                                  supported="rows that fit in 31 bits", differs=f"{pages * stride_factor} do not")
+                                  supported="rows that fit in 31 bits", differs=f"{pages * stride_factor} do not",
+                                  remedy="divide the pool into several tensors")
     if out is not None:
         check("out", out, "[rows, k]", tuple(topk.shape), [I32], topk)
     if valid_count is not None:

@@ -49,5 +49,6 @@ def indexer_k_gather(cache: Tensor, block_table: Tensor, cu_seq_lens: Tensor, to
                lambda: dispatch.plan_for(indexer_k_spec(OP, arch=dispatch.arch_of(cache.device)), backend,
                                          cache.device),
                lambda: (cache.view(torch.uint8), block_table, cu_seq_lens, codes, scales),
-               lambda: indexer_reference.indexer_k_gather(cache, block_table, cu_seq_lens, k_fp8=codes, k_scale=scales))
+               lambda: indexer_reference.indexer_k_gather(cache, block_table, cu_seq_lens, k_fp8=codes, k_scale=scales),
+               launch.rows(cu_seq_lens) == launch.rows(block_table) + 1)
     return codes, scales

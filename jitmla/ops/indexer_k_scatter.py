@@ -44,4 +44,5 @@ def indexer_k_scatter(k_fp8: Tensor, k_scale: Tensor, cache: Tensor, slot_mappin
                lambda: dispatch.plan_for(indexer_k_spec(OP, arch=dispatch.arch_of(cache.device)), backend,
                                          cache.device),
                lambda: (k_fp8, k_scale.view(-1, 1), cache.view(torch.uint8), slot_mapping),
-               lambda: indexer_reference.indexer_k_scatter(k_fp8, k_scale, cache, slot_mapping))
+               lambda: indexer_reference.indexer_k_scatter(k_fp8, k_scale, cache, slot_mapping),
+               launch.rows(slot_mapping) <= launch.rows(k_fp8))

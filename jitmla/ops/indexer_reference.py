@@ -21,9 +21,14 @@ def ceil_power_of_two(x: Tensor) -> Tensor:
     return (((bits >> 23) + ((bits & 0x7FFFFF) != 0).int()).clamp(1, 254) << 23).view(torch.float32)
 
 
+def ratio_of(amax: Tensor) -> Tensor:
+    """amax / 448, correctly rounded: PyTorch multiplies by a reciprocal where it divides by a number on a GPU."""
+    return amax / torch.full_like(amax, FP8_MAX)
+
+
 def quantised(x: Tensor, scale_mode: str) -> tuple[Tensor, Tensor]:
     """(e4m3 of x / scale, scale) for rows x [..., 128] in float32; the scale keeps a last dimension of 1."""
-    ratio = x.abs().amax(-1, keepdim=True).clamp_min(FLOOR) / FP8_MAX
+    ratio = ratio_of(x.abs().amax(-1, keepdim=True).clamp_min(FLOOR))
     scale = ratio if scale_mode == "raw_f32" else ceil_power_of_two(ratio)
     return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
@@ -111,7 +116,7 @@ def kv_row_pack(kv_c: Tensor, k_pe: Tensor, cache: Tensor, slot_mapping: Tensor,
     latent, rope = kv_c[tokens], k_pe[tokens]
     if row == "fp8":
         tiles = latent.float().unflatten(-1, (-1, 128))
-        scale = ceil_power_of_two((tiles.abs().amax(-1, keepdim=True) / FP8_MAX).clamp_min(FLOOR))
+        scale = ceil_power_of_two(ratio_of(tiles.abs().amax(-1, keepdim=True)).clamp_min(FLOOR))
         codes = (tiles / scale).to(FP8).flatten(-2)
         parts = [codes, scale.flatten(1), rope]
     else:
@@ -121,6 +126,23 @@ def kv_row_pack(kv_c: Tensor, k_pe: Tensor, cache: Tensor, slot_mapping: Tensor,
     rows = cache.view(torch.uint8).as_strided((cache.shape[0], cache.shape[1], size),
                                               (cache.stride(0) * cache.element_size(), size, 1), at)
     rows[slots // cache.shape[1], slots % cache.shape[1]] = packed
+
+
+def turned_pairs(x: Tensor, angles: Tensor) -> Tensor:
+    """Pairs (2 i, 2 i + 1) of the last dimension turned by the angles [..., 32 cosines | 32 sines], in float32."""
+    cos, sin = angles.split(angles.shape[-1] // 2, -1)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
+
+
+def dsa_append(q_pe: Tensor, q_out: Tensor, kv_c: Tensor, k_pe: Tensor, positions: Tensor, cos_sin_cache: Tensor,
+               kv_cache: Tensor, slot_mapping: Tensor, k_fp8: Tensor | None, k_scale: Tensor | None,
+               index_cache: Tensor | None, index_slot_mapping: Tensor | None, *, row: str) -> None:
+    angles = cos_sin_cache[positions.long()]
+    q_out.copy_(turned_pairs(q_pe, angles[:, None]))
+    kv_row_pack(kv_c, turned_pairs(k_pe, angles), kv_cache, slot_mapping, row=row)
+    if k_fp8 is not None and k_scale is not None and index_cache is not None and index_slot_mapping is not None:
+        indexer_k_scatter(k_fp8, k_scale, index_cache, index_slot_mapping)
 
 
 def mqa_row_logits(q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor) -> Tensor:

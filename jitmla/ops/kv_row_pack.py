@@ -47,7 +47,8 @@ def kv_row_pack(kv_c: Tensor, k_pe: Tensor, cache: Tensor, slot_mapping: Tensor,
                lambda: dispatch.plan_for(kv_row_pack_spec(arch=dispatch.arch_of(cache.device), row=row), backend,
                                          cache.device),
                lambda: (kv_c, k_pe, as_bytes(cache), slot_mapping),
-               lambda: indexer_reference.kv_row_pack(kv_c, k_pe, cache, slot_mapping, row=row))
+               lambda: indexer_reference.kv_row_pack(kv_c, k_pe, cache, slot_mapping, row=row),
+               launch.rows(slot_mapping) <= launch.rows(kv_c))
 
 
 def as_bytes(cache: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ MAX_HEADS = 128
 MAX_PAGE = 128
 E4M3 = torch.float8_e4m3fn
 DTYPE_NAMES = {**checks.DTYPE_NAMES, E4M3: "e4m3"}
-REQUIRED = object()  # sm_scale has no default, and leaving it out deserves a better error than Python's
 
 
 class Features(NamedTuple):
@@ -40,18 +39,11 @@ def check(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_rank: 
     """Raise InvalidArgument or InvalidArgumentType unless the op is defined on these.
 
     Returns (q_nope, q_pe), or q twice where it is one tensor."""
-    if sm_scale is REQUIRED:
-        raise InvalidArgumentType("mla_decode without sm_scale", supported="sm_scale: float, required",
-                                  differs="it cannot be inferred: it is (qk_nope_head_dim + qk_rope_head_dim)**-0.5 "
-                                  "times any YaRN mscale**2, and qk_nope_head_dim is not in the tensors",
-                                  remedy="pass it, for example sm_scale=0.1352 for DeepSeek-V3")
-    if checks.finite_number("sm_scale", sm_scale) <= 0:
-        raise InvalidArgument(f"sm_scale={sm_scale}", supported="a positive number", differs="it is not positive",
-                              remedy="look where sm_scale is computed")
+    checks.scale("mla_decode", sm_scale)
     compact = features.cu_seqlens_q is not None
     q_nope, q_pe = _check_query(q, kv_lora_rank, features)
     rope = rope_dim(q_nope, q_pe, kv_lora_rank)
-    latent, _ = cache_parts(kv_cache)
+    latent, rotated = cache_parts(kv_cache)
     _check_cache(latent, block_table, seq_lens, kv_lora_rank + (0 if latent is not kv_cache else rope), q_nope,
                  None if compact else q_nope.shape[0])
     if latent is not kv_cache:
@@ -65,10 +57,7 @@ def check(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_rank: 
         checks.contiguous_last("sinks", sinks)
         checks.device("sinks", sinks, q_nope.device)
     _check_outputs(out, lse, out_shape, q_nope)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q_nope, q_pe, *cache_parts(kv_cache))):
-        names = [n for n, t in (("q", q_nope), ("q_pe", q_pe), ("kv_cache", latent)) if t.requires_grad]
-        raise InvalidArgument(f"mla_decode on tensors that require a gradient: {names[0]}", supported="inference only",
-                              differs="there is no backward", remedy="call it under torch.inference_mode()")
+    checks.no_gradient("mla_decode", q=q_nope, q_pe=q_pe, kv_cache=latent, kv_cache_pe=rotated)
     return q_nope, q_pe
 
 

@@ -14,7 +14,7 @@ from .. import torch_ops_prefill as torch_ops
 from ..spec import mla_prefill_spec
 from ..workspace import scratch
 from . import checks, prefill_reference
-from .prefill_arguments import REQUIRED, check_prefill, check_prefill_layout
+from .prefill_arguments import check_prefill, check_prefill_layout
 
 OP = "mla_prefill"
 PE = 64  # columns of k_pe in the kernels
@@ -36,7 +36,7 @@ def mla_prefill(q: Tensor, k: Keys, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_
 
 
 def mla_prefill(q: Tensor, k: Any, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, max_seqlen_q: int,
-                max_seqlen_k: int, sm_scale: Any = REQUIRED, causal: bool = True, out: Tensor | None = None,
+                max_seqlen_k: int, sm_scale: float = checks.REQUIRED, causal: bool = True, out: Tensor | None = None,
                 lse: Tensor | None = None, return_lse: bool = False, backend: str = "auto") -> Any:
     """Attention of the new tokens of several requests, with keys and values expanded per head (the MHA form of MLA).
 
@@ -127,7 +127,7 @@ class OnGpu:
         if heads == 1 or tokens == 1 or k.shape[0] == 1:
             # the stride of a dimension of size 1 means nothing, but the compiled wrapper looks at it
             q, k, k_pe, v, out = (checks.usual_strides(x) for x in (q, k, k_pe, v, out))
-        elif k_pe.shape[1] == 1:
+        elif k_pe.shape[1] == 1 and k_pe.stride(1) != k_pe.shape[2]:
             k_pe = checks.usual_strides(k_pe)
         _, counters = scratch(self.device, 1, 2)
         flags = WANTS_LSE if lse is not None else 0

@@ -11,19 +11,20 @@ from ..errors import InvalidArgument
 from . import checks
 from .mla_decode import mla_decode
 from .mla_decode_arguments import MAX_ROWS
-from .prefill_arguments import REQUIRED, check_count, check_no_gradient, check_offsets, check_output, check_scale
+from .prefill_arguments import check_count, check_offsets
 
 OP = "mla_prefill_absorbed"
 
 
 def mla_prefill_absorbed(q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor, *,
-                         max_seqlen_q: int, kv_lora_rank: int, sm_scale: Any = REQUIRED, causal: bool = True,
+                         max_seqlen_q: int, kv_lora_rank: int, sm_scale: float = checks.REQUIRED, causal: bool = True,
                          out: Tensor | None = None, lse: Tensor | None = None, return_lse: bool = False,
                          backend: str = "auto") -> Any:
     """jitmla.mla_decode for requests with different numbers of new tokens: the MQA form of prefill.
 
     For short suffixes of long prefixes: nothing is expanded per head, at 3.4 times the products of the MHA form for
-    each pair of query and key (DeepSeek-V3). Formula and arguments are those of mla_decode, but for
+    each pair of query and key (DeepSeek-V3). The formula is that of mla_decode, as are kv_cache, block_table,
+    kv_lora_rank, sm_scale, causal, return_lse and backend; but
 
     q: [tokens, heads, kv_lora_rank + qk_rope_head_dim], the requests one behind the other, W_UK absorbed.
     cu_seqlens_q: [batch + 1] int32: where each request begins among the tokens, from 0; seq_lens: [batch] int32, tokens
@@ -100,7 +101,7 @@ def _groups(seq_lens: Tensor, cu_seqlens_q: Tensor, tokens: int, size: int, caus
 def _check(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, cu_seqlens_q: Any, max_seqlen_q: Any,
            kv_lora_rank: Any, sm_scale: Any, out: Any, lse: Any) -> None:
     """What mla_decode cannot check, because it sees the groups instead."""
-    check_scale(OP, sm_scale)
+    checks.scale(OP, sm_scale)
     checks.tensor("q", q, "[tokens, heads, kv_lora_rank + qk_rope_head_dim]", 3)
     checks.tensor("block_table", block_table, "[batch, max_pages]", 2)
     checks.tensor("kv_cache", kv_cache, "[pages, page_size, width]", 3)
@@ -113,8 +114,8 @@ def _check(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, cu_seqlens_q:
     check_count("max_seqlen_q", max_seqlen_q)
     if not isinstance(kv_lora_rank, int) or not 0 < kv_lora_rank <= q.shape[2]:
         raise InvalidArgument(f"kv_lora_rank={kv_lora_rank!r}", supported=f"1 to {q.shape[2]}, the width of q",
-                              differs="it is not there")
-    check_output("out", out, (*q.shape[:2], kv_lora_rank), q.dtype, q)
+                              differs="it is not there", remedy="for DeepSeek-V3 it is 512, and q has 576 columns")
+    checks.output("out", out, (*q.shape[:2], kv_lora_rank), q.dtype, q)
     if lse is not None:
-        check_output("lse", lse, tuple(q.shape[:2]), torch.float32, q)
-    check_no_gradient(OP, q=q, kv_cache=kv_cache)
+        checks.output("lse", lse, tuple(q.shape[:2]), torch.float32, q)
+    checks.no_gradient(OP, q=q, kv_cache=kv_cache)

@@ -16,13 +16,9 @@ from .merge_attn_states import merge_attn_states
 from .mla_prefill import mla_prefill
 from .mla_prefill_absorbed import mla_prefill_absorbed
 from .prefill_arguments import (
-    REQUIRED,
     TYPES,
     check_count,
-    check_no_gradient,
     check_offsets,
-    check_output,
-    check_scale,
 )
 
 OP = "mla_prefill_paged"
@@ -31,7 +27,7 @@ FORMS = ("auto", "mha", "absorbed")
 
 def mla_prefill_paged(q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor,
                       kv_b_proj: Tensor, *, max_seqlen_q: int, max_prefix: int, v_head_dim: int,
-                      sm_scale: Any = REQUIRED, form: str = "auto", chunk_tokens: int = 65536,
+                      sm_scale: float = checks.REQUIRED, form: str = "auto", chunk_tokens: int = 65536,
                       out: Tensor | None = None, lse: Tensor | None = None, return_lse: bool = False,
                       backend: str = "auto") -> Any:
     """Causal attention of new tokens whose latent rows, and those of a prefix, are in a paged cache.
@@ -53,9 +49,11 @@ def mla_prefill_paged(q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens
         same share, in whole pages.
     out: [tokens, heads, v_head_dim]; lse: [tokens, heads] float32, natural logarithm. Rows behind the last request are
         not written.
+    backend: "auto" or "reference", for all that is launched.
 
-    Returns out, or (out, lse). No host synchronisation on a GPU. Raises InvalidArgument, InvalidArgumentType,
-    NoTemplate, and on first use also CompileFailed, ToolchainMissing, CacheUntrusted, MissNotAllowed.
+    Returns out, or (out, lse) with return_lse. No host synchronisation on a GPU. Raises InvalidArgument,
+    InvalidArgumentType, NoTemplate, and on first use also CompileFailed, ToolchainMissing, CacheUntrusted,
+    MissNotAllowed.
     """
     nope, rank = _check(q, kv_cache, block_table, seq_lens, cu_seqlens_q, kv_b_proj, max_seqlen_q, max_prefix,
                         v_head_dim, sm_scale, form, chunk_tokens, out, lse)
@@ -136,9 +134,10 @@ def _check(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, cu_seqlens_q:
            max_seqlen_q: Any, max_prefix: Any, v_head_dim: Any, sm_scale: Any, form: Any, chunk_tokens: Any, out: Any,
            lse: Any) -> tuple[int, int]:
     """Raise InvalidArgument or InvalidArgumentType unless the op is defined on these: (qk_nope_head_dim, rank)."""
-    check_scale(OP, sm_scale)
+    checks.scale(OP, sm_scale)
     if form not in FORMS:
-        raise InvalidArgument(f"form={form!r}", supported=", ".join(FORMS), differs="there is no such form")
+        raise InvalidArgument(f"form={form!r}", supported=", ".join(FORMS), differs="there is no such form",
+                              remedy="leave it out to have it chosen")
     checks.tensor("q", q, "[tokens, heads, qk_head_dim]", 3)
     checks.dtype("q", q, TYPES)
     checks.tensor("kv_cache", kv_cache, "[pages, page_size, kv_lora_rank + qk_rope_head_dim]", 3)
@@ -149,7 +148,8 @@ def _check(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, cu_seqlens_q:
                                ("v_head_dim", v_head_dim, 1), ("chunk_tokens", chunk_tokens, 1)):
         check_count(name, value)
         if value < least:
-            raise InvalidArgument(f"{name}={value}", supported=f"at least {least}", differs="it is less")
+            raise InvalidArgument(f"{name}={value}", supported=f"at least {least}", differs="it is less",
+                                  remedy=f"leave {name} out for the default")
     tokens, heads, width = q.shape
     rows, rank = kv_b_proj.shape
     nope = rows // max(heads, 1) - v_head_dim
@@ -158,7 +158,8 @@ def _check(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, cu_seqlens_q:
         raise InvalidArgument(f"kv_b_proj: {checks.describe(kv_b_proj)} for {heads} heads",
                               supported="[heads * (qk_nope_head_dim + v_head_dim), kv_lora_rank], contiguous, with q "
                               "[.., qk_nope_head_dim + r] and kv_cache [.., kv_lora_rank + r]",
-                              differs=f"q is {width} wide, kv_cache {kv_cache.shape[2]}, v_head_dim={v_head_dim}")
+                              differs=f"q is {width} wide, kv_cache {kv_cache.shape[2]}, v_head_dim={v_head_dim}",
+                              remedy="pass this rank's rows of kv_b_proj as they lie in the checkpoint")
     checks.tensor("block_table", block_table, "[batch, max_pages]", 2)
     checks.dtype("block_table", block_table, [torch.int32])
     batch = block_table.shape[0]
@@ -168,9 +169,9 @@ def _check(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, cu_seqlens_q:
         checks.shape(name, value, "", [size], "block_table")
     for name, value in (("kv_cache", kv_cache), ("block_table", block_table), ("kv_b_proj", kv_b_proj)):
         checks.device(name, value, q.device)
-    check_output("out", out, (tokens, heads, v_head_dim), q.dtype, q)
+    checks.output("out", out, (tokens, heads, v_head_dim), q.dtype, q)
     if lse is not None:
         checks.tensor("lse", lse, "[tokens, heads]", 2)
         checks.shape("lse", lse, "[tokens, heads]", [tokens, heads], "q")
-    check_no_gradient(OP, q=q, kv_cache=kv_cache, kv_b_proj=kv_b_proj)
+    checks.no_gradient(OP, q=q, kv_cache=kv_cache, kv_b_proj=kv_b_proj)
     return nope, rank

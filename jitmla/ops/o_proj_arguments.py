@@ -24,7 +24,7 @@ def check_quant(o: Any, positions: Any, cos_sin_cache: Any, n_groups: Any, nope_
     head_dim = _head_dim(nope_dim, rope_dim, group_size)
     if scale_mode not in layouts.SCALE_MODES:
         raise InvalidArgument(f"scale_mode={scale_mode!r}", supported=", ".join(layouts.SCALE_MODES),
-                              differs="it is none of them")
+                              differs="it is none of them", remedy="see docs/output_path.md")
     layout = "[tokens, heads, head_dim] or [tokens, heads * head_dim]"
     if isinstance(o, Tensor) and o.dim() == 2 and o.shape[1] % head_dim == 0:
         o = o.unflatten(1, (-1, head_dim))
@@ -32,7 +32,8 @@ def check_quant(o: Any, positions: Any, cos_sin_cache: Any, n_groups: Any, nope_
     checks.dtype("o", o, [torch.bfloat16])
     if o.shape[2] != head_dim:
         raise InvalidArgument(f"o: {checks.describe(o)}", supported=layout,
-                              differs=f"nope_dim + rope_dim = {head_dim}, not {o.shape[2]}")
+                              differs=f"nope_dim + rope_dim = {head_dim}, not {o.shape[2]}",
+                              remedy="pass nope_dim and rope_dim of the model: 448 and 64 for DeepSeek-V4")
     checks.contiguous_last("o", o)
     tokens, heads, _ = o.shape
     if tokens > MAX_TOKENS:
@@ -40,7 +41,8 @@ def check_quant(o: Any, positions: Any, cos_sin_cache: Any, n_groups: Any, nope_
                               differs=f"it has {tokens}", remedy="split the tokens over several calls")
     if not _is_int(n_groups) or n_groups < 1 or heads < 1 or heads % n_groups:
         raise InvalidArgument(f"n_groups={n_groups!r} for {heads} heads", supported="a divisor of the number of heads",
-                              differs="heads cannot be split evenly")
+                              differs="heads cannot be split evenly",
+                              remedy="n_groups is what this rank has: o_groups / tp")
     checks.tensor("positions", positions, "[tokens]", 1)
     checks.dtype("positions", positions, POSITION_TYPES)
     checks.shape("positions", positions, "[tokens]", [tokens], "o")
@@ -54,10 +56,10 @@ def check_quant(o: Any, positions: Any, cos_sin_cache: Any, n_groups: Any, nope_
         raise InvalidArgument(f"cos_sin_cache with strides {cos_sin_cache.stride()}", supported="a contiguous table",
                               differs="its rows are not one behind the other", remedy="pass cos_sin_cache.contiguous()")
     columns = heads // n_groups * head_dim
-    _output("o_fp8", o_fp8, (n_groups, tokens, columns), FP8, o)
+    checks.output("o_fp8", o_fp8, (n_groups, tokens, columns), FP8, o)
     scale_dtype = torch.int32 if scale_mode == "ue8m0_i32" else torch.float32
-    _output("o_scale", o_scale, layouts.scale_shape(n_groups, columns, tokens, scale_mode), scale_dtype, o)
-    _no_gradient("inv_rope_fp8_quant", o)
+    checks.output("o_scale", o_scale, layouts.scale_shape(n_groups, columns, tokens, scale_mode), scale_dtype, o)
+    checks.no_gradient("inv_rope_fp8_quant", o=o)
     return o
 
 
@@ -86,8 +88,8 @@ def check_bmm(a: Any, a_scale: Any, b: Any, b_scale: Any, out: Any) -> None:
                               differs=f"its shape is {list(a_scale.shape)}",
                               remedy="tokens are its last dimension, padded as jitmla.layouts.scale_stride says")
     checks.contiguous_last("a_scale", a_scale)
-    _output("out", out, (groups, tokens, b.shape[1]), torch.bfloat16, a)
-    _no_gradient("fp8_bmm", a, b)
+    checks.output("out", out, (groups, tokens, b.shape[1]), torch.bfloat16, a)
+    checks.no_gradient("fp8_bmm", a=a, b=b)
 
 
 def check_weights(b: Any, b_scale: Any, name: str, scale_name: str, layout: str, like: Tensor) -> None:
@@ -99,7 +101,8 @@ def check_weights(b: Any, b_scale: Any, name: str, scale_name: str, layout: str,
     groups, rows, k = b.shape
     if groups < 1 or rows < 1 or k < 1 or rows % layouts.BLOCK or k % layouts.BLOCK:
         raise InvalidArgument(f"{name}: {checks.describe(b)}", supported=f"{layout}, the last two multiples of 128",
-                              differs=f"it is {list(b.shape)}")
+                              differs=f"it is {list(b.shape)}",
+                              remedy="pad the weight with zeros, and its scales with it")
     checks.tensor(scale_name, b_scale, f"of blocks of 128 x 128 of {name}", 3)
     checks.dtype(scale_name, b_scale, [torch.float32])
     expected = [groups, rows // layouts.BLOCK, k // layouts.BLOCK]
@@ -122,7 +125,7 @@ def check_o_a_proj(o: Any, positions: Any, cos_sin_cache: Any, w_fp8: Any, w_sca
     """Raise InvalidArgument or InvalidArgumentType unless the op is defined on these. o as [tokens, heads, dim]."""
     if scale_mode == "ue8m0_i32":
         raise InvalidArgument("o_a_proj with scale_mode='ue8m0_i32'", supported="raw_f32, pow2_f32",
-                              differs="fp8_bmm takes fp32 scales")
+                              differs="fp8_bmm takes fp32 scales", remedy="scale_mode='pow2_f32' has the same values")
     if not isinstance(o, Tensor):
         checks.tensor("o", o, "[tokens, heads, head_dim]", 3)
     check_weights(w_fp8, w_scale, "w_fp8", "w_scale", WEIGHTS, o)
@@ -130,7 +133,7 @@ def check_o_a_proj(o: Any, positions: Any, cos_sin_cache: Any, w_fp8: Any, w_sca
                     None)
     columns = o.shape[1] // w_fp8.shape[0] * o.shape[2]
     checks.shape("w_fp8", w_fp8, WEIGHTS, [w_fp8.shape[0], w_fp8.shape[1], columns], "o")
-    _output("out", out, (o.shape[0], w_fp8.shape[0], w_fp8.shape[1]), torch.bfloat16, o)
+    checks.output("out", out, (o.shape[0], w_fp8.shape[0], w_fp8.shape[1]), torch.bfloat16, o)
     return o
 
 
@@ -141,27 +144,14 @@ def _is_int(value: Any) -> bool:
 def _head_dim(nope_dim: Any, rope_dim: Any, group_size: Any) -> int:
     for name, value in (("nope_dim", nope_dim), ("rope_dim", rope_dim), ("group_size", group_size)):
         if not _is_int(value):
-            raise InvalidArgumentType(f"{name}={value!r}", supported="an integer", differs=f"a {type(value).__name__}")
+            raise InvalidArgumentType(f"{name}={value!r}", supported="an integer", differs=f"a {type(value).__name__}",
+                                      remedy=f"pass {name} as a Python int")
     if group_size != layouts.BLOCK:
-        raise InvalidArgument(f"group_size={group_size}", supported="128", differs="it is another one")
+        raise InvalidArgument(f"group_size={group_size}", supported="128", differs="it is another one",
+                              remedy="leave it out")
     if not 2 <= rope_dim <= group_size or rope_dim % 2 or nope_dim < 0 or (nope_dim + rope_dim) % group_size:
         raise InvalidArgument(f"nope_dim={nope_dim}, rope_dim={rope_dim}",
                               supported="an even rope_dim up to 128, and a sum that 128 divides: the rotated columns "
-                              "are the tail of the last block of a head", differs=f"the sum is {nope_dim + rope_dim}")
+                              "are the tail of the last block of a head", differs=f"the sum is {nope_dim + rope_dim}",
+                              remedy="pass those of the model: 448 and 64 for DeepSeek-V4")
     return nope_dim + rope_dim
-
-
-def _output(name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> None:
-    if value is None:
-        return
-    checks.tensor(name, value, f"{list(shape)}", len(shape))
-    checks.dtype(name, value, [dtype])
-    checks.shape(name, value, "", shape, "the inputs")
-    checks.contiguous_last(name, value)
-    checks.device(name, value, like.device, "the inputs")
-
-
-def _no_gradient(op: str, *tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise InvalidArgument(f"{op} on tensors that require a gradient", supported="inference only",
-                              differs="there is no backward", remedy="call it under torch.inference_mode()")

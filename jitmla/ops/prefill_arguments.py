@@ -12,19 +12,8 @@ from ..errors import InvalidArgument, InvalidArgumentType
 from . import checks
 
 MAX_HEADS = 128
-REQUIRED = object()  # sm_scale has no default, and leaving it out deserves a better error than Python's
 KEYS = "[keys, heads, qk_head_dim], or the pair (k_nope [keys, heads, ...], k_pe [keys, heads or 1, ...])"
 TYPES = (torch.bfloat16, torch.float16)
-
-
-def check_scale(op: str, sm_scale: Any) -> None:
-    if sm_scale is REQUIRED:
-        raise InvalidArgumentType(f"{op} without sm_scale", supported="sm_scale: float, required",
-                                  differs="it is not inferred: it is (qk_nope_head_dim + qk_rope_head_dim)**-0.5 times "
-                                  "any YaRN mscale**2", remedy="pass it, for example sm_scale=0.1352 for DeepSeek-V3")
-    if checks.finite_number("sm_scale", sm_scale) <= 0:
-        raise InvalidArgument(f"sm_scale={sm_scale}", supported="a positive number", differs="it is not positive",
-                              remedy="look where sm_scale is computed")
 
 
 def check_prefill(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any, max_seqlen_k: Any,
@@ -32,7 +21,7 @@ def check_prefill(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, 
     """Raise InvalidArgument or InvalidArgumentType unless mla_prefill is defined on these.
 
     Returns (k_nope, k_pe), or k twice where it is one tensor."""
-    check_scale("mla_prefill", sm_scale)
+    checks.scale("mla_prefill", sm_scale)
     checks.tensor("q", q, "[tokens, heads, qk_head_dim]", 3)
     checks.dtype("q", q, TYPES)
     tokens, heads, _ = q.shape
@@ -52,9 +41,9 @@ def check_prefill(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, 
         checks.shape(name, value, "[batch + 1]", cu_seqlens_q.shape, "cu_seqlens_q")
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         check_count(name, value)
-    check_output("out", out, (tokens, heads, v.shape[2]), q.dtype, q)
+    checks.output("out", out, (tokens, heads, v.shape[2]), q.dtype, q)
     check_lse("lse", lse, (tokens, heads), q)
-    check_no_gradient("mla_prefill", q=q, k=k_nope, k_pe=k_pe, v=v)
+    checks.no_gradient("mla_prefill", q=q, k=k_nope, k_pe=k_pe, v=v)
     return k_nope, k_pe
 
 
@@ -71,7 +60,8 @@ def _check_keys(k: Any, q: Tensor) -> tuple[Tensor, Tensor]:
         checks.shape("k", k, KEYS, [k.shape[0], *q.shape[1:]], "q")
         return k, k
     if not isinstance(k, (tuple, list)) or len(k) != 2:
-        raise InvalidArgumentType(f"k: a {type(k).__name__}", supported=f"k {KEYS}", differs="it is neither of both")
+        raise InvalidArgumentType(f"k: a {type(k).__name__}", supported=f"k {KEYS}", differs="it is neither of both",
+                                  remedy="pass one tensor, or (k_nope, k_pe)")
     k_nope, k_pe = k
     checks.tensor("k_nope", k_nope, "[keys, heads, qk_nope_head_dim]", 3)
     checks.tensor("k_pe", k_pe, "[keys, heads or 1, qk_rope_head_dim]", 3)
@@ -97,14 +87,15 @@ def check_merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, out: Any, lse: A
     checks.contiguous_last("out_b", out_b)
     if out_a.dtype not in (torch.float32, out_b.dtype):
         raise InvalidArgumentType(f"out_a: {checks.describe(out_a)}", supported=f"float32 or {out_b.dtype}, as out_b",
-                                  differs=f"it is {out_a.dtype}")
+                                  differs=f"it is {out_a.dtype}",
+                                  remedy="keep partial results in float32, or in the dtype of the last one")
     checks.device("out_b", out_b, out_a.device, "out_a")
     for name, value in (("lse_a", lse_a), ("lse_b", lse_b)):
         checks.tensor(name, value, "[tokens, heads]", 2)
         check_lse(name, value, tuple(out_a.shape[:2]), out_a)
-    check_output("out", out, tuple(out_a.shape), out_a.dtype, out_a)
+    checks.output("out", out, tuple(out_a.shape), out_a.dtype, out_a)
     check_lse("lse", lse, tuple(out_a.shape[:2]), out_a)
-    check_no_gradient("merge_attn_states", out_a=out_a, out_b=out_b)
+    checks.no_gradient("merge_attn_states", out_a=out_a, out_b=out_b)
 
 
 def check_gather(kv_cache: Any, block_table: Any, starts: Any, cu_rows: Any, out: Any) -> None:
@@ -122,7 +113,7 @@ def check_gather(kv_cache: Any, block_table: Any, starts: Any, cu_rows: Any, out
     check_offsets("cu_rows", cu_rows, kv_cache.device)
     checks.shape("cu_rows", cu_rows, "[batch + 1]", [batch + 1], "block_table")
     checks.tensor("out", out, "[rows, width]", 2)
-    check_output("out", out, (out.shape[0], kv_cache.shape[2]), kv_cache.dtype, kv_cache)
+    checks.output("out", out, (out.shape[0], kv_cache.shape[2]), kv_cache.dtype, kv_cache)
 
 
 def check_offsets(name: str, value: Any, device: torch.device) -> None:
@@ -132,25 +123,17 @@ def check_offsets(name: str, value: Any, device: torch.device) -> None:
     checks.device(name, value, device)
     if value.shape[0] < 1:
         raise InvalidArgument(f"{name}: {checks.describe(value)}", supported="at least one entry",
-                              differs="it is empty")
+                              differs="it is empty", remedy="even an empty batch has cu_seqlens = [0]")
 
 
 def check_count(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise InvalidArgumentType(f"{name}={value!r}", supported="an integer, known on the host",
-                                  differs=f"a {type(value).__name__}")
+                                  differs=f"a {type(value).__name__}",
+                                  remedy="pass an upper bound of the lengths as a Python int")
     if value < 0:
-        raise InvalidArgument(f"{name}={value}", supported="not negative", differs="it is negative")
-
-
-def check_output(name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> None:
-    if value is None:
-        return
-    checks.tensor(name, value, f"{list(shape)}", len(shape))
-    checks.dtype(name, value, [dtype])
-    checks.shape(name, value, "", shape, "the inputs")
-    checks.contiguous_last(name, value)
-    checks.device(name, value, like.device, "the inputs")
+        raise InvalidArgument(f"{name}={value}", supported="not negative", differs="it is negative",
+                              remedy=f"pass an upper bound of the lengths as {name}")
 
 
 def check_lse(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> None:
@@ -160,10 +143,3 @@ def check_lse(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> No
     checks.dtype(name, value, [torch.float32])
     checks.shape(name, value, "[tokens, heads]", shape, "the inputs")
     checks.device(name, value, like.device, "the inputs")
-
-
-def check_no_gradient(op: str, **tensors: Tensor) -> None:
-    named = [name for name, tensor in tensors.items() if tensor.requires_grad]
-    if torch.is_grad_enabled() and named:
-        raise InvalidArgument(f"{op} on tensors that require a gradient: {named[0]}", supported="inference only",
-                              differs="there is no backward", remedy="call it under torch.inference_mode()")

@@ -155,8 +155,9 @@ def _prepare(q: Tensor, kv: Tensor, indices: Tensor, out: Tensor | None, whole: 
                            qk_rope_head_dim=width - LATENT, heads=heads)
     if batch * s_q == 0:
         return Empty()
-    plan = dispatch.plan_for(spec, backend, q.device)
-    launch = schedule.sparse_launch_args(batch * s_q, heads, dispatch.sm_count(q.device), whole)
+    sms = dispatch.sm_count(q.device)
+    plan = dispatch.plan_for(spec, backend, q.device, tokens=batch * s_q, heads=heads, whole=int(whole), sms=sms)
+    launch = schedule.sparse_launch_args(batch * s_q, heads, sms, whole)
     prepared = OnGpu(batch, s_q, heads, plan.function, q.get_device(), torch.cuda.device_count() > 1,
                      (*_page_divisor(kv), *schedule.divisor(s_q)),
                      schedule.workspace_floats(launch.parts, heads, LATENT),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InvalidArgument, InvalidArgumentType
+from ..errors import InvalidArgument
 from . import checks
 
 LATENT, ROPE = 512, 64
@@ -15,7 +15,6 @@ FP8_BYTES = 656
 MAX_HEADS = 128
 MAX_ROWS = 2**31 - 1
 BYTES = (torch.float8_e4m3fn, torch.uint8, torch.int8)
-REQUIRED = object()
 Q, KV, INDICES = ("[batch, s_q, heads, kv_lora_rank + rope]", "[pages, page_size, 1, row]", "[batch, s_q, topk]")
 
 
@@ -27,14 +26,7 @@ def format_of(kv: Tensor) -> str:
 def check(q: Any, kv: Any, indices: Any, sm_scale: Any, topk_length: Any, attn_sink: Any, out: Any, lse: Any,
           max_logits: Any = None, op: str = "sparse_mla_decode") -> None:
     """Raise InvalidArgument or InvalidArgumentType unless the op is defined on these (in the shapes of decode)."""
-    if sm_scale is REQUIRED:
-        raise InvalidArgumentType(f"{op} without sm_scale", supported="sm_scale: float, required",
-                                  differs="it cannot be inferred: it is (qk_nope_head_dim + qk_rope_head_dim)**-0.5 "
-                                  "times any YaRN mscale**2, and qk_nope_head_dim is not in the tensors",
-                                  remedy="pass it, for example sm_scale=0.1352 for DeepSeek-V3")
-    if checks.finite_number("sm_scale", sm_scale) <= 0:
-        raise InvalidArgument(f"sm_scale={sm_scale}", supported="a positive number", differs="it is not positive",
-                              remedy="look where sm_scale is computed")
+    checks.scale(op, sm_scale)
     checks.tensor("q", q, Q, 4)
     checks.dtype("q", q, [torch.bfloat16])
     checks.contiguous_last("q", q)
@@ -69,9 +61,7 @@ def check(q: Any, kv: Any, indices: Any, sm_scale: Any, topk_length: Any, attn_s
             checks.dtype(name, value, [torch.float32])
             checks.shape(name, value, "[batch, heads, s_q]", [batch, heads, s_q])
             checks.device(name, value, q.device)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, kv)):
-        raise InvalidArgument(f"{op} on tensors that require a gradient", supported="inference only",
-                              differs="there is no backward", remedy="call it under torch.inference_mode()")
+    checks.no_gradient(op, q=q, kv=kv)
 
 
 def _check_cache(kv: Any, q: Tensor) -> None:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import torch_ops_sparse as torch_ops
+from .checks import REQUIRED
 from .sparse_mla import launch
-from .sparse_mla_arguments import REQUIRED
 
 
-def sparse_mla_decode(q: Tensor, k_cache: Tensor, indices: Tensor, *, sm_scale: Any = REQUIRED,
+def sparse_mla_decode(q: Tensor, k_cache: Tensor, indices: Tensor, *, sm_scale: float = REQUIRED,
                       topk_length: Tensor | None = None, attn_sink: Tensor | None = None, out: Tensor | None = None,
                       lse: Tensor | None = None, return_lse: bool = False, backend: str = "auto") -> Any:
     """Absorbed MLA of every query token over its own list of cache rows (DeepSeek Sparse Attention, arXiv 2512.02556).

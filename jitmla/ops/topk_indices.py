@@ -62,7 +62,8 @@ def topk_indices(logits: Tensor, k: int, *, row_start: Tensor | None = None, row
     given = torch_ops.empty_topk(logits, k) if out is None else out
     if not logits.shape[0]:
         return given
-    like = (logits.get_device(), logits.shape[0], logits.shape[1], k, given.shape, seq_lens is None, next_n, backend)
+    like = (logits.get_device(), logits.shape[0], logits.shape[1], k, given.shape, launch.rows(seq_lens), next_n,
+            backend)
     rows = (row_start, row_end) if seq_lens is None else (seq_lens, next_n)
     launch.run(OP, _calls, like, logits, backend, check, plan, lambda: (logits, *rows, given), reference)
     return given

@@ -21,11 +21,9 @@ ROPE = 64
 ROWS = 4
 # --- end of constants ---
 
-import cutlass
 import cutlass.cute as cute
 import cutlass.cute.runtime as rt
-from common.e4m3 import store_e4m3
-from common.latent_rows import load_row, row_registers, row_steps, store_row
+from common.latent_rows import load_row, row_registers, store_cached
 from cutlass import BFloat16, Float8E4M3FN, Float16, Float32, Int32, Int64, const_expr
 
 VALUE = BFloat16 if DTYPE == "bf16" else Float16
@@ -66,25 +64,7 @@ class AppendLatent:
                                             + Int64(where % page_size) * mCache.stride[1])
                 rPe = row_registers(ROPE, VALUE)
                 load_row(mPe.iterator + Int64(t) * mPe.stride[0], rPe, lane, ROPE)
-                self.store(rLatent, target, lane, LATENT, mScale)
-                self.store(rPe, target + LATENT, lane, ROPE, mScale)
-
-    @cute.jit
-    def store(self, rRow, target, lane, width: cutlass.Constexpr, mScale):
-        if const_expr(E4M3_CACHE):
-            scale = mScale[0]
-            inverse = cute.arch.rcp_approx(scale)
-            rQ = row_registers(width, Float8E4M3FN)
-            for i in cutlass.range_constexpr(row_steps(width)):
-                rY = cute.make_rmem_tensor((8,), Float32)
-                for j in cutlass.range_constexpr(8):
-                    x = rRow[j, i].to(Float32)
-                    y = x * inverse
-                    rY[j] = cute.math.fma(cute.math.fma(-y, scale, x), inverse, y)  # one Newton step
-                store_e4m3(rY, rQ[None, i], CVT)
-            store_row(rQ, target, lane, width, STORE_BYTES)
-        else:
-            store_row(rRow, target, lane, width, STORE_BYTES)
+                store_cached(rLatent, rPe, target, lane, LATENT, ROPE, mScale, E4M3_CACHE, CVT, False)
 
 
 def fake_args():

@@ -5,6 +5,9 @@
     seq_lens[tile], block_table[tile]               lengths and pages of each tile, for mla_decode
     pe[row] = q_pe[token]                           where rows are not tokens
 
+With PREFIX in the flags the rows are to see what was cached before this call only: nothing is appended, the lengths are
+those of the prefixes, and blocks of rows without one are left out of q_lat, which nobody reads then.
+
 Two kinds of CTAs. The first ones copy: a warp a query row (of its tile, when the row has no token). The others
 multiply: CTA (every n-th block of ROWS rows, head, WARPS x 64 columns), a warp 64 columns, by mma.sync with operands
 straight from global memory. W_K is used as it lies, no copy of it exists; a warp keeps its part in registers for all
@@ -27,6 +30,7 @@ DTYPE = "bf16"
 NOPE = 64
 LATENT = 256
 ROPE = 64
+E4M3_CACHE = False
 ROWS = 32
 WARPS = 2
 CTAS = 1056
@@ -35,13 +39,15 @@ CTAS = 1056
 import cutlass
 import cutlass.cute as cute
 import cutlass.cute.runtime as rt
-from common.cached_rows import COPY_PE, locate
-from common.latent_rows import load_row, row_registers, store_row
+from common.cached_rows import COPY_PE, PREFIX, cache_row, has_slot, locate, token_row
+from common.latent_rows import load_row, row_registers, store_cached
 from common.register_mma import high_halves, load_words, low_halves, mma_k32, pack, store_words
-from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint32, const_expr
+from cutlass import BFloat16, Float8E4M3FN, Float16, Float32, Int32, Int64, Uint32, const_expr
 
 VALUE = BFloat16 if DTYPE == "bf16" else Float16
+CACHE = Float8E4M3FN if E4M3_CACHE else VALUE
 PDL = int(ARCH[3:].rstrip("a")) >= 90
+CVT = int(ARCH[3:].rstrip("a")) >= 89  # has the conversion to e4m3
 COLUMNS = 64  # of q_lat that a warp makes
 CHUNKS = LATENT // (COLUMNS * WARPS)
 ROW_TILES = ROWS // 16
@@ -55,15 +61,15 @@ class CachedMlaAbsorb:
     # ---------------------------------------------------------------- host
     @cute.jit
     def __call__(self, q_nope: cute.Tensor, q_pe: cute.Tensor, latent: cute.Tensor, k_pe: cute.Tensor,
-                 weight: cute.Tensor, kv_cache: cute.Tensor, seq_len: cute.Tensor, input_pos: cute.Tensor,
-                 slot_idx: cute.Tensor, start: cute.Tensor, q_lat: cute.Tensor, pe: cute.Tensor,
+                 weight: cute.Tensor, kv_cache: cute.Tensor, scale: cute.Tensor, seq_len: cute.Tensor,
+                 input_pos: cute.Tensor, slot_idx: cute.Tensor, start: cute.Tensor, q_lat: cute.Tensor, pe: cute.Tensor,
                  seq_lens: cute.Tensor, block_table: cute.Tensor, tile0: Int32, first: Int32, sequences: Int32,
                  page_size: Int32, pages_of_slot: Int32, flags: Int32, stream):
         rows = q_lat.shape[0] * q_lat.shape[1]
         copies = cute.ceil_div(rows, WARPS)
         parts = q_nope.shape[2] * CHUNKS
         row_parts = cutlass.min(cute.ceil_div(rows, ROWS), cute.ceil_div(CTAS, parts))
-        self.kernel(q_nope, q_pe, latent, k_pe, weight, kv_cache, seq_len, input_pos, slot_idx, start, q_lat, pe,
+        self.kernel(q_nope, q_pe, latent, k_pe, weight, kv_cache, scale, seq_len, input_pos, slot_idx, start, q_lat, pe,
                     seq_lens, block_table, tile0, first, sequences, page_size, pages_of_slot, flags, copies,
                     row_parts).launch(
             grid=[copies + parts * row_parts, 1, 1], block=[32 * WARPS, 1, 1], stream=stream, use_pdl=PDL)
@@ -71,10 +77,10 @@ class CachedMlaAbsorb:
     # ---------------------------------------------------------------- device
     @cute.kernel
     def kernel(self, mQ: cute.Tensor, mPe: cute.Tensor, mLatent: cute.Tensor, mKPe: cute.Tensor, mW: cute.Tensor,
-               mCache: cute.Tensor, mSeqLen: cute.Tensor, mPos: cute.Tensor, mSlot: cute.Tensor, mStart: cute.Tensor,
-               mQLat: cute.Tensor, mPeOut: cute.Tensor, mLengths: cute.Tensor, mTable: cute.Tensor, tile0: Int32,
-               first: Int32, sequences: Int32, page_size: Int32, pages_of_slot: Int32, flags: Int32, copies: Int32,
-               row_parts: Int32):
+               mCache: cute.Tensor, mScale: cute.Tensor, mSeqLen: cute.Tensor, mPos: cute.Tensor, mSlot: cute.Tensor,
+               mStart: cute.Tensor, mQLat: cute.Tensor, mPeOut: cute.Tensor, mLengths: cute.Tensor,
+               mTable: cute.Tensor, tile0: Int32, first: Int32, sequences: Int32, page_size: Int32,
+               pages_of_slot: Int32, flags: Int32, copies: Int32, row_parts: Int32):
         block, _, _ = cute.arch.block_idx()
         tid, _, _ = cute.arch.thread_idx()
         if const_expr(PDL):
@@ -91,49 +97,78 @@ class CachedMlaAbsorb:
                 token, sequence, index, count, begin = locate(row, tile0, tile, first, sequences, tokens, flags,
                                                               mSeqLen, mStart)
                 self.copy(row, tile, token, sequence, index, count, begin, page_size, pages_of_slot, flags, lane,
-                          mPe, mLatent, mKPe, mCache, mPos, mSlot, mPeOut, mLengths, mTable)
+                          mPe, mLatent, mKPe, mCache, mScale, mPos, mSlot, mPeOut, mLengths, mTable)
         else:
             part = block - copies
-            chunk = part % CHUNKS
-            head = (part // CHUNKS) % mQ.shape[2]
             row0 = (part // CHUNKS) // mQ.shape[2] * ROWS
-            column = (chunk * WARPS + w) * COLUMNS
-            value_dim = mW.shape[0] // mQ.shape[2] - NOPE
-            weights = mW.iterator + (Int64(head * (NOPE + value_dim) + 8 * (lane % 4)) * mW.stride[0]
-                                     + (column + lane // 4 * 8))
-            rB = cute.make_rmem_tensor((4, 8, STEPS if const_expr(KEEP) else 1), Uint32)  # pair of rows, tile, step
-            if const_expr(KEEP):
-                for kk in cutlass.range_constexpr(STEPS):
-                    self.load_weights(rB[None, None, kk], weights, kk, mW)
-            while row0 < rows:
+            wanted = (flags & PREFIX) == 0
+            if not wanted:
+                row = row0
+                while row < rows:
+                    wanted = wanted or self.any_prefix(row, tile0, tile, rows, tokens, first, sequences, flags, lane,
+                                                       mSeqLen, mPos, mStart)
+                    row += ROWS * row_parts
+            if wanted:
+                self.all_rows(part, row0, row_parts, rows, tokens, tile0, tile, first, sequences, flags, lane, w, mQ,
+                              mW, mSeqLen, mPos, mStart, mQLat)
+
+    @cute.jit
+    def any_prefix(self, row0, tile0, tile, rows, tokens, first, sequences, flags, lane, mSeqLen: cute.Tensor,
+                   mPos: cute.Tensor, mStart: cute.Tensor):
+        """Whether a token of the block of rows has one."""
+        token, sequence, _, _, _ = locate(cutlass.min(row0 + lane % ROWS, rows - 1), tile0, tile, first, sequences,
+                                          tokens, flags, mSeqLen, mStart)
+        return cute.arch.vote_any_sync(token >= 0 and mPos[sequence] > 0)
+
+    @cute.jit
+    def all_rows(self, part, row0, row_parts, rows, tokens, tile0, tile, first, sequences, flags, lane, w,
+                 mQ: cute.Tensor, mW: cute.Tensor, mSeqLen: cute.Tensor, mPos: cute.Tensor, mStart: cute.Tensor,
+                 mQLat: cute.Tensor):
+        """Every row_parts-th block of rows from row0 on, for a head and the warp's columns."""
+        chunk = part % CHUNKS
+        head = (part // CHUNKS) % mQ.shape[2]
+        column = (chunk * WARPS + w) * COLUMNS
+        value_dim = mW.shape[0] // mQ.shape[2] - NOPE
+        weights = mW.iterator + (Int64(head * (NOPE + value_dim) + 8 * (lane % 4)) * mW.stride[0]
+                                 + (column + lane // 4 * 8))
+        rB = cute.make_rmem_tensor((4, 8, STEPS if const_expr(KEEP) else 1), Uint32)  # pair of rows, tile, step
+        if const_expr(KEEP):
+            for kk in cutlass.range_constexpr(STEPS):
+                self.load_weights(rB[None, None, kk], weights, kk, mW)
+        while row0 < rows:
+            wanted = (flags & PREFIX) == 0
+            if not wanted:
+                wanted = self.any_prefix(row0, tile0, tile, rows, tokens, first, sequences, flags, lane, mSeqLen, mPos,
+                                         mStart)
+            if wanted:
                 token, _, _, _, _ = locate(cutlass.min(row0 + lane, rows - 1), tile0, tile, first, sequences, tokens,
                                            flags, mSeqLen, mStart)
                 self.multiply(row0, rows, token, head, column, lane, rB, weights, mQ, mW, mQLat)
-                row0 += ROWS * row_parts
+            row0 += ROWS * row_parts
 
     @cute.jit
     def copy(self, row, tile, token, sequence, index, count, begin, page_size, pages_of_slot, flags, lane,
-             mPe: cute.Tensor, mLatent: cute.Tensor, mKPe: cute.Tensor, mCache: cute.Tensor, mPos: cute.Tensor,
-             mSlot: cute.Tensor, mPeOut: cute.Tensor, mLengths: cute.Tensor, mTable: cute.Tensor):
+             mPe: cute.Tensor, mLatent: cute.Tensor, mKPe: cute.Tensor, mCache: cute.Tensor, mScale: cute.Tensor,
+             mPos: cute.Tensor, mSlot: cute.Tensor, mPeOut: cute.Tensor, mLengths: cute.Tensor, mTable: cute.Tensor):
         position0 = mPos[sequence]
         slot = mSlot[sequence]
         most = mCache.shape[1]
-        exists = slot >= 0 and slot < mCache.shape[0] and position0 >= 0
-        if token >= 0:
+        exists = has_slot(slot, position0, mCache)
+        appends = (flags & PREFIX) == 0
+        if token >= 0 and appends:
             position = position0 + index
             if exists and position < most:
                 rLatent = row_registers(LATENT, VALUE)
                 load_row(token_row(mLatent, token), rLatent, lane, LATENT)
-                target = mCache.iterator + (Int64(slot) * mCache.stride[0] + Int64(position) * mCache.stride[1])
                 rPe = row_registers(ROPE, VALUE)
                 load_row(token_row(mKPe, token), rPe, lane, ROPE)
-                store_row(rLatent, target, lane, LATENT, 16)
-                store_row(rPe, target + LATENT, lane, ROPE, 16)
+                store_cached(rLatent, rPe, cache_row(slot, position, mCache), lane, LATENT, ROPE, mScale, E4M3_CACHE,
+                             CVT, False)
         k = row // tile
         u = row % tile
         length = Int32(0)
         if count > 0 and exists:
-            length = cutlass.min(position0 + begin + count, most)
+            length = cutlass.min(position0 + (begin + count if appends else 0), most)
         if u == tile - 1 and lane == 0:
             mLengths[k] = length
         pages = (length + page_size - 1) // page_size
@@ -141,7 +176,7 @@ class CachedMlaAbsorb:
         while j < pages:
             mTable[k, j] = slot * pages_of_slot + j
             j += 32 * tile
-        if (flags & COPY_PE) != 0:
+        if (flags & COPY_PE) != 0 and (appends or length > 0):
             self.copy_pe(k, u, token, lane, mPe, mPeOut)
 
     @cute.jit
@@ -212,13 +247,6 @@ class CachedMlaAbsorb:
                 mma_k32(rC, rA, rB, 1, DTYPE)
 
 
-@cute.jit
-def token_row(mX: cute.Tensor, token):
-    """Where the values of a token begin in [batch, s, ...], one of batch and s being 1."""
-    step = mX.stride[1] if mX.shape[1] > 1 else mX.stride[0]
-    return mX.iterator + Int64(token) * step
-
-
 def fake_args():
     """Stand-ins with the promises of the op: last stride 1, other strides of 16-bit tensors multiples of 16 bytes."""
     n = cute.sym_int
@@ -237,7 +265,8 @@ def fake_args():
         tensor(VALUE, batch, s, LATENT),  # latent
         tensor(VALUE, batch, s, 1, ROPE),  # k_pe
         tensor(VALUE, n(), LATENT),  # weight
-        tensor(VALUE, n(), n(), LATENT + ROPE),  # kv_cache
+        tensor(CACHE, n(), n(), LATENT + ROPE),  # kv_cache
+        rt.make_fake_tensor(Float32, (1,), (1,), assumed_align=4),  # scale
         ints(n()), ints(n()), ints(n()), ints(n()),  # seq_len, input_pos, slot_idx, start
         rt.make_fake_tensor(VALUE, (tiles, tile, heads, LATENT),
                             (cute.sym_int64(divisibility=8), cute.sym_int64(divisibility=8), LATENT, 1),

@@ -10,17 +10,20 @@ Cannot: rows of other than 128 columns.
 """
 
 # --- constants: replaced when rendered ---
+ARCH = "sm_90a"
 SCALE = "pow2_f32"
 # --- end of constants ---
 
 import cutlass
 import cutlass.cute as cute
 import cutlass.cute.runtime as rt
-from cutlass import BFloat16, Float8E4M3FN, Float32, Int64
+from cutlass import BFloat16, Float8E4M3FN, Float32, Int64, const_expr
 
-from common.fp8_rows import AMAX_FLOOR, E4M3_MAX, lanes_amax, load_words, quantise, store_words, unpack
+from common.fp8_rows import lanes_amax, largest, load_words, quantise, store_words
 
 DIM, LANES, ROWS = 128, 16, 16
+CVT = int(ARCH[3:].rstrip("a")) >= 89  # has the conversion to e4m3
+PDL = int(ARCH[3:].rstrip("a")) >= 90
 
 assert SCALE in ("raw_f32", "pow2_f32")
 
@@ -30,7 +33,7 @@ class CatQuantFp8:
     @cute.jit
     def __call__(self, pe: cute.Tensor, nope: cute.Tensor, fp8: cute.Tensor, scale: cute.Tensor, stream):
         self.kernel(pe, nope, fp8, scale).launch(
-            grid=[cute.ceil_div(fp8.shape[0], ROWS), 1, 1], block=[LANES * ROWS, 1, 1], stream=stream, use_pdl=True
+            grid=[cute.ceil_div(fp8.shape[0], ROWS), 1, 1], block=[LANES * ROWS, 1, 1], stream=stream, use_pdl=PDL
         )
 
     # ---------------------------------------------------------------- device
@@ -41,21 +44,23 @@ class CatQuantFp8:
         lane = tid % LANES
         row = block * ROWS + tid // LANES
         read = cutlass.min(row, m8.shape[0] - 1)  # a row behind the last one is read and not stored
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
+        if const_expr(PDL):
+            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_launch_dependents()
         t = read // mPe.shape[1]
         h = read - t * mPe.shape[1]
         pe = mPe.iterator + (Int64(t) * mPe.stride[0] + Int64(h) * mPe.stride[1])
         nope = mNope.iterator + (Int64(t) * mNope.stride[0] + Int64(h) * mNope.stride[1])
-        rX = cute.make_rmem_tensor((8,), Float32)
+        words = []
         for p in cutlass.range_constexpr(2):
             column = 8 * lane + 4 * p
             src = pe + column if column < mPe.shape[2] else nope + (column - mPe.shape[2])
-            unpack(rX, 4 * p, load_words(src, 2))
-        ratio = cute.arch.fmax(lanes_amax(rX, LANES), Float32(AMAX_FLOOR)) / Float32(E4M3_MAX)
-        words, scale = quantise(rX, ratio, SCALE == "pow2_f32")
+            words += load_words(src, 2)
+        top = largest(words)
+        amax, _ = lanes_amax(top, top, LANES)
+        codes, scale = quantise(words, amax, SCALE == "pow2_f32", CVT)
         if row < m8.shape[0]:
-            store_words(m8.iterator + (Int64(row) * DIM + 8 * lane), *words)
+            store_words(m8.iterator + (Int64(row) * DIM + 8 * lane), *codes)
             if lane == 0:
                 mScale[row, 0] = scale
 

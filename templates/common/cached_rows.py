@@ -8,9 +8,11 @@ full has its tokens at the end: a row in front of them then sees fewer keys than
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, Int64
 
-GENERATE, COPY_PE = 1, 2  # bits of the flags: token k is row k of the inputs; q_pe is copied into tiles
+# bits of the flags: token k is row k of the inputs; q_pe is copied into tiles; the rows see what was cached before this
+# call, and nothing else
+GENERATE, COPY_PE, PREFIX = 1, 2, 4
 
 
 @cute.jit
@@ -28,7 +30,7 @@ def locate(row, tile0, tile, first, sequences, tokens, flags, mSeqLen: cute.Tens
                 token = mStart[sequence]
                 count = cutlass.min(mSeqLen[sequence], 1)
     else:
-        low, high = Int32(0), sequences - 1  # the last sequence whose tiles start at or before k
+        low, high = Int32(0), sequences - 1  # the last sequence whose tiles begin at or before k
         while low < high:
             middle = (low + high + 1) // 2
             if mStart[first + middle] // tile + middle <= k:
@@ -46,3 +48,35 @@ def locate(row, tile0, tile, first, sequences, tokens, flags, mSeqLen: cute.Tens
     if u < tile - count or token >= tokens:
         token = Int32(-1)
     return token, sequence, index, count, begin
+
+
+@cute.jit
+def last_sequence(token, sequences, mStart: cute.Tensor):
+    """The last one that begins at or before the token, or the first one."""
+    low, high = Int32(0), sequences - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if mStart[middle] <= token:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@cute.jit
+def token_row(mX: cute.Tensor, token):
+    """Where the values of a token begin in [batch, s, ...], one of batch and s being 1."""
+    step = mX.stride[1] if mX.shape[1] > 1 else mX.stride[0]
+    return mX.iterator + Int64(token) * step
+
+
+@cute.jit
+def has_slot(slot, position0, mCache: cute.Tensor):
+    """Whether a sequence is one: skipped otherwise."""
+    return slot >= 0 and slot < mCache.shape[0] and position0 >= 0
+
+
+@cute.jit
+def cache_row(slot, position, mCache: cute.Tensor):
+    """Where a row of the slot cache begins; 64-bit."""
+    return mCache.iterator + (Int64(slot) * mCache.stride[0] + Int64(position) * mCache.stride[1])

@@ -25,6 +25,15 @@ def load_matrices(address: Int32, offset: cutlass.Constexpr, transposed: cutlass
 
 
 @cute.jit
+def store_zeros(address: Int32, offset: cutlass.Constexpr):
+    """16 bytes of zeros to shared memory."""
+    cute.arch.inline_ptx(
+        f"st.shared.v4.b32 [{{$r0}} + {offset}], {{{{$r1}}, {{$r1}}, {{$r1}}, {{$r1}}}};",
+        read_only_args=[address, Int32(0)],
+    )
+
+
+@cute.jit
 def to_half(x: Int32):
     """Four e4m3 as two pairs of fp16, exactly: bytes 0 and 1, bytes 2 and 3."""
     return cute.arch.inline_ptx(HALVES, write_only_types=[Int32] * 2, read_only_args=[x])

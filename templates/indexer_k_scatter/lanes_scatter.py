@@ -1,25 +1,28 @@
-"""Keys of the indexer and their scales into the pages of its cache.
+"""Keys of the indexer and their scales into the pages of its cache; any arch from sm_80 on.
 
     token t with slot s = slot_mapping[t] >= 0:  codes to page s / 64, row s % 64; scale behind the page's 64 rows
 
 Eight lanes move a token's codes, 16 bytes each, and the first one the scale. Negative slots are skipped. Two tokens
-with
-one slot: either of them.
+with one slot: either of them.
+
+From sm_90 on it is launched with PDL, waits for the kernel before it, and lets the one behind it start at once.
 """
 
 # --- constants: replaced when rendered ---
+ARCH = "sm_90a"
 THREADS = 256
 # --- end of constants ---
 
 import cutlass.cute as cute
 import cutlass.cute.runtime as rt
-from cutlass import Float8E4M3FN, Float32, Int32, Int64, Uint32
+from cutlass import Float8E4M3FN, Float32, Int64, Uint32, const_expr
 
-from common.fp8_rows import load_words, store_words
-from common.indexer_page import DIM, PAGE, code_address, fake_cache, scale_address
+from common.fp8_rows import load_words
+from common.indexer_page import DIM, fake_cache, store_key
 
 LANES = 8
 TOKENS = THREADS // LANES
+PDL = int(ARCH[3:].rstrip("a")) >= 90
 
 
 class IndexerKScatter:
@@ -27,7 +30,7 @@ class IndexerKScatter:
     @cute.jit
     def __call__(self, k_fp8: cute.Tensor, k_scale: cute.Tensor, cache: cute.Tensor, slots: cute.Tensor, stream):
         self.kernel(k_fp8, k_scale, cache, slots).launch(
-            grid=[cute.ceil_div(slots.shape[0], TOKENS), 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True
+            grid=[cute.ceil_div(slots.shape[0], TOKENS), 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=PDL
         )
 
     # ---------------------------------------------------------------- device
@@ -37,21 +40,14 @@ class IndexerKScatter:
         block, _, _ = cute.arch.block_idx()
         lane = tid % LANES
         t = block * TOKENS + tid // LANES
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
+        if const_expr(PDL):
+            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_launch_dependents()
         if t < mSlots.shape[0]:
             slot = Int64(mSlots[t])
             codes = load_words(mK.iterator + (Int64(t) * DIM + 16 * lane), 4)
             scale = mScale[t, 0].bitcast(Uint32)
-            if slot >= 0:
-                page = slot // PAGE
-                offset = Int32(slot - page * PAGE)
-                store_words(code_address(mCache, page, offset) + 16 * lane, *codes)
-                if lane == 0:
-                    cute.arch.inline_ptx(
-                        "st.global.b32 [{$r0}], {$r1};",
-                        read_only_args=[scale_address(mCache, page, offset).to_llvm_ptr(), scale],
-                    )
+            store_key(mCache, slot, codes, scale, lane)
 
 
 def fake_args():

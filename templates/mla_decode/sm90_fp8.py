@@ -39,7 +39,7 @@ blocks do without a reduction over the tokens and without scaling O^T.
 
 Page ids are read only for pages that hold tokens (j < ceil(L / PAGE_SIZE)): the boxes behind the end of a request
 repeat its last page, and for a request of length 0 they lie outside the tensor map and are filled with zeros. Rows
-behind the end are masked in S and cleared in the registers of V^T (0 * NaN).
+behind the end are masked in S and cleared in shared memory for V^T (0 * NaN).
 
 Cannot: page sizes other than 16, 32, 64, 128; sm_scale <= 0 (the maximum is taken before scaling); scales that are not
 one number for the tensor; a ROPE width other than 64.
@@ -70,7 +70,16 @@ from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
 from common.mla_ring import grouped_pages, packed_rows, page_of_box, ring_box, ring_boxes, ring_layout
 from common.mla_split import interval, n_blocks, partials, sharing, touch_table
 from common.sm90 import EVICT_FIRST, EVICT_NORMAL, INF, LOG2E, cutlass_dtype, ex2, row_strides, smem_atom, swz
-from common.sm90_e4m3 import HAS_KV_DESCALE, HAS_Q_DESCALE, bits_of, load_matrices, of_bits, to_half, transposed_to_half
+from common.sm90_e4m3 import (
+    HAS_KV_DESCALE,
+    HAS_Q_DESCALE,
+    bits_of,
+    load_matrices,
+    of_bits,
+    store_zeros,
+    to_half,
+    transposed_to_half,
+)
 
 E4M3_QUERY = DTYPE == "e4m3"
 QUERY = cutlass_dtype(DTYPE)
@@ -89,18 +98,29 @@ Q_BOX = 4  # tiles of a Q box
 COLS = ROWS // 4  # query rows per thread of S^T and O^T
 ACC = 2 * COLS  # accumulators of a thread per tile
 FIRST_BLOCKS = 8192 * 576 // WIDTH  # evict-first for batches up to about 300 MB, as the 16-bit kernels
-BAR_SCORES, BAR_END = 1, 2  # named barriers: warpgroup 0; 1 and 2
-# 65536 in all
-VALUE_REGS, SCORE_REGS, TMA_REGS = (160, 160, 32) if ROWS < 64 else (184, 120, 24)
+BAR_SCORES, BAR_END, BAR_QUERY = 1, 2, 3  # named barriers: warpgroup 0; 1 and 2; those of the scores
+HELPER = not E4M3_QUERY and ROWS == 16  # one warpgroup alone would convert keys more slowly than the memory brings them
+SCORERS = 2 if HELPER else 1  # warpgroups
+THREADS = 512 + 128 * (SCORERS - 1)
+# per thread; all warpgroups together have what the launch gave them, 128 x 512 or 96 x 640
+if HELPER:
+    VALUE_REGS, SCORE_REGS, TMA_REGS = 112, 112, 32
+elif ROWS < 64:
+    VALUE_REGS, SCORE_REGS, TMA_REGS = 160, 160, 32
+else:
+    VALUE_REGS, SCORE_REGS, TMA_REGS = 184, 120, 24
 K_STEPS = 2  # of an operand that is converted at once: 32 columns of keys, 32 tokens of values
 FRAGMENTS = 3  # of that size in registers
+AHEAD = 1 if ROWS == 64 else 2 * SLOT_TILES  # so many pieces of keys are read before they are converted
+HOLD = ROWS == 64  # the weights of a block are handed over behind the scores of the next one
+KEY_PIECES = 2 * TILES  # half tiles, which are converted at once
+SHARE = KEY_PIECES // 3 if HELPER else KEY_PIECES  # those of warpgroup 0, which also has the softmax
 M_INIT = -1.0e30  # finite: -inf - maximum is never NaN
 SLACK = 14.0  # P up to 2^14: fp16 holds 2^15
 
 assert ROWS in (16, 32, 64) and PAGE_SIZE in (16, 32, 64, 128) and ROPE == 64 and LATENT in (256, 512)
 assert TILES % SLOT_TILES == 0 and RING >= 2 * SLOTS
-# tiles of warpgroup 1 + v, and those of them that lie in the g-th slot of a block
-OWN = [[i for i in range(V_TILES) if i // 2 % 2 == v] for v in (0, 1)]
+OWN_TILES = V_TILES // 2  # of each of the warpgroups 1 and 2
 
 
 def rows_stack(n):
@@ -128,9 +148,9 @@ def at(h):
     return (h // 2) * 4 + h % 2
 
 
-def first_of(tile):
-    """Index of a tile's first value in the O^T of the warpgroup that owns it."""
-    return (tile // 4 * 2 + tile % 2) * ACC
+def own_tile(n):
+    """The n-th tile of warpgroup 1; that of warpgroup 2 is two further."""
+    return n // 2 * 4 + n % 2
 
 
 @cute.jit
@@ -247,7 +267,7 @@ class MlaDecode:
             mma(Float16, source.RMEM),
         ).launch(
             grid=[cute.ceil_div(rows, ROWS), 1, parts],
-            block=[512, 1, 1],
+            block=[THREADS, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
             use_pdl=True,
@@ -314,6 +334,9 @@ class MlaDecode:
         sBack = smem.allocate_tensor(Int32, cute.make_layout(ROWS), 16)  # causal: tokens at the end a row does not see
         sAbove = smem.allocate_tensor(Int32, cute.make_layout((4, 2)), 16)  # per warp: a score is above the reference
         sAgain = smem.allocate_tensor(Int32, cute.make_layout(2), 16)  # the reference was set again
+        sPart = None  # the helper's part of the scores: 4 values, thread, quarter of its accumulators, buffer
+        if const_expr(HELPER):
+            sPart = smem.allocate_tensor(Float32, cute.make_layout((4, 128, ACC // 4, 2)), 16)
         sI = smem.allocate_tensor(Int32, cute.make_layout(6), 16)  # what mla_split.interval returned
         sShare = smem.allocate_tensor(Int32, cute.make_layout(6), 16)  # what mla_split.sharing returned, r0, r1
         full = smem.allocate_array(Int64, RING)
@@ -321,6 +344,8 @@ class MlaDecode:
         p_full = smem.allocate_array(Int64, 2)
         p_free = smem.allocate_array(Int64, 2)
         sums = smem.allocate_array(Int64, 2)
+        s_full = smem.allocate_array(Int64, 2)
+        s_free = smem.allocate_array(Int64, 2)
         q_full = smem.allocate_array(Int64, 1)
         q_free = smem.allocate_array(Int64, 1)
 
@@ -338,6 +363,8 @@ class MlaDecode:
                     cute.arch.mbarrier_init(p_full + i, 4)
                     cute.arch.mbarrier_init(p_free + i, 8)
                     cute.arch.mbarrier_init(sums + i, 4)
+                    cute.arch.mbarrier_init(s_full + i, 4)
+                    cute.arch.mbarrier_init(s_free + i, 4)
                 cute.arch.mbarrier_init(q_full, 1)
                 cute.arch.mbarrier_init(q_free, 4)
             cute.arch.mbarrier_init_fence()
@@ -384,6 +411,8 @@ class MlaDecode:
             p_full=p_full,
             p_free=p_free,
             sums=sums,
+            s_full=s_full,
+            s_free=s_free,
             q_full=q_full,
             q_free=q_free,
             tma_q=tma_q,
@@ -400,6 +429,7 @@ class MlaDecode:
             mQ=mQ,
             mQpe=mQpe,
             sX=sX,
+            sPart=sPart,
             sM=sM,
             sFactor=sFactor,
             sInv=sInv,
@@ -452,8 +482,12 @@ class MlaDecode:
             cute.arch.setmaxregister_decrease(TMA_REGS)
             if warp_idx == 12:
                 self.produce(c, table, pages, row_tiles)
+        elif wg == 4:
+            if const_expr(HELPER):
+                cute.arch.setmaxregister_increase(SCORE_REGS)
+                self.help(c)
         elif wg == 0:
-            if const_expr(SCORE_REGS > 128):
+            if const_expr(SCORE_REGS > 65536 // THREADS):
                 cute.arch.setmaxregister_increase(SCORE_REGS)
             else:
                 cute.arch.setmaxregister_decrease(SCORE_REGS)
@@ -475,10 +509,7 @@ class MlaDecode:
                     sShare[3] = started
                     sShare[4] = sI[0]
                     sShare[5] = sI[1]
-            if wg == 1:
-                self.values(c, 0, mO, o_acc)
-            else:
-                self.values(c, 1, mO, o_acc)
+            self.values(c, wg - 1, mO, o_acc)
             # every load into the ring has been waited for; `sums` ordered what warpgroup 0 wrote to lse_acc
             area = cute.recast_ptr(sK.iterator, dtype=Float32)
             COMBINE.run(
@@ -571,11 +602,15 @@ class MlaDecode:
         return rX
 
     @cute.jit
-    def largest(self, c, req):
+    def sync_query(self):
+        cute.arch.barrier(barrier_id=BAR_QUERY, number_of_threads=128 * SCORERS)
+
+    @cute.jit
+    def largest(self, c, scorer: cutlass.Constexpr, req):
         """The largest finite magnitude in this CTA's rows of Q."""
         sX = c.sX
         top = Float32(0.0)
-        for i in cutlass.range(c.t // 4, ROWS * TILES, 32, unroll=2):
+        for i in cutlass.range(c.t // 4 + 32 * scorer, ROWS * TILES, 32 * SCORERS, unroll=2):
             rX = self.fetch_query(c, req, i % ROWS, i // ROWS)
             for e in cutlass.range_constexpr(16):
                 x = rX[e].to(Float32)
@@ -584,24 +619,27 @@ class MlaDecode:
         for k in cutlass.range_constexpr(5):
             top = cute.arch.fmax(top, cute.arch.shuffle_sync_bfly(top, offset=1 << k))
         if c.lane == 0:
-            sX[c.w, 0] = top
-        cute.arch.barrier(barrier_id=BAR_SCORES, number_of_threads=128)
-        return cute.arch.fmax(cute.arch.fmax(sX[0, 0], sX[1, 0]), cute.arch.fmax(sX[2, 0], sX[3, 0]))
+            sX[c.w, scorer] = top
+        self.sync_query()
+        for w in cutlass.range_constexpr(4):
+            for i in cutlass.range_constexpr(SCORERS):
+                top = cute.arch.fmax(top, sX[w, i])
+        return top
 
     @cute.jit
-    def convert_query(self, c, req):
-        """Q as the products want it: fp16, columns permuted in each 16. Returns the factor that makes up for the power
-        of two that Q was multiplied by."""
+    def convert_query(self, c, scorer: cutlass.Constexpr, req):
+        """Q as the products want it: fp16, columns permuted in each 16; by the warpgroups that have scores. Returns the
+        factor that makes up for the power of two that Q was multiplied by."""
         sQ = c.sQ
         raise_by = Float32(1.0)
         make_up = Float32(1.0)
-        cute.arch.barrier(barrier_id=BAR_SCORES, number_of_threads=128)  # sX may still be read
+        self.sync_query()  # sX and the Q of the request before may still be read
         if const_expr(DTYPE == "bf16"):
-            exponent = (bits_of(self.largest(c, req)) >> 23) - 141  # floor(log2) - 14
+            exponent = (bits_of(self.largest(c, scorer, req)) >> 23) - 141  # floor(log2) - 14
             exponent = cutlass.min(cutlass.max(exponent, -126), 126)
             raise_by = of_bits((127 - exponent) << 23)
             make_up = of_bits((127 + exponent) << 23)
-        for i in cutlass.range(c.t // 4, ROWS * TILES, 32, unroll=2):
+        for i in cutlass.range(c.t // 4 + 32 * scorer, ROWS * TILES, 32 * SCORERS, unroll=2):
             row, tile = i % ROWS, i // ROWS
             rX = self.fetch_query(c, req, row, tile)
             rY = cute.make_rmem_tensor((16,), Float16)
@@ -615,7 +653,7 @@ class MlaDecode:
                 to = cute.local_tile(sQ[row, None], (8,), (tile * 8 + c.lane % 4 * 2 + e,))
                 cute.autovec_copy(cute.local_tile(rY, (8,), (e,)), to)
         cute.arch.fence_view_async_shared()
-        cute.arch.barrier(barrier_id=BAR_SCORES, number_of_threads=128)
+        self.sync_query()
         return make_up
 
     # -------------------------------------------------------------- scores
@@ -639,8 +677,8 @@ class MlaDecode:
                 sFactor[row, buf] = factor
 
     @cute.jit
-    def dot(self, c, rS, slot, phase):
-        """S^T = K Q^T, 8-bit operands in shared memory."""
+    def dot(self, c, rS, slot, phase, held):
+        """S^T = K Q^T, 8-bit operands in shared memory. held: see hand_over."""
         qk = cute.make_mma_atom(c.op_qk)
         qk.set(warpgroup.Field.ACCUMULATE, False)
         for g in cutlass.range_constexpr(SLOTS):
@@ -655,11 +693,23 @@ class MlaDecode:
                     cute.gemm(qk, rS, c.tK[None, None, (x, i), s], c.tQ[None, None, x, tile], rS)
                     qk.set(warpgroup.Field.ACCUMULATE, True)
             warpgroup.commit_group()
+        self.hand_over(c, held)
         warpgroup.wait_group(0)
 
     @cute.jit
-    def dot_converted(self, c, rS, slot, phase):
-        """S^T = K Q^T, K through registers: matrices of 8 tokens and 16 columns, of the 16 tokens of this warp."""
+    def hand_over(self, c, held):
+        """Only the last group of scores is still under way: let the values take what the block before, in buffer
+        `held`, has left (-1: nothing). Any earlier they would compete with these scores for the tensor cores, and then
+        have nothing to do while the weights are computed."""
+        if const_expr(HOLD):
+            warpgroup.wait_group(1)
+            if held >= 0:
+                self.arrive(c.p_full + held)
+
+    @cute.jit
+    def dot_converted(self, c, rS, first: cutlass.Constexpr, end: cutlass.Constexpr, slot, phase, held):
+        """S^T = K Q^T over the half tiles first .. end - 1, K through registers: matrices of 8 tokens and 16 columns,
+        of the 16 tokens of this warp."""
         lane = c.lane
         group = 2 * c.w + (lane >> 3 & 1)
         base = c.ring + group * GROUP_BYTES + (lane & 7) * 64 + (((lane >> 4) ^ (lane & 7) >> 1) << 4)
@@ -667,44 +717,86 @@ class MlaDecode:
         qk.set(warpgroup.Field.ACCUMULATE, False)
         rA = [cute.make_rmem_tensor(((2, 2, 2), 1, K_STEPS), Float16) for _ in range(FRAGMENTS)]
         for g in cutlass.range_constexpr(SLOTS):
-            s, ph = slot_of(g, slot, phase)
-            cute.arch.mbarrier_wait(c.full + s, ph)
-            address = base + s * SLOT_BYTES
-            for i in cutlass.range_constexpr(2 * SLOT_TILES):
-                half = g * 2 * SLOT_TILES + i  # of a tile
-                if const_expr(half >= FRAGMENTS):
-                    warpgroup.wait_group(FRAGMENTS - 1)
-                rAi = rA[half % FRAGMENTS]
-                rK = cute.recast_tensor(rAi, Int32)
-                m = load_matrices(address ^ 32 * (i % 2), i // 2 * 512, False)
-                for u in cutlass.range_constexpr(4):
-                    lo, hi = to_half(m[u])
-                    # k-step u // 2, tokens 8 (u % 2) ..: the lower and the upper half of its columns
-                    rK[u // 2 * 4 + u % 2] = lo
-                    rK[u // 2 * 4 + u % 2 + 2] = hi
-                warpgroup.fence()
-                for x in cutlass.range_constexpr(K_STEPS):
-                    cute.gemm(qk, rS, rAi[None, None, x], c.tQ[None, None, half % 2 * 2 + x, half // 2], rS)
-                    qk.set(warpgroup.Field.ACCUMULATE, True)
-                warpgroup.commit_group()
+            halves = [i for i in range(2 * SLOT_TILES * g, 2 * SLOT_TILES * (g + 1)) if first <= i < end]
+            if const_expr(len(halves) > 0):
+                s, ph = slot_of(g, slot, phase)
+                cute.arch.mbarrier_wait(c.full + s, ph)
+                address = base + s * SLOT_BYTES
+                read = []
+                for i in cutlass.range_constexpr(len(halves)):
+                    for x in halves[len(read) : i + 1 + AHEAD]:
+                        read.append(load_matrices(address ^ 32 * (x % 2), x // 2 % SLOT_TILES * 512, False))
+                    half = halves[i]
+                    if const_expr(half - first >= FRAGMENTS):
+                        warpgroup.wait_group(FRAGMENTS - 1)
+                    rAi = rA[half % FRAGMENTS]
+                    rK = cute.recast_tensor(rAi, Int32)
+                    for u in cutlass.range_constexpr(4):
+                        lo, hi = to_half(read[i][u])
+                        # k-step u // 2, tokens 8 (u % 2) ..: the lower and the upper half of its columns
+                        rK[u // 2 * 4 + u % 2] = lo
+                        rK[u // 2 * 4 + u % 2 + 2] = hi
+                    warpgroup.fence()
+                    for x in cutlass.range_constexpr(K_STEPS):
+                        cute.gemm(qk, rS, rAi[None, None, x], c.tQ[None, None, half % 2 * 2 + x, half // 2], rS)
+                        qk.set(warpgroup.Field.ACCUMULATE, True)
+                    warpgroup.commit_group()
+        self.hand_over(c, held)
         warpgroup.wait_group(0)
 
     @cute.jit
-    def score_block(self, c, rM, rL, scale, slot, phase, tok0, seqlen, cut, min_lim, number, is_last):
+    def help(self, c):
+        """Warpgroup 4: its half tiles of the scores of all blocks, for warpgroup 0."""
+        sI = c.sI
+        slot = Int32(0)
+        phase = Int32(0)
+        number = Int32(0)
+        rS = cute.make_rmem_tensor(c.s_shape, Float32)
+        for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
+            _, b0, b1, _ = self.piece(c, req)
+            self.convert_query(c, 1, req)
+            for _j in cutlass.range(b0, b1, unroll=1):
+                self.dot_converted(c, rS, SHARE, KEY_PIECES, slot, phase, Int32(-1))
+                buf = number & 1
+                cute.arch.mbarrier_wait(c.s_free + buf, (number >> 1 & 1) ^ 1)
+                for i in cutlass.range_constexpr(ACC // 4):
+                    four = cute.make_tensor(rS.iterator + 4 * i, cute.make_layout(4))
+                    cute.autovec_copy(four, c.sPart[None, c.t, i, buf])
+                self.arrive(c.s_full + buf)
+                number = number + 1
+                slot, phase = slot_of(SLOTS, slot, phase)
+
+    @cute.jit
+    def add_help(self, c, rS, number):
+        """What the helper has of the scores of this block."""
+        buf = number & 1
+        four = cute.make_rmem_tensor((4,), Float32)
+        cute.arch.mbarrier_wait(c.s_full + buf, number >> 1 & 1)
+        for i in cutlass.range_constexpr(ACC // 4):
+            cute.autovec_copy(c.sPart[None, c.t, i, buf], four)
+            for e in cutlass.range_constexpr(4):
+                rS[4 * i + e] = rS[4 * i + e] + four[e]
+        self.arrive(c.s_free + buf)
+
+    @cute.jit
+    def score_block(self, c, rM, rL, scale, slot, phase, tok0, seqlen, cut, min_lim, number, is_first, is_last):
         """Scores and weights of one block. cut: tokens of the piece; min_lim: tokens that every row may see;
-        number: of the block in this CTA; is_last: of this request."""
+        number: of the block in this CTA; is_first, is_last: of this request."""
         lane, w = c.lane, c.w
         sAbove, sAgain = c.sAbove, c.sAgain  # storing through c would make all of it loop-carried
         buf = number & 1
+        held = Int32(-1) if is_first else buf ^ 1
         rS = cute.make_rmem_tensor(c.s_shape, Float32)
         rP = cute.make_rmem_tensor(c.s_shape, Float16)
         if const_expr(E4M3_QUERY):
-            self.dot(c, rS, slot, phase)
+            self.dot(c, rS, slot, phase, held)
             if is_last:
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(c.q_free)
         else:
-            self.dot_converted(c, rS, slot, phase)
+            self.dot_converted(c, rS, 0, SHARE, slot, phase, held)
+            if const_expr(HELPER):
+                self.add_help(c, rS, number)
         if tok0 + BLOCK > min_lim:
             for h in cutlass.range_constexpr(COLS):
                 lim = cut
@@ -736,7 +828,11 @@ class MlaDecode:
         rP.store(rS.load().to(Float16))
         cute.copy(c.stsm, c.stsm_thr.retile(rP), c.tPst[None, None, None, buf])
         cute.arch.fence_view_async_shared()
-        self.arrive(c.p_full + buf)
+        if const_expr(HOLD):
+            if is_last:
+                self.arrive(c.p_full + buf)
+        else:
+            self.arrive(c.p_full + buf)
 
     @cute.jit
     def scores(self, c, scale, value_scale, lse, lse_acc, sinks, flags, s_q, heads):
@@ -761,10 +857,10 @@ class MlaDecode:
                 cute.arch.mbarrier_wait(c.q_full, phase_q)
                 phase_q = phase_q ^ 1
             else:
-                q_scale = scale * self.convert_query(c, req)
+                q_scale = scale * self.convert_query(c, 0, req)
             for j in cutlass.range(b0, b1, unroll=1):
                 self.score_block(
-                    c, rM, rL, q_scale, slot, phase, j * BLOCK, seqlen, cut, min_lim, number, j == b1 - 1
+                    c, rM, rL, q_scale, slot, phase, j * BLOCK, seqlen, cut, min_lim, number, j == b0, j == b1 - 1
                 )  # fmt: skip
                 number = number + 1
                 slot, phase = slot_of(SLOTS, slot, phase)
@@ -809,67 +905,86 @@ class MlaDecode:
                     rO[i * ACC + k * 4 + e] = rO[i * ACC + k * 4 + e] * pair[e % 2]
 
     @cute.jit
-    def fetch_values(self, c, rA, base, tile: cutlass.Constexpr, half: cutlass.Constexpr, slot, valid):
-        """Half a tile of V^T as fp16 fragments: the 16 columns of this warp, 32 tokens, zeros from `valid` on."""
+    def convert_values(self, rA, read):
+        """Half a tile of V^T as fp16 fragments: the 16 columns of this warp, 32 tokens."""
         rV = cute.recast_tensor(rA, Int32)
-        s, _ = slot_of(tile // SLOT_TILES, slot, 0)
-        rX = cute.make_rmem_tensor((4,), Int32)
-        m = load_matrices(base + s * SLOT_BYTES, tile % SLOT_TILES * 512 + half * 4 * GROUP_BYTES, True)
         for u in cutlass.range_constexpr(4):
-            rX[u] = m[u]
-        if valid < BLOCK:
-            for u in cutlass.range_constexpr(4):
-                token = 32 * half + 8 * u + c.lane % 4 * 2
-                keep = Int32(0xFFFF) if token < valid else Int32(0)
-                keep = Int32(-1) if token + 1 < valid else keep
-                rX[u] = rX[u] & keep
-        for u in cutlass.range_constexpr(4):
-            even, odd = transposed_to_half(rX[u])
+            even, odd = transposed_to_half(read[u])
             rV[2 * u] = even
             rV[2 * u + 1] = odd
 
     @cute.jit
-    def value_block(self, c, v: cutlass.Constexpr, rO, base, slot, phase, valid, number, is_last):
+    def clear_tail(self, c, at_tiles, valid):
+        """Zeros for what lies behind the end of a request, whatever it is: 0 * NaN is NaN. Each warp clears what it
+        reads itself. The scores may be reading it too, but they are masked there."""
+        for half in cutlass.range_constexpr(2):
+            if c.lane + 32 * half >= valid:
+                for n in cutlass.range_constexpr(OWN_TILES):
+                    store_zeros(at_tiles[n], half * 4 * GROUP_BYTES)
+        cute.arch.fence_view_async_shared()  # the TMA writes there next
+        cute.arch.sync_warp()
+
+    @cute.jit
+    def value_block(self, c, v, rO, base, slot, phase, valid, number, is_last):
         """O^T += V^T P^T of one block."""
         buf = number & 1
-        halves = [(tile, half) for tile in OWN[v] for half in (0, 1)]
+        pieces = [(n, half) for n in range(OWN_TILES) for half in (0, 1)]
         rA = [cute.make_rmem_tensor(((2, 2, 2), 1, K_STEPS), Float16) for _ in range(FRAGMENTS)]
         for g in cutlass.range_constexpr(SLOTS):
             s, ph = slot_of(g, slot, phase)
             cute.arch.mbarrier_wait(c.full + s, ph)
-        for n in cutlass.range_constexpr(FRAGMENTS - 1):
-            self.fetch_values(c, rA[n], base, *halves[n], slot, valid)
+        # the same code for both warpgroups: it fits better into the instruction caches
+        at_tiles = []
+        for n in cutlass.range_constexpr(OWN_TILES):
+            tile, other = own_tile(n), own_tile(n) + 2
+            s = slot + tile // SLOT_TILES
+            if const_expr(other // SLOT_TILES > tile // SLOT_TILES):
+                s = s + v
+            if const_expr(other >= SLOT_TILES):
+                s = s - RING if s >= RING else s
+            within = v * ((other % SLOT_TILES - tile % SLOT_TILES) * 512)
+            at_tiles.append(base + s * SLOT_BYTES + within + tile % SLOT_TILES * 512)
+        if valid < BLOCK:
+            self.clear_tail(c, at_tiles, valid)
+        read = []
+        for n, half in pieces[:FRAGMENTS]:
+            read.append(load_matrices(at_tiles[n], half * 4 * GROUP_BYTES, True))
+        for i in cutlass.range_constexpr(FRAGMENTS - 1):
+            self.convert_values(rA[i], read[i])
         cute.arch.mbarrier_wait(c.p_full + buf, number >> 1 & 1)
         if c.sAgain[buf] != 0:
             self.scale_o(c, rO, c.sFactor[None, buf])
         pv = cute.make_mma_atom(c.op_pv)
         pv.set(warpgroup.Field.ACCUMULATE, True)
-        for n in cutlass.range_constexpr(len(halves)):
-            tile, half = halves[n]
-            rOi = cute.make_tensor(rO.iterator + first_of(tile), cute.make_layout(c.s_shape))
+        for i in cutlass.range_constexpr(len(pieces)):
+            n, half = pieces[i]
+            rOi = cute.make_tensor(rO.iterator + n * ACC, cute.make_layout(c.s_shape))
             warpgroup.fence()
             for x in cutlass.range_constexpr(K_STEPS):
-                cute.gemm(pv, rOi, rA[n % FRAGMENTS][None, None, x], c.tP[None, None, half * K_STEPS + x, buf], rOi)
+                cute.gemm(pv, rOi, rA[i % FRAGMENTS][None, None, x], c.tP[None, None, half * K_STEPS + x, buf], rOi)
             warpgroup.commit_group()
-            ahead = n + FRAGMENTS - 1
-            if const_expr(ahead < len(halves)):
-                if const_expr(n > 0):
+            for n, half in pieces[len(read) : i + FRAGMENTS + 1]:
+                read.append(load_matrices(at_tiles[n], half * 4 * GROUP_BYTES, True))
+            ahead = i + FRAGMENTS - 1
+            if const_expr(ahead < len(pieces)):
+                if const_expr(i > 0):
                     warpgroup.wait_group(1)
-                self.fetch_values(c, rA[ahead % FRAGMENTS], base, *halves[ahead], slot, valid)
-        cute.arch.sync_warp()
-        for g in cutlass.range_constexpr(SLOTS):
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive(c.empty + slot_of(g, slot, 0)[0])
+                self.convert_values(rA[ahead % FRAGMENTS], read[ahead])
+            if const_expr(ahead == len(pieces) - 1):
+                cute.arch.sync_warp()
+                for g in cutlass.range_constexpr(SLOTS):
+                    with cute.arch.elect_one():
+                        cute.arch.mbarrier_arrive(c.empty + slot_of(g, slot, 0)[0])
         warpgroup.wait_group(0)
         if not is_last:
             self.arrive(c.p_free + buf)
 
     @cute.jit
-    def values(self, c, v: cutlass.Constexpr, mO, o_acc):
+    def values(self, c, v, mO, o_acc):
         """Warpgroup 1 + v: its tiles of O^T."""
         sI, lane = c.sI, c.lane
         base = c.ring + (lane >> 3) * GROUP_BYTES + (lane & 7) * 64 + ((c.w ^ (lane & 7) >> 1) << 4)
-        rO = cute.make_rmem_tensor((V_TILES // 2 * ACC,), Float32)
+        rO = cute.make_rmem_tensor((OWN_TILES * ACC,), Float32)
         slot = Int32(0)
         phase = Int32(0)
         number = Int32(0)
@@ -890,30 +1005,30 @@ class MlaDecode:
                 self.store_piece(c, v, rO, o_acc, self.piece_slot(c, b0))
 
     @cute.jit
-    def store_whole(self, c, v: cutlass.Constexpr, rO, mO, req):
+    def store_whole(self, c, v, rO, mO, req):
         """To `out`: 8 lanes store 16 neighbouring columns of a row."""
         rY = cute.make_rmem_tensor((2,), OUT)
         for h in cutlass.range_constexpr(COLS):
             row = c.row0 + row_of(h, c.lane)
             if row < mO.shape[1]:
-                for tile in OWN[v]:
+                for n in cutlass.range_constexpr(OWN_TILES):
                     for e in cutlass.range_constexpr(2):
-                        rY[e] = rO[first_of(tile) + at(h) + 2 * e].to(OUT)
-                    to = tile * 32 + c.w * 8 + c.lane // 4
+                        rY[e] = rO[n * ACC + at(h) + 2 * e].to(OUT)
+                    to = (own_tile(n) + 2 * v) * 32 + c.w * 8 + c.lane // 4
                     cute.autovec_copy(rY, cute.local_tile(mO[req, row, None], (2,), (to,)))
 
     @cute.jit
-    def store_piece(self, c, v: cutlass.Constexpr, rO, o_acc, at_slot):
+    def store_piece(self, c, v, rO, o_acc, at_slot):
         """To the workspace with permuted columns: a row of two tiles has four accumulators of a thread, 128 bytes of 8
         lanes."""
         v4 = cute.make_rmem_tensor((4,), Float32)
         for h in cutlass.range_constexpr(COLS):
             row = c.row0 + row_of(h, c.lane)
             if row < o_acc.shape[1]:
-                for pair in cutlass.range_constexpr(v, V_TILES // 2, 2):
+                for pair in cutlass.range_constexpr(OWN_TILES // 2):
                     for e in cutlass.range_constexpr(4):
-                        v4[e] = rO[first_of(2 * pair + e // 2) + at(h) + e % 2 * 2]
-                    to = pair * 32 + c.w * 8 + c.lane // 4
+                        v4[e] = rO[(2 * pair + e // 2) * ACC + at(h) + e % 2 * 2]
+                    to = (2 * pair + v) * 32 + c.w * 8 + c.lane // 4
                     cute.autovec_copy(v4, cute.local_tile(o_acc[at_slot, row, None], (4,), (to,)))
 
 

@@ -1,4 +1,5 @@
-"""Indices of the K largest of every row, exact and deterministic, with one read of the row; sm_90 and newer.
+"""Indices of the K largest of every row, exact and deterministic, with one read of the row; any arch from sm_80 on,
+from sm_90 on with clusters.
 
     row r: the window [start, end) of logits[r]; n = end - start
     n <= K    out[r] = 0, 1, .., n - 1, -1, ..
@@ -27,6 +28,7 @@ Cannot: values other than float32; rows of 2^31 values.
 """
 
 # --- constants: replaced when rendered ---
+ARCH = "sm_90a"
 ROWS = "windows"
 CLUSTER = 1
 THREADS = 512
@@ -41,6 +43,7 @@ from cutlass import Float32, Int32, Int64, Uint32, const_expr
 from cutlass.memory import SmemAllocator
 
 WINDOWS = ROWS == "windows"
+PDL = int(ARCH[3:].rstrip("a")) >= 90
 WARPS = THREADS // 32
 CHUNK = 128  # values that a warp loads at once
 SAMPLED = 4096  # values; 4 neighbours at a time
@@ -49,6 +52,7 @@ BINS, DIGIT = 2048, 11
 LIST = WARPS * SEGMENT if CLUSTER == 1 else 8192  # items that the last phases can hold
 FEW = 32  # items that one warp ranks
 LOWEST = 0x007FFFFF  # key of -infinity
+NEAR = 1 << 27  # keys below the largest one, 16 octaves, that the sample resolves at once
 
 assert ROWS in ("windows", "lengths")
 assert QUADS * 4 * THREADS == SAMPLED and SEGMENT % CHUNK == 0 and BINS % THREADS == 0 and CLUSTER in (1, 2, 4, 8)
@@ -79,12 +83,33 @@ def smear(x: Uint32):
 
 
 @cute.jit
+def lower(a: Uint32, b: Uint32):
+    """The smaller one. Not cutlass.min, which takes the signed minimum of a constant and an unsigned integer."""
+    return a if a < b else b
+
+
+@cute.jit
+def higher(a: Uint32, b: Uint32):
+    return a if a > b else b
+
+
+@cute.jit
 def load16(pointer):
     """16 bytes as four floats, past L1."""
     return cute.arch.inline_ptx(
         "ld.global.nc.L1::no_allocate.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
         write_only_types=[Float32] * 4,
         read_only_args=[pointer.to_llvm_ptr()],
+    )
+
+
+@cute.jit
+def store_item(pointer, bits, position, hit):
+    """Store a value's bits, and its position where the positions of the segments are, if `hit`."""
+    cute.arch.inline_ptx(
+        "{ .reg .pred p; setp.ne.s32 p, {$r3}, 0; @p st.shared.b32 [{$r0}], {$r1}; "
+        f"@p st.shared.b32 [{{$r0}} + {4 * WARPS * SEGMENT}], {{$r2}}; }}",
+        read_only_args=[pointer.to_llvm_ptr(), bits, position, Int32(1) if hit else Int32(0)],
     )
 
 
@@ -106,7 +131,7 @@ class TopkIndices:
             block=[THREADS, 1, 1],
             cluster=[CLUSTER, 1, 1] if CLUSTER > 1 else None,
             stream=stream,
-            use_pdl=True,
+            use_pdl=PDL,
         )
 
     # ---------------------------------------------------------------- device
@@ -118,8 +143,9 @@ class TopkIndices:
         r = bid // CLUSTER
         rank = bid - r * CLUSTER
         smem = SmemAllocator()
-        sKey = smem.allocate_tensor(Uint32, cute.make_layout((WARPS * SEGMENT,)), 16)
-        sPos = smem.allocate_tensor(Int32, cute.make_layout((WARPS * SEGMENT,)), 16)
+        sItems = smem.allocate_tensor(Uint32, cute.make_layout((WARPS * SEGMENT, 2)), 16)
+        sKey = sItems[None, 0]  # the values' bits, until the items are gathered
+        sPos = cute.make_tensor(cute.recast_ptr(sItems[None, 1].iterator, dtype=Int32), sKey.layout)
         if const_expr(CLUSTER > 1):
             sAllKey = smem.allocate_tensor(Uint32, cute.make_layout((LIST,)), 16)
             sAllPos = smem.allocate_tensor(Int32, cute.make_layout((LIST,)), 16)
@@ -134,8 +160,9 @@ class TopkIndices:
         sm = (sKey, sPos, sAllKey, sAllPos, sHist, sWarp, sFound, sFewKey, sFewBack, sShare)
         for i in cutlass.range_constexpr(BINS // THREADS):
             sHist[tid + i * THREADS] = 0
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
+        if const_expr(PDL):
+            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_launch_dependents()
 
         K = mOut.shape[1]
         start = Int32(0)
@@ -166,13 +193,16 @@ class TopkIndices:
         bad = Int32(0)
         base = w * SEGMENT
         count = Int32(0)
+        place = (first, shift, n, quads)
+        rX = cute.make_rmem_tensor((4, UNROLL), Float32)
+        self.load_batch(rX, place, rank * WARPS + w, lane)  # on its way while the sample is looked at
         if chunks <= CLUSTER * WARPS * (SEGMENT // CHUNK) and n <= LIST:
-            count = self.collect(sm, True, first, shift, n, quads, chunks, Float32(0.0), rank, w, lane)
+            count = self.collect(sKey, True, rX, place, chunks, Float32(0.0), rank, w, lane)
         else:
             bound = self.sample(sm, first, quads, n, K, tid, w)
             bad = Int32(1) if bound <= Uint32(LOWEST) else Int32(0)
             if bad == 0:
-                count = self.collect(sm, False, first, shift, n, quads, chunks, value_of(bound), rank, w, lane)
+                count = self.collect(sKey, False, rX, place, chunks, value_of(bound), rank, w, lane)
         bad = Int32(1) if count > SEGMENT else bad
         before, total, bad = self.block_sum(sWarp, count, bad, w, lane)
         if const_expr(CLUSTER > 1):
@@ -192,12 +222,15 @@ class TopkIndices:
             if bad == 0:
                 for i in cutlass.range(lane, count, 32, unroll=1):
                     at = mine + before + i
-                    store_remote(sAllKey.iterator + at, 0, sKey[base + i])
+                    store_remote(sAllKey.iterator + at, 0, key_of(sKey[base + i].bitcast(Float32)))
                     store_remote(sAllPos.iterator + at, 0, sPos[base + i])
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
             base = total * w // WARPS
             count = total * (w + 1) // WARPS - base
+        else:
+            for i in cutlass.range(lane, cutlass.min(count, SEGMENT), 32, unroll=1):
+                sKey[base + i] = key_of(sKey[base + i].bitcast(Float32))
         bad = Int32(1) if total < K else bad
         if rank == 0:
             if bad == 0:
@@ -234,14 +267,14 @@ class TopkIndices:
             x = load16(first + 4 * v)
             for c in cutlass.range_constexpr(4):
                 rX[c, u] = x[c]
-        low = Uint32(0xFFFFFFFF)
-        high = Uint32(0)
         for u in cutlass.range_constexpr(QUADS):
             for c in cutlass.range_constexpr(4):
-                key = key_of(rX[c, u])
-                rKey[4 * u + c] = key
-                low = cutlass.min(low, key)
-                high = cutlass.max(high, key)
+                rKey[4 * u + c] = key_of(rX[c, u])
+        low = rKey[0]
+        high = rKey[0]
+        for i in cutlass.range_constexpr(1, 4 * QUADS):
+            low = lower(low, rKey[i])
+            high = higher(high, rKey[i])
         low = cute.arch.warp_redux_sync(low, kind="umin")
         high = cute.arch.warp_redux_sync(high, kind="umax")
         if lane == 0:
@@ -256,9 +289,19 @@ class TopkIndices:
         bound = Uint32(0)
         if rank < SAMPLED:
             enough = rank + rank // 4
-            mask = smear(high - low)
-            above = Int32(0)
-            here = Int32(SAMPLED)
+            # at first only near the largest one, with all that is further below in the lowest bin
+            near = high - lower(high - low, Uint32(NEAR - 1))
+            shift = self.digit_shift(smear(high - near))
+            for i in cutlass.range_constexpr(4 * QUADS):
+                self.bump(sHist, (higher(rKey[i], near) - near) >> shift)
+            digit, above, here = self.find(sm, rank, tid, w, lane)
+            mask = (Uint32(1) << shift) - 1
+            if digit == 0 and near > low:  # further below: all over again
+                mask = smear(high - low)
+                above = Int32(0)
+                here = Int32(SAMPLED)
+            else:
+                low = near + (Uint32(digit) << shift)
             while mask != Uint32(0) and above + here > enough:
                 shift = self.digit_shift(mask)
                 for i in cutlass.range_constexpr(4 * QUADS):
@@ -328,31 +371,52 @@ class TopkIndices:
                     rX[c, u] = (first + (4 * v + c)).load()
 
     @cute.jit
-    def collect(self, sm, everything: cutlass.Constexpr, first, shift, n, quads, chunks, bound, rank, w, lane):
-        """Append what reaches `bound` to this warp's segment; returns how many that were, also when they did not
-        fit."""
-        sKey, sPos, sAllKey, sAllPos, sHist, sWarp, sFound, sFewKey, sFewBack, sShare = sm
-        base = w * SEGMENT
-        count = Int32(0)
-        below = (Uint32(1) << Uint32(lane)) - 1
-        for j in cutlass.range(rank * WARPS + w, chunks, CLUSTER * WARPS * UNROLL, unroll=1):
-            rX = cute.make_rmem_tensor((4, UNROLL), Float32)
+    def load_batch(self, rX, place, j, lane):
+        """rX = the values of this lane in the chunks j, j + step, ..; NaN where there are none."""
+        first, shift, n, quads = place
+        STEP = CLUSTER * WARPS
+        if j > 0 and (j + (UNROLL - 1) * STEP) * 32 + 32 < quads:
             for u in cutlass.range_constexpr(UNROLL):
-                self.load_quad(rX, u, first, shift, n, quads, (j + u * (CLUSTER * WARPS)) * 32 + lane)
-            for u in cutlass.range_constexpr(UNROLL):
-                v = (j + u * (CLUSTER * WARPS)) * 32 + lane
+                x = load16(first + 4 * ((j + u * STEP) * 32 + lane))
                 for c in cutlass.range_constexpr(4):
-                    at = 4 * v - shift + c
+                    rX[c, u] = x[c]
+        else:
+            for u in cutlass.range_constexpr(UNROLL):
+                self.load_quad(rX, u, first, shift, n, quads, (j + u * STEP) * 32 + lane)
+
+    @cute.jit
+    def collect(self, sKey, everything: cutlass.Constexpr, rX, place, chunks, bound, rank, w, lane):
+        """Append what reaches `bound` to this warp's segment; returns how many that were, also when they did not fit.
+        rX: the first batch. The values of a lane in a batch come one behind the other."""
+        first, shift, n, quads = place
+        STEP = CLUSTER * WARPS
+        count = Int32(0)
+        for j in cutlass.range(rank * WARPS + w, chunks, STEP * UNROLL, unroll=1):
+            at = [4 * ((j + u * STEP) * 32 + lane) - shift for u in range(UNROLL)]
+            rHit = cute.make_rmem_tensor((4, UNROLL), Int32)
+            mine = Int32(0)
+            for u in cutlass.range_constexpr(UNROLL):
+                for c in cutlass.range_constexpr(4):
                     if const_expr(everything):
-                        hit = at >= 0 and at < n
+                        rHit[c, u] = Int32(1) if at[u] + c >= 0 and at[u] + c < n else Int32(0)
                     else:
-                        hit = rX[c, u] >= bound
-                    votes = Uint32(cute.arch.vote_ballot_sync(hit))
-                    slot = count + Int32(cute.arch.popc(votes & below))
-                    if hit and slot < SEGMENT:
-                        sKey[base + slot] = key_of(rX[c, u])
-                        sPos[base + slot] = at
-                    count = count + Int32(cute.arch.popc(votes))
+                        rHit[c, u] = Int32(1) if rX[c, u] >= bound else Int32(0)
+                    mine = mine + rHit[c, u]
+            inclusive = mine
+            for d in cutlass.range_constexpr(5):
+                v = cute.arch.shuffle_sync_up(inclusive, offset=1 << d, mask_and_clamp=0)
+                inclusive = inclusive + (v if lane >= (1 << d) else Int32(0))
+            total = cute.arch.shuffle_sync(inclusive, offset=31)
+            if count + total <= SEGMENT:
+                slot = w * SEGMENT + count + inclusive - mine
+                for u in cutlass.range_constexpr(UNROLL):
+                    for c in cutlass.range_constexpr(4):
+                        store_item(sKey.iterator + slot, rX[c, u].bitcast(Uint32), at[u] + c, rHit[c, u] != 0)
+                        slot = slot + rHit[c, u]
+            else:
+                count = count + SEGMENT  # too many, whatever comes
+            count = count + total
+            self.load_batch(rX, place, j + STEP * UNROLL, lane)
         return count
 
     # ---------------------------------------------------------------- narrow and emit
@@ -370,12 +434,12 @@ class TopkIndices:
         mask = Uint32(0xFFFFFFFF)
         if const_expr(not from_row):
             # a tight range makes the first bins small
-            least = Uint32(0xFFFFFFFF)
-            most = Uint32(0)
+            least = sAllKey[base + cutlass.min(lane, cutlass.max(count - 1, 0))]
+            most = least
             for i in cutlass.range(lane, count, 32, unroll=1):
                 key = sAllKey[base + i]
-                least = cutlass.min(least, key)
-                most = cutlass.max(most, key)
+                least = lower(least, key)
+                most = higher(most, key)
             least = cute.arch.warp_redux_sync(least, kind="umin")
             most = cute.arch.warp_redux_sync(most, kind="umax")
             if lane == 0:

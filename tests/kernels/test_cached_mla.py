@@ -2,12 +2,13 @@
 
 All kernels are those of tests/keysets.py, so these tests run from a prewarmed cache on a machine without the compiler:
 
-    python -m tests.keysets --op append_latent --op cached_mla --op mla_decode      (where the compiler is)
-    python -m pytest -m gpu tests/kernels/test_cached_mla.py                        (where the GPU is)
+    python -m tests.keysets --op append_latent --op cached_mla --attention        (where the compiler is)
+    python -m pytest -m gpu tests/kernels/test_cached_mla.py                      (where the GPU is)
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pytest
@@ -16,13 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jitmla
-from jitmla import workspace
+import jitmla.torch_ops_cached  # registers the ops
+from jitmla import events, workspace
 from jitmla.compat import trtllm
 from jitmla.errors import InvalidArgument
 from jitmla.testing import guarded, poisoned_empty
-from jitmla.testing_cached import cached_problem, check_cached
+from jitmla.testing_cached import bits, cached_problem, check_cached
 
-from ..keysets import CACHED_DIMS, covering_choices
+from ..keysets import CACHED, CACHED_MORE, DEEPSEEK_V3, MISTRAL_4, covering_choices
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,7 +36,14 @@ pytestmark = [
 # Deterministic: the same examples everywhere.
 DRAWN = settings(max_examples=80, derandomize=True, database=None, deadline=None,
                  suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-MISTRAL, DEEPSEEK = CACHED_DIMS
+
+
+def dims(point):
+    return dict(nope=point.nope, rank=point.rank, rope=point.rope, value=point.value, e4m3=point.e4m3,
+                dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[point.dtype])
+
+
+MISTRAL, DEEPSEEK = dims(MISTRAL_4), dims(DEEPSEEK_V3)
 APPEND = [c for c in covering_choices("append_latent") if c.spec.arch == "sm_90a"]
 
 
@@ -63,10 +72,6 @@ def check(problem, **options):
     return out
 
 
-def bits(x):
-    return x.contiguous().view({1: torch.int8, 2: torch.int16}[x.element_size()])
-
-
 @st.composite
 def problems(draw):
     cached = st.one_of(st.sampled_from([0, 1, 63, 64, 65, 500]), st.integers(0, 900))
@@ -84,42 +89,89 @@ def problems(draw):
 @given(problems(), st.booleans())
 @DRAWN
 def test_drawn_problems(arguments, wide_v):
-    check(cached_problem(**arguments, **DEEPSEEK, value=256 if wide_v else 128, device="cuda"))
+    check(cached_problem(**arguments, **{**DEEPSEEK, "value": 256 if wide_v else 128}, device="cuda"))
+
+
+@given(problems(), st.booleans(), st.booleans(), st.integers(1, 4))
+@DRAWN
+def test_drawn_problems_in_the_mha_form(arguments, alone, deepseek, longer):
+    """alone: no sequence has a prefix, and the host says so. longer: sequences of several blocks of mla_prefill."""
+    arguments["prefill"] = [(0 if alone else cached // longer, new * longer) for cached, new in arguments["prefill"]]
+    if not deepseek:
+        arguments["heads"] = 32
+    check(cached_problem(**arguments, **(DEEPSEEK if deepseek else MISTRAL), device="cuda"), form="mha",
+          max_prefix=0 if alone else None)
+
+
+POINTS = [dict(prefill=[(0, 150), (77, 200), (0, 0), (300, 31)], decode=[9, 400]),
+          dict(prefill=[(0, 130), (5, 140)], gap=3, tail=5), dict(decode=[0, 63, 64, 300, 7])]
+
+
+@pytest.mark.parametrize("form", ["absorbed", "mha"])
+@pytest.mark.parametrize("point", [*CACHED, *CACHED_MORE], ids=str)
+def test_every_point(point, form):
+    if form == "mha" and not point.mha:
+        pytest.skip("there is no kernel of mla_prefill for it, or it is the same")
+    for i, arguments in enumerate(POINTS):
+        problem = cached_problem(**arguments, heads=point.heads, max_seq_len=512 if point.page == 64 else 550, seed=i,
+                                 device="cuda", **dims(point))
+        check(problem, form=form, backend=point.backend)
+
+
+@pytest.mark.parametrize("tokens, max_prefix, form", [(2000, None, "mha"), (100, None, "absorbed"), (200, 0, "mha")])
+def test_auto_says_what_it_takes(tokens, max_prefix, form):
+    import jitmla.ops.cached_mla as op
+
+    problem = cached_problem([(0, tokens)], heads=32, max_seq_len=2048, **MISTRAL, device="cuda")
+    op._prepared.clear()
+    said = []
+    unsubscribe = events.subscribe(said.append)
+    out = check(problem, max_prefix=max_prefix)
+    unsubscribe()
+    assert [e.fields["backend"] for e in said if e.fields.get("op") == "cached_mla" and "why" in e.fields] == [form]
+    assert torch.equal(bits(call(problem.again(), form=form, max_prefix=max_prefix)), bits(out))
 
 
 @pytest.mark.parametrize("arguments", [
     dict(decode=[2047]), dict(decode=[511] * 8), dict(decode=list(range(0, 640, 20))), dict(prefill=[(0, 128)]),
     dict(prefill=[(0, 512)]), dict(prefill=[(0, 700), (100, 333)]),
-    dict(prefill=[(7, 300), (0, 500)], decode=[3, 900], tail=2)], ids=str)
+    dict(prefill=[(7, 300), (0, 500)], decode=[3, 900], tail=2), dict(prefill=[(0, 2048)]),
+    dict(prefill=[(1000, 1000)])], ids=str)
 def test_mistral_small_4(arguments):
     check(cached_problem(**arguments, heads=32, max_seq_len=2048, **MISTRAL, device="cuda"))
 
 
-def test_many_tokens_go_in_several_launches(monkeypatch):
+@pytest.mark.parametrize("form", ["absorbed", "mha"])
+def test_many_tokens_go_in_several_launches(monkeypatch, form):
+    import jitmla.ops.cached_launch as launch
     import jitmla.ops.cached_mla as op
 
     arguments = dict(prefill=[(100, 150), (0, 333), (0, 0), (5, 70)], decode=[9], heads=32, max_seq_len=512, **MISTRAL)
-    monkeypatch.setattr(op, "LAUNCH_BYTES", 5 * 16 * 32 * 256 * 2)  # five tiles
+    monkeypatch.setattr(launch, "LAUNCH_BYTES", 5 * 16 * 32 * 256 * 2)  # five tiles, or the heads in groups
     op._prepared.clear()
-    check(cached_problem(**arguments, device="cuda"))
-    assert any(len(p.groups) > 8 for p in op._prepared.values())
+    check(cached_problem(**arguments, device="cuda"), form=form)
+    groups = [p.groups for p in op._prepared.values()]
+    if form == "mha":
+        assert any(len(g[0].prefix) > 7 and len(g[0].scratch.tensors(0)[-1]) > 1 for g in groups)
+    else:
+        assert any(len(g) > 8 for g in groups)
     op._prepared.clear()
 
 
-def test_offsets_pass_32_bits():
+@pytest.mark.parametrize("form", ["absorbed", "mha"])
+def test_offsets_pass_32_bits(form):
     """Slot 27 of 262144 tokens of width 320: its last row is 4.7 GB behind the first one, and beyond 2^31 elements."""
     length, slots = 262144, 28
     cache = torch.empty(slots, length, 320, dtype=torch.bfloat16, device="cuda")
     small = cached_problem([(40, 9)], [63, 20], heads=32, max_seq_len=64, spare_slots=0, **MISTRAL, device="cuda")
     where = {slot: new for slot, new in zip((s for _, _, s, _ in small.sequences), (27, 26, 25), strict=True)}
-    shift = length - 64
     problem = small.again()
     for old, new in where.items():
         cache[new].fill_(float("nan"))
         cache[new, :64] = problem.before[old]
     object.__setattr__(problem, "kv_cache", cache)
     problem.metadata["slot_idx"][:3] = torch.tensor([where[s] for _, _, s, _ in small.sequences], dtype=torch.int32)
-    out = call(problem)
+    out = call(problem, form=form)
     view = small.again()
     for old, new in where.items():
         view.kv_cache[old] = cache[new, :64]
@@ -134,16 +186,17 @@ def test_offsets_pass_32_bits():
     last.latent.copy_(rows[None, :, :256])
     last.k_pe.copy_(rows[None, None, :, 256:])
     cache[27, -1] = float("nan")
-    got = call(last)[0, 0].double()
+    got = call(last, form=form)[0, 0].double()
     exact = torch.einsum("r,hvr->hv", rows[0, :256].double(), last.weight.double().view(32, 192, 256)[:, 64:])
     assert float((got - exact).norm() / exact.norm()) < 1e-2
-    assert torch.equal(cache[27, -1], rows[0]) and shift
+    assert torch.equal(cache[27, -1], rows[0])
 
 
-def test_no_call_waits_for_the_device():
+@pytest.mark.parametrize("form", ["absorbed", "mha"])
+def test_no_call_waits_for_the_device(form):
     arguments = dict(prefill=[(5, 30), (0, 70)], decode=[12, 0, 500], heads=32, max_seq_len=512, **MISTRAL)
     problem = cached_problem(**arguments, tail=3, device="cuda")
-    call(problem)
+    call(problem, form=form)
     torch.cuda.synchronize()
     info = torch.tensor([2, 100, 0, 0, 3, 3], dtype=torch.int32)
     m = problem.metadata
@@ -152,11 +205,35 @@ def test_no_call_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.inference_mode():
-            jitmla.cached_mla(*problem.args, **problem.kwargs)
+            jitmla.cached_mla(*problem.args, **problem.kwargs, form=form)
             trtllm.triton_cached_mla_with_cache(*problem.args[:5], info, m["seq_len"], m["input_pos"], m["slot_idx"],
                                                 m["cu_seqlen"], problem.kv_cache, problem.sm_scale, 256)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("form", ["absorbed", "mha"])
+def test_schemas_and_compiled_calls(form):
+    """opcheck with the kernels; compiled, what reads the cache behind the call sees its rows; all is bitwise eager."""
+    problem = cached_problem([(5, 30), (0, 70)], [12, 63], heads=32, max_seq_len=128, tail=3, **MISTRAL, device="cuda")
+    problem.kv_cache.nan_to_num_(), problem.before.nan_to_num_()
+    for x in problem.args[:4]:
+        x.nan_to_num_()
+    inputs = (*problem.args, *problem.metadata.values(), *problem.counts.values(), problem.sm_scale, None, None, form,
+              "auto")
+    torch.library.opcheck(torch.ops.jitmla.cached_mla, inputs, test_utils=("test_schema", "test_faketensor"))
+
+    def layer(q_nope, kv_cache):
+        out = jitmla.cached_mla(q_nope * 1.0, *problem.args[1:5], kv_cache, **problem.kwargs, form=form)
+        return out * 2, kv_cache.float().sum(-1)
+
+    found = []
+    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        cache = problem.before.clone()
+        with torch.inference_mode():
+            found.append((*call(problem.q_nope, cache), cache))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert not torch.equal(found[0][2], problem.before)
 
 
 def test_one_graph_for_all_metadata():
@@ -190,6 +267,88 @@ def test_one_graph_for_all_metadata():
             assert torch.equal(bits(first.kv_cache[others]), bits(other.kv_cache[others]))
 
 
+@pytest.mark.parametrize("form", ["absorbed", "mha"])
+def test_one_graph_for_all_lengths(form):
+    """A captured prefill, replayed with the same counts in other sequences: prefixes where there were none."""
+    def problem(seed, prefill):
+        return cached_problem(prefill, [30], heads=32, max_seq_len=512, seed=seed, tail=4, device="cuda", **MISTRAL)
+
+    first = problem(0, [(0, 200), (0, 100)])
+    with torch.inference_mode():
+        jitmla.cached_mla(*first.args, **first.kwargs, form=form)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = jitmla.cached_mla(*first.args, **first.kwargs, form=form)
+        for seed, prefill in ((1, [(37, 120), (200, 180)]), (2, [(0, 299), (64, 1)]), (3, [(0, 0), (0, 300)])):
+            other = problem(seed, prefill)
+            for mine, its in zip(first.args, other.args, strict=True):
+                mine.copy_(its)
+            for name, its in other.metadata.items():
+                first.metadata[name].copy_(its)
+            graph.replay()
+            expected = jitmla.cached_mla(*other.args, **other.kwargs, form=form)
+            check_cached(other, expected)
+            assert torch.equal(bits(out), bits(expected))
+            assert torch.equal(bits(first.kv_cache), bits(other.kv_cache))
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("form", ["absorbed", "mha"])
+def test_many_calls_in_a_row_are_bitwise_alike(form, captured):
+    """Two problems take turns in one scratch, which is overwritten between some of the calls; torch makes the queries
+    right before a call, and reads its result right after: no kernel may start too early, or go on too long."""
+    arguments = dict(prefill=[(0, 400), (200, 300), (0, 0), (130, 131)], decode=[9, 400, 77], heads=32, max_seq_len=512,
+                     gap=3, tail=5, **MISTRAL, device="cuda")
+    problems = [cached_problem(**arguments, seed=seed) for seed in range(2)]
+    identity = torch.eye(64, dtype=torch.bfloat16, device="cuda")
+    project = torch.randn(32 * 128, 256, dtype=torch.bfloat16, device="cuda")
+    q_nope = torch.empty_like(problems[0].q_nope)
+
+    def step(p):
+        """The call, with matrix products of torch before and behind it."""
+        torch.mm(p.q_nope.view(-1, 64), identity, out=q_nope.view(-1, 64))
+        out = jitmla.cached_mla(q_nope, *p.args[1:], **p.kwargs, form=form)
+        product = out.view(-1, 32 * 128) @ project
+        q_nope.fill_(float("nan"))
+        return out, product
+
+    with torch.inference_mode():
+        for p in problems:
+            p.q_nope.nan_to_num_()
+        expected = [[x.clone() for x in step(p)] for p in problems]
+        for p, (out, _) in zip(problems, expected, strict=True):
+            check_cached(p, out)
+        run = [functools.partial(step, p) for p in problems]
+        if captured:
+            run = []
+            for p in problems:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    results = step(p)
+                run.append(lambda graph=graph, results=results: (graph.replay(), results)[1])
+        differ = torch.zeros((), dtype=torch.int64, device="cuda")
+        for i in range(400):
+            if i % 4 == 3:
+                for scratch in workspace._bytes.values():
+                    scratch.fill_((0xFF, 0x7F, 0x3C, 0)[i // 4 % 4])
+            for found, wanted in zip(run[i % 2](), expected[i % 2], strict=True):
+                differ += (bits(found) != bits(wanted)).sum()
+        assert int(differ) == 0
+        for p in problems:
+            check_cached(p, jitmla.cached_mla(*p.args, **p.kwargs, form=form))
+
+
+@pytest.mark.parametrize("form", ["absorbed", "mha"])
+def test_calls_in_and_out_of_inference_mode_share_their_scratch(form):
+    problem = cached_problem([(0, 40), (5, 9)], [7], heads=32, max_seq_len=64, **MISTRAL, device="cuda")
+    kept = dict(workspace._bytes)
+    workspace._bytes.clear()
+    for mode in (torch.inference_mode(), torch.no_grad(), torch.enable_grad(), torch.inference_mode()):
+        with mode:
+            check_cached(problem, jitmla.cached_mla(*problem.args, **problem.kwargs, form=form))
+    workspace._bytes.update(kept)
+
+
 def test_calls_on_two_streams_have_their_own_scratch():
     problems = [cached_problem(decode=[500] * 8, heads=32, max_seq_len=512, seed=i, **MISTRAL, device="cuda")
                 for i in range(2)]
@@ -206,21 +365,23 @@ def test_calls_on_two_streams_have_their_own_scratch():
             assert all(torch.equal(bits(a), bits(b)) for a, b in zip(got, expected, strict=True))
 
 
-def test_a_sequence_without_a_slot_is_skipped():
+@pytest.mark.parametrize("form", ["absorbed", "mha"])
+def test_a_sequence_without_a_slot_is_skipped(form):
     problem = cached_problem([(3, 40), (0, 20)], [7], heads=32, max_seq_len=64, **MISTRAL, device="cuda")
     problem.metadata["slot_idx"][1] = -1
-    out = call(problem)
+    out = call(problem, form=form)
     assert not out[0, 40:60].any() and out[0, 60].any() and out[0, :40].isfinite().all()
     slot = problem.sequences[1][2]
     assert torch.equal(bits(problem.kv_cache[slot]), bits(problem.before[slot]))
 
 
-def test_beyond_the_slot_nothing_is_written():
+@pytest.mark.parametrize("form", ["absorbed", "mha"])
+def test_beyond_the_slot_nothing_is_written(form):
     problem = cached_problem([(40, 10)], [30, 3], heads=32, max_seq_len=64, **MISTRAL, device="cuda")
     problem.metadata["input_pos"][0] = 60  # ten tokens from 60 on, of 64
     problem.metadata["input_pos"][1] = 64
     problem.kv_cache[problem.sequences[0][2]].nan_to_num_()
-    out = call(problem)
+    out = call(problem, form=form)
     touched = (bits(problem.kv_cache) != bits(problem.before)).any(-1)
     allowed = torch.zeros_like(touched)
     allowed[problem.sequences[0][2]] = True
@@ -317,3 +478,4 @@ def test_several_kernels_agree_on_a_model(monkeypatch):
     with torch.inference_mode():
         expected = [tiny.generate_plain(model, prompt, 16)[0] for prompt in prompts]
         assert tiny.generate_paged(model, prompts, 16) == expected
+        assert tiny.generate_slots(model, prompts, 16) == expected

@@ -22,6 +22,8 @@ from jitmla.testing_indexer import (
     FP8,
     NAN_BYTE,
     PAGE,
+    append_problem,
+    check_append,
     check_logits,
     check_prologue,
     check_topk,
@@ -46,7 +48,6 @@ pytestmark = [
                        reason="needs a GPU of compute capability 9.0: the kernels under test are for sm_90a"),
 ]
 CUDA, NAN, I32 = "cuda", float("nan"), torch.int32
-SIMT = "simt"  # by name: see UNCHECKED in jitmla/ops/launch.py
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "i32": torch.int32, "i64": torch.int64}
 
 
@@ -70,17 +71,17 @@ def test_prologue(spec, tokens, apart):
         tokens, heads=spec["heads"], k_dtype=TYPES[spec["k_dtype"]], w_dtype=TYPES[spec["w_dtype"]],
         ln_dtype=TYPES[spec["ln_dtype"]], positions=TYPES[spec["positions"]], device=CUDA, seed=tokens, apart=apart)
     options = {n: spec[n] for n in ("rope_interleave", "scale_mode", "hadamard")}
-    out = jitmla.indexer_prologue(*problem.args, **options, backend=SIMT)
+    out = jitmla.indexer_prologue(*problem.args, **options)
     check_prologue(problem, out, **options)
-    again = jitmla.indexer_prologue(*problem.args, **options, backend=SIMT)
+    again = jitmla.indexer_prologue(*problem.args, **options)
     assert all(same(a, b) for a, b in zip(out, again, strict=True))
 
 
 def test_nan_stays_in_its_row_and_padding_disturbs_nobody():
     problem = prologue_problem(40, device=CUDA)
-    clean = jitmla.indexer_prologue(*problem.args, backend=SIMT)
+    clean = jitmla.indexer_prologue(*problem.args)
     problem.q[3, 5], problem.k_raw[7], problem.w_raw[9] = NAN, NAN, NAN
-    dirty = jitmla.indexer_prologue(*problem.args, backend=SIMT)
+    dirty = jitmla.indexer_prologue(*problem.args)
     keep = torch.ones(40, 64, dtype=torch.bool, device=CUDA)
     keep[3, 5] = False
     assert same(clean[0][keep], dirty[0][keep])
@@ -98,10 +99,10 @@ def test_cat_quant(mode, rows):
     v[::7] = 0
     wide = torch.full((rows, 200), NAN, dtype=torch.bfloat16, device=CUDA)
     wide[:, 8:72], wide[:, 100:164] = v[:, :64], v[:, 64:]
-    got = jitmla.cat_quant_fp8(wide[:, 8:72], wide[:, 100:164], scale_mode=mode, backend=SIMT)
+    got = jitmla.cat_quant_fp8(wide[:, 8:72], wide[:, 100:164], scale_mode=mode)
     expected = jitmla.cat_quant_fp8(v[:, :60].cpu().bfloat16(), v[:, 60:].cpu().bfloat16(), scale_mode=mode)
     assert all(same(a.cpu(), b) for a, b in zip(got, expected, strict=True))
-    three = jitmla.cat_quant_fp8(wide[:, None, 8:72], wide[:, None, 100:164], scale_mode=mode, backend=SIMT)
+    three = jitmla.cat_quant_fp8(wide[:, None, 8:72], wide[:, None, 100:164], scale_mode=mode)
     assert all(same(a, b) for a, b in zip(got, three, strict=True))
 
 
@@ -116,7 +117,7 @@ def test_scatter_and_gather(pad, tokens):
     scales = torch.rand(tokens + 2, 1, generator=rng, device=CUDA)
     pool = index_pool(pages, pad, device=CUDA)
     before = pool_bytes(pool)
-    jitmla.indexer_k_scatter(codes.view(FP8), scales, pool, slots.to(CUDA), backend=SIMT)
+    jitmla.indexer_k_scatter(codes.view(FP8), scales, pool, slots.to(CUDA))
     after = pool_bytes(pool)
     assert after == scattered(before, pool.stride(0), codes, scales, slots.tolist())
     table = torch.arange(pages, dtype=I32).flip(0)[None].repeat(2, 1)
@@ -124,7 +125,7 @@ def test_scatter_and_gather(pad, tokens):
     start = torch.tensor([0, 70, 70 + 3 * PAGE], dtype=I32)
     n = int(start[-1])
     k, s = torch.full((n + 3, DIM), 7, dtype=torch.uint8, device=CUDA), torch.full((n + 3,), 7.0, device=CUDA)
-    jitmla.indexer_k_gather(pool, table.to(CUDA), start.to(CUDA), n + 3, k_fp8=k.view(FP8), k_scale=s, backend=SIMT)
+    jitmla.indexer_k_gather(pool, table.to(CUDA), start.to(CUDA), n + 3, k_fp8=k.view(FP8), k_scale=s)
     if not pad:
         k2, s2 = torch.full((n + 3, DIM), 7, dtype=torch.uint8), torch.full((n + 3,), 7.0)
         jitmla.indexer_k_gather(pool.cpu(), table, start, n + 3, k_fp8=k2.view(FP8), k_scale=s2)
@@ -153,8 +154,17 @@ def test_row_pack(row, page, pad):
     width, view = (size, on_gpu) if row == "fp8" else (size // 2, on_gpu.view(torch.bfloat16))
     cache = view.as_strided((pages, page, 1, width), (page * width + pad * width // size, width, width, 1))
     joined = torch.cat([latent, rope], 1).to(CUDA)
-    jitmla.kv_row_pack(joined[:, :512], joined[:, 512:], cache, slots.to(CUDA), backend=SIMT)
+    jitmla.kv_row_pack(joined[:, :512], joined[:, 512:], cache, slots.to(CUDA))
     assert bytearray(on_gpu.cpu().numpy().tobytes()) == expected
+
+
+@pytest.mark.parametrize("positions", [torch.int64, torch.int32])
+@pytest.mark.parametrize("keys", [True, False])
+@pytest.mark.parametrize("row", ["fp8", "bf16"])
+@pytest.mark.parametrize("tokens, heads", [(1, 16), (37, 128), (300, 5)])
+def test_append(tokens, heads, row, keys, positions):
+    p = append_problem(tokens, heads, row, positions=positions, device=CUDA)
+    check_append(p, row, keys)
 
 
 @pytest.mark.parametrize("count", [False, True])
@@ -169,7 +179,7 @@ def test_local_to_global(workspace, count, rows, k):
     options = {"workspace_start": start} if workspace else {
         "block_table": table, "stride_factor": 61 * PAGE, "layer_offset": 5 * PAGE}
     valid = torch.full((rows,), -7, device=CUDA, dtype=I32) if count else None
-    got = jitmla.local_to_global(chosen, request, **options, valid_count=valid, backend=SIMT)
+    got = jitmla.local_to_global(chosen, request, **options, valid_count=valid)
     on_cpu = {n: x.cpu() if isinstance(x, torch.Tensor) else x for n, x in options.items()}
     expected = jitmla.local_to_global(chosen.cpu(), request.cpu(), **on_cpu)
     assert torch.equal(got.cpu(), expected)
@@ -351,10 +361,10 @@ def test_a_captured_step_follows_lengths_and_tables():
     columns = table.shape[1] * PAGE
 
     def step():
-        q, k, k_scale, weights = jitmla.indexer_prologue(*problem.args, backend=SIMT)
-        jitmla.indexer_k_scatter(k, k_scale, pool, slots, backend=SIMT)
+        q, k, k_scale, weights = jitmla.indexer_prologue(*problem.args)
+        jitmla.indexer_k_scatter(k, k_scale, pool, slots)
         logits = jitmla.fp8_paged_mqa_logits(q[:, None], pool, weights, lens, table, max_context_len=columns)
-        return jitmla.local_to_global(jitmla.topk_indices(logits, 512, seq_lens=lens), request, table, backend=SIMT)
+        return jitmla.local_to_global(jitmla.topk_indices(logits, 512, seq_lens=lens), request, table)
 
     step()
     graph = torch.cuda.CUDAGraph()

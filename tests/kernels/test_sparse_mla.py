@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import jitmla
-from jitmla import schedule, workspace
+from jitmla import registry, schedule, tune, workspace
 from jitmla.errors import InvalidArgument
 from jitmla.ops import sparse_mla as op
+from jitmla.spec import sparse_mla_spec
 from jitmla.testing import poisoned_empty
 from jitmla.testing_sparse import sparse_mla_oracle, sparse_mla_problem
 
@@ -35,6 +36,18 @@ CASES = [
     dict(batch=150, topk=1024, lengths=[i * 37 % 1025 for i in range(150)], invalid=0.2),
     dict(batch=4, topk=1024, large=True, invalid=0.97), dict(batch=74, s_q=2, topk=576, page_size=61, invalid=0.02),
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_tunings():
+    yield
+    jitmla.use_tunings({})
+
+
+def variants(fmt, columns, heads):
+    """(Spec, names) of all that such calls can get."""
+    spec = sparse_mla_spec(arch="sm_90a", kv_format=fmt, kv_lora_rank=512, qk_rope_head_dim=columns - 512, heads=heads)
+    return spec, [choice.name for choice in registry.choices(spec)]
 
 
 def run(problem, **split):
@@ -63,15 +76,22 @@ def some(batch):
 def test_decode(fmt, columns, case):
     for i, heads in enumerate(HEADS):
         problem = sparse_mla_problem(rows=4096, heads=heads, fmt=fmt, columns=columns, device="cuda", seed=i, **case)
-        out, lse = run(problem, **SPLITS[i % len(SPLITS)])
-        sparse_mla_oracle(problem, some(case["batch"])).check(out, lse)
+        oracle = sparse_mla_oracle(problem, some(case["batch"]))
+        spec, names = variants(fmt, columns, heads)
+        for name in names:
+            jitmla.use_tunings(tune.naming(spec, name))
+            oracle.check(*run(problem, **SPLITS[i % len(SPLITS)]))
 
 
-@pytest.mark.parametrize("heads", [16, 128])
-def test_splits_agree_and_repeat(heads):
+@pytest.mark.parametrize("heads, fmt, name", [(16, "fp8", None), (128, "fp8", None), (128, "bf16", "sm90_gather/bf16"),
+                                              (128, "bf16", "sm90_gather_seesaw/bf16")])
+def test_splits_agree_and_repeat(heads, fmt, name):
     """The three splits give the same result up to rounding, and each the same bits every time."""
+    if name:
+        jitmla.use_tunings(tune.naming(variants(fmt, 576, heads)[0], name))
     for batch, topk in ((3, 2048), (67, 512), (140, 256)):
-        problem = sparse_mla_problem(batch=batch, topk=topk, rows=4096, heads=heads, invalid=0.1, device="cuda")
+        problem = sparse_mla_problem(batch=batch, topk=topk, rows=4096, heads=heads, fmt=fmt, invalid=0.1,
+                                     device="cuda")
         oracle = sparse_mla_oracle(problem, some(batch))
         for split in SPLITS:
             first = run(problem, **split)
@@ -88,9 +108,13 @@ def test_splits_agree_and_repeat(heads):
 def test_prefill(columns, case):
     for heads in (8, 64, 128):
         problem = sparse_mla_problem(heads=heads, fmt="bf16", columns=columns, page_size=2, device="cuda", **case)
-        out, top, lse = jitmla.sparse_mla_prefill(*problem.prefill, **problem.kwargs, backend="sm90")
-        picked = range(0, case["batch"], max(case["batch"] // 64, 1))
-        sparse_mla_oracle(problem, picked).check(out[:, None], lse[..., None], top[..., None], prefill=True)
+        oracle = sparse_mla_oracle(problem, range(0, case["batch"], max(case["batch"] // 64, 1)))
+        spec, names = variants("bf16", columns, heads)
+        for name in names:
+            jitmla.use_tunings(tune.naming(spec, name))
+            op._prepared.clear()
+            out, top, lse = jitmla.sparse_mla_prefill(*problem.prefill, **problem.kwargs, backend="sm90")
+            oracle.check(out[:, None], lse[..., None], top[..., None], prefill=True)
 
 
 def test_many_tokens():

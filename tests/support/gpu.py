@@ -39,7 +39,7 @@ class Gpu:
         for where, what, answer in (
                 (torch.cuda, "get_device_capability", lambda device: capability),
                 (torch.cuda, "get_device_properties", lambda device: properties),
-                (torch.cuda, "current_device", lambda: 0),
+                (torch.cuda, "is_available", lambda: True), (torch.cuda, "current_device", lambda: 0),
                 (torch.cuda, "is_current_stream_capturing", lambda: self.capturing),
                 (load, "_load_into_driver", lambda library, index: self.driver.append((library, index))),
                 (load, "_modules", {}), (load, "_ready", set()), (dispatch, "_plans", {}), (dispatch, "_loaded", {}),
