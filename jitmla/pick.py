@@ -84,6 +84,11 @@ QUANT = {
 RAGGED = 160 * 128  # rows up to which t8h2 is better than t8h8 where t16h4 would have much padding
 
 
+def _padding(variant: str, tokens: int) -> int:
+    """Tokens that the last block has too few."""
+    return -tokens % QUANT[variant].tokens
+
+
 def _quant_fits(variant: str, *, tokens: int, heads: int, heads_per_group: int) -> bool:
     return heads_per_group % QUANT[variant].heads == 0
 
@@ -92,9 +97,11 @@ def _quant_best(variants: tuple[str, ...], *, tokens: int, heads: int, heads_per
     """Small blocks while they do not fill the GPU; then large ones, which load the sines once for more heads."""
     rows = tokens * heads
     chosen = next((v for v in variants if rows <= QUANT[v].most), variants[-1])
-    padding = -tokens % QUANT[chosen].tokens
-    if chosen == "warp_rows/t16h4" and padding * 32 > tokens:
+    if chosen == "warp_rows/t8h2" and _padding(chosen, tokens) * 8 > tokens:
+        chosen = variants[0]
+    elif chosen == "warp_rows/t16h4" and _padding(chosen, tokens) * 32 > tokens:
         chosen = "warp_rows/t8h2" if rows <= RAGGED else variants[-1]
+    padding = _padding(chosen, tokens)
     return chosen, f"{rows} (token, head) rows, {padding} tokens of padding, {heads_per_group} heads per group"
 
 

@@ -101,8 +101,8 @@ def test_the_picks_are_the_best_of_what_was_measured():
         else:
             name, _ = picked(BMM, groups=case.groups, tokens=case.tokens, columns=case.rows, k=case.columns, sms=132)
         loss[case] = row["us"][name] / min(row["us"].values()) - 1
-    assert len(loss) == 136 and max(loss.values()) < 0.065
-    assert sum(x > 0.03 for x in loss.values()) <= 7
+    assert len(loss) == 136 and max(loss.values()) < 0.05
+    assert sum(x > 0.03 for x in loss.values()) <= 1
 
 
 @given(st.integers(1, 5000), st.integers(1, 200000), st.sampled_from([78, 114, 132]))
@@ -157,14 +157,14 @@ def test_tunings_go_before_the_rule():
 
 def test_a_variant_for_all_sizes():
     """As benchmarks and tests name one."""
-    jitmla.use_tunings(tune.naming(BMM, "sm90_tiles/m64n64"))
+    jitmla.use_tunings(tune.naming(BMM, "sm90_stream/t64r64"))
     for tokens in (1, 100, 10000):
-        assert picked(BMM, groups=8, tokens=tokens, columns=128, k=128, sms=132) == ("sm90_tiles/m64n64", "tuned")
+        assert picked(BMM, groups=8, tokens=tokens, columns=128, k=128, sms=132) == ("sm90_stream/t64r64", "tuned")
 
 
 @pytest.mark.parametrize("sizes", [{"tokens": [2, 1]}, {"tokens": [1]}, {"tokens": [1, "2"]}, {"tokens": 3}])
 def test_ranges_that_are_none(sizes):
-    document = tune.naming(BMM, "sm90_tiles/m64n64")
+    document = tune.naming(BMM, "sm90_stream/t64r64")
     document["variants"][0]["sizes"] = sizes
     with pytest.raises(InvalidTunings):
         jitmla.use_tunings(document)
