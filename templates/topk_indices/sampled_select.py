@@ -95,9 +95,10 @@ def higher(a: Uint32, b: Uint32):
 
 @cute.jit
 def load16(pointer):
-    """16 bytes as four floats, past L1."""
+    """16 bytes as four floats, past L1. Relaxed: the load stays where it is written, and the kernel may have been
+    started while the logits were still being computed, which ld.global.nc is not made for."""
     return cute.arch.inline_ptx(
-        "ld.global.nc.L1::no_allocate.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        "ld.relaxed.gpu.global.L1::no_allocate.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
         write_only_types=[Float32] * 4,
         read_only_args=[pointer.to_llvm_ptr()],
     )
