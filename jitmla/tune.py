@@ -39,8 +39,8 @@ changed: list[Callable[[], None]] = []  # called after another choice of tunings
 
 
 def use_tunings(source: str | os.PathLike[str] | Mapping[str, Any] | Iterable[Mapping[str, Any]] | None) -> None:
-    """Take these tunings from now on: a file, its content as a dict, a list of such dicts (`tunings()` of another
-    rank), {} for none at all, or None for the default (JITMLA_TUNINGS, else the ones that come with jitmla).
+    """Take these tunings from now on. source: a file, its content as a dict, a list of such dicts (`tunings()` of
+    another rank), {} for none at all, or None for the default (JITMLA_TUNINGS, else the ones that come with jitmla).
 
     Call it before anything is warmed or captured: a captured graph keeps what it was captured with.
     Raises InvalidTunings; InvalidArgument after `jitmla.freeze()`.
