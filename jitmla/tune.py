@@ -110,12 +110,13 @@ def _adopt(gpu: str, sms: int) -> None:
 
 
 def tuned(rule: Rule) -> Rule:
-    """Decorates a rule (rows, batch, sms, latent) -> Launch: what was measured replaces what the rule says."""
+    """Decorates a rule (rows, batch, sms, latent, tile_rows) -> Launch: what was measured replaces what the rule says,
+    unless the row tiles are not the usual ones."""
 
     @functools.wraps(rule)
-    def launch_args(rows: int, batch: int, sms: int, latent: int = 512) -> Any:
-        launch = rule(rows, batch, sms, latent)
-        for entry in _launches.get((sms, latent), ()):
+    def launch_args(rows: int, batch: int, sms: int, latent: int = 512, tile_rows: int = 0) -> Any:
+        launch = rule(rows, batch, sms, latent, tile_rows)
+        for entry in () if tile_rows else _launches.get((sms, latent), ()):
             if entry["rows"][0] <= rows <= entry["rows"][1] and entry["batch"][0] <= batch <= entry["batch"][1]:
                 return launch._replace(**entry["launch"])
         return launch
