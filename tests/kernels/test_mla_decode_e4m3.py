@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import jitmla
-from jitmla import registry
+from jitmla import tune
 from jitmla.spec import mla_decode_spec
 from jitmla.testing import E4M3_DOTS, mla_decode_problem
 from jitmla.testing_features import featured
 
-from ..keysets import E4M3
+from ..keysets import E4M3, covering_choices
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,6 +22,7 @@ pytestmark = [
                        reason="needs a GPU of compute capability 9.0: the kernels under test are for sm_90a"),
 ]
 EDGES = [0, 1, 2, 63, 64, 65, 127, 128, 129, 700, 4096]
+CHOICES = [c for c in covering_choices("mla_decode") if c.template.name == "sm90_fp8"]
 NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "e4m3": torch.bfloat16}
 
 
@@ -31,12 +32,12 @@ def posed(spec, lengths, **options):
     heads = {8: 8, 16: 16, 32: 32, 64: 64, 512: 256}[spec["rows"]] // 2 // (2 if spec["causal"] else 1) + 1
     heads = min(heads, 128)
     which = {"q": "e4m3" if spec["dtype"] == "e4m3" else "plain", "descale": options.pop("descale", "tensor")}
-    plain = mla_decode_problem(lengths, heads=heads, s_q=s_q, page_size=spec["page_size"],
+    plain = mla_decode_problem(lengths, heads=heads, s_q=s_q, page_size=spec["page_size"] or 7,
                                kv_lora_rank=spec["kv_lora_rank"], dtype=NAMES[spec["dtype"]], device="cuda", **options)
     case = featured(plain, kv="e4m3", scales=(0.02, 0.02) if plain.inputs == "usual" else (0.1, 0.1), **which)
     met = mla_decode_spec(arch=spec["arch"], dtype=spec["dtype"], kv_dtype="e4m3", kv_lora_rank=spec["kv_lora_rank"],
-                          qk_rope_head_dim=64, page_size=spec["page_size"], s_q=s_q, heads=heads, causal=True)
-    assert met == spec and registry.choose(met).template.name == "sm90_fp8"
+                          qk_rope_head_dim=64, page_size=plain.kv_cache.shape[1], s_q=s_q, heads=heads, causal=True)
+    assert met == spec
     return case
 
 
@@ -52,8 +53,17 @@ def same(a, b):
     return all(bool((x.view(torch.uint8) == y.view(torch.uint8)).all()) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("spec", E4M3, ids=str)
-def test_every_variant(spec):
+@pytest.fixture
+def only(request):
+    """The Spec of a Choice, which runs it whatever the sizes of a call."""
+    jitmla.use_tunings(tune.naming(request.param.spec, request.param.name))
+    yield request.param.spec
+    jitmla.use_tunings({})
+
+
+@pytest.mark.parametrize("only", CHOICES, ids=lambda c: f"{c.variant.name} {c.spec}", indirect=True)
+def test_every_variant(only):
+    spec = only
     for options in ({"lengths": EDGES}, {"lengths": [9000], "sinks": "mixed", "query": "pair", "descale": "float"},
                     {"lengths": [(i * 37) % 400 for i in range(160)], "query": "views", "sinks": "finite"},
                     {"lengths": [3, 2000, 0, 70], "inputs": "large", "row_pad": 16, "q_pad": 16}):
@@ -99,3 +109,40 @@ def test_large_bf16_queries_fit_fp16():
     q[:, :, 0] *= 3e6
     q[:, :, 1] *= 1e-3
     check(dataclasses.replace(case, exact=dataclasses.replace(case.exact, q=q)), *run(case))
+
+
+KINDS = [s for s in E4M3 if s["rows"] in (16, 512) and not s["causal"] and s["kv_lora_rank"] == 512
+         and s["page_size"] in (0, 64) and s["dtype"] != "fp16"]
+
+
+@pytest.mark.parametrize("spec", KINDS, ids=str)
+def test_hundred_runs_give_the_same_bits(spec):
+    case = posed(spec, [(i * 577) % 5000 for i in range(12)], seed=2)
+    first = run(case)
+    assert all(same(first, run(case)) for _ in range(100))
+
+
+@pytest.mark.parametrize("spec", KINDS, ids=str)
+def test_one_graph_for_a_thousand_batches(spec):
+    """Captured once with short lengths; then random ragged lengths, each replay bit for bit as an eager call."""
+    most, batch, rounds = 3000, 6, 1000
+    case = posed(spec, [most] * batch, seed=4, poison=False)
+    rng = torch.Generator(device="cuda").manual_seed(3)
+    lengths = torch.randint(0, most + 1, (rounds, batch), generator=rng, device="cuda", dtype=torch.int32)
+    lengths[::7, 1::2] = 0
+    lengths[::5] %= 70
+    seq_lens = case.args[3]
+    seq_lens.fill_(3)
+    run(case)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = run(case)
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for row in lengths:
+        seq_lens.copy_(row)
+        graph.replay()
+        for a, b in zip(replayed, run(case), strict=True):
+            wrong += (a.view(torch.uint8) != b.view(torch.uint8)).any()
+    assert int(wrong) == 0
+    check(dataclasses.replace(case, exact=dataclasses.replace(case.exact, lengths=tuple(lengths[-1].tolist()))),
+          *replayed)
