@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -51,6 +52,9 @@ def figure(request, capsys):
 
 def pytest_configure(config):
     config.stash[FIGURES] = []
+    # a shell without job control has Ctrl-C ignored in what it starts in the background, and tests press it
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "gpu: needs a CUDA device; uses the cache that JITMLA_CACHE_DIR names")
 
 
