@@ -8,7 +8,7 @@
 Results are checked as well. The shapes of mla_decode meet all kernels, whole and split requests, the causal limit,
 sinks, several row tiles, small and large pages; those of the output path every variant, ragged tiles, and the chain;
 those of `indexer` each kernel around DSA's indexer, every variant of top-k on values of every kind, and both ops of a
-layer.
+layer; those of sparse_mla each of its kernels.
 JITMLA_CACHE_DIR should hold what `python -m tests.keysets` puts there.
 """
 
@@ -19,7 +19,7 @@ import sys
 import torch
 
 import jitmla
-from jitmla import dsa, pick, tune
+from jitmla import dsa, pick, registry, tune
 from jitmla.ops import topk_indices as topk_op
 from jitmla.spec_indexer import topk_indices_spec
 from jitmla.testing import mla_decode_oracle, mla_decode_problem
@@ -46,7 +46,8 @@ from jitmla.testing_o_proj import (
     product_problem,
     quant_problem,
 )
-from tests.keysets import ARCH, USUAL_QUANT, covering_choices, quant_spec
+from jitmla.testing_sparse import sparse_mla_oracle, sparse_mla_problem
+from tests.keysets import ARCH, USUAL_QUANT, covering_choices, quant_spec, sparse_spec
 
 CASES = [
     dict(lengths=[0, 1, 65, 300], heads=8),
@@ -178,7 +179,26 @@ def indexer() -> None:
     print("layer", flush=True)
 
 
-PARTS = {"mla_decode": mla_decode, "o_proj": o_proj, "indexer": indexer}
+SPARSE = [dict(batch=1, topk=100, invalid=0.5),
+          dict(batch=3, topk=300, lengths=[0, 1, 257], sinks="mixed", invalid=0.2),
+          dict(batch=70, topk=65, s_q=2, page_size=53, page_pad=48, q_pad=8)]
+
+
+def sparse_mla() -> None:
+    """Every kernel: lists with holes, lengths within a block, split and whole tokens, NaN in what must not be read."""
+    for fmt, heads in (("fp8", 8), ("fp8", 12), ("fp8", 65), ("bf16", 8), ("bf16", 65), ("bf16", 33)):
+        spec = sparse_spec(fmt, 64, heads)
+        for choice in registry.choices(spec):
+            jitmla.use_tunings(tune.naming(spec, choice.name))
+            for case in SPARSE:
+                p = sparse_mla_problem(rows=400, heads=heads, fmt=fmt, columns=576, device="cuda", **case)
+                found = jitmla.sparse_mla_decode(*p.args, **p.kwargs, return_lse=True, backend="sm90")
+                sparse_mla_oracle(p, sorted({0, 1 % case["batch"], case["batch"] - 1})).check(*found)
+            print(fmt, heads, choice.name, flush=True)
+    jitmla.use_tunings({})
+
+
+PARTS = {"mla_decode": mla_decode, "o_proj": o_proj, "indexer": indexer, "sparse_mla": sparse_mla}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or PARTS:
