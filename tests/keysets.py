@@ -42,24 +42,27 @@ ARCH = "sm_90a"
 class Sets(NamedTuple):
     """The Specs of an op. product: all that its card serves, of all archs. covering: those that GPU tests draw from.
     points: whose code is a golden file (the last one of each template).
-    wanted: which Choices of the covering Specs, for an op that picks by the sizes of a call; None: all."""
+    wanted: which Choices of the covering Specs, for an op that picks by the sizes of a call; None: all.
+    named: Choices that only a named backend gives, which GPU tests run as well."""
 
     product: Callable[[], list[Spec]]
     covering: Callable[[], list[Spec]]
     points: Callable[[], list[Spec]]
     wanted: Callable[[Choice], bool] | None = None
+    named: Callable[[], list[Choice]] = list
 
 
 @functools.cache
 def every_choice(*ops: str) -> list[Choice]:
     """All that calls can get, of these ops or all."""
-    return _choices(spec for op in ops or SETS for spec in SETS[op].product())
+    return _choices(spec for op in ops or SETS for spec in SETS[op].product()) + _named(ops)
 
 
 @functools.cache
 def covering_choices(*ops: str) -> list[Choice]:
     """Every template and variant and value of each constant, of these ops or all."""
-    return [c for op in ops or SETS for c in _choices(SETS[op].covering()) if (SETS[op].wanted or bool)(c)]
+    found = [c for op in ops or SETS for c in _choices(SETS[op].covering()) if (SETS[op].wanted or bool)(c)]
+    return found + _named(ops)
 
 
 @functools.cache
@@ -97,6 +100,10 @@ def golden_choices() -> list[Choice]:
     return list({choice.template.name: choice for choice in found}.values())
 
 
+def _named(ops: Iterable[str]) -> list[Choice]:
+    return [choice for op in ops or SETS for choice in SETS[op].named()]
+
+
 def _choices(specs: Iterable[Spec]) -> list[Choice]:
     return [choice for spec in specs for choice in registry.choices(spec)]
 
@@ -123,6 +130,8 @@ def covering() -> list[Spec]:
     for rows, a, b, c in itertools.product(_pairs_of_rows(), (0, 1), (0, 1), (0, 1)):
         specs.append(spec(DTYPES[c], LATENTS[a ^ c], PAGES[2 * a + b], rows[(a ^ b ^ c) % len(rows)], CAUSAL[b ^ c]))
     specs += [spec("bf16", 512, 64, rows, causal) for rows in ROWS for causal in CAUSAL]
+    for i, rows in enumerate(ROWS):  # a gather of single rows
+        specs += [spec("bf16", 512, 0, rows, CAUSAL[i % 2]), spec("fp16", 256, 0, rows, CAUSAL[1 - i % 2])]
     specs += [spec("bf16", 256, 64, 32, False), spec("bf16", 256, 64, 512, True)]  # cached_mla with Mistral Small 4
     return list(dict.fromkeys(specs))
 
@@ -133,6 +142,14 @@ def _pairs_of_rows() -> list[tuple[int, ...]]:
     for rows in ROWS:
         served.setdefault(registry.choose(spec("bf16", 512, 64, rows, False)).template.name, []).append(rows)
     return [tuple(rows[i:i + 2]) for rows in served.values() for i in range(0, len(rows), 2)]
+
+
+def decode_wanted(choice: Choice) -> bool:
+    """The usual Choice of each Spec, and of the usual working points all that calls can get."""
+    usual = ("bf16", 512, 64), ("bf16", 512, 0)
+    return (choice.template.backend != "sm90" or choice.spec["kv_dtype"] == "e4m3"
+            or tuple(choice.spec[f] for f in ("dtype", "kv_lora_rank", "page_size")) in usual
+            or choice.name == registry.choose(choice.spec).name)
 
 
 def e4m3(dtype: str, latent: int, page: int, rows: int, causal: bool) -> Spec:
@@ -151,7 +168,7 @@ E4M3 = [e4m3(dtype, 512, 64, rows, causal) for dtype in ("e4m3", "bf16") for row
 
 def product() -> list[Spec]:
     """Every Spec that the shipped cards serve with an sm90 template."""
-    return [*(spec(*values) for values in itertools.product(DTYPES, LATENTS, PAGES, ROWS, CAUSAL)),
+    return [*(spec(*values) for values in itertools.product(DTYPES, LATENTS, (*PAGES, 0), ROWS, CAUSAL)),
             *(e4m3(*values) for values in itertools.product(E4M3_DTYPES, LATENTS, PAGES, ROWS, CAUSAL))]
 
 
@@ -162,8 +179,8 @@ def portable(arch: str, dtype: str, kv_dtype: str, latent: int, rope: int, page:
 
 
 PORTABLE_ON_GPU = [  # what tests/kernels/test_mla_decode_portable.py runs
-    portable(ARCH, "bf16", "bf16", 512, 64, 0, 16, False), portable(ARCH, "bf16", "bf16", 512, 64, 0, 32, False),
-    portable(ARCH, "bf16", "bf16", 512, 64, 0, 512, True), portable(ARCH, "fp16", "fp16", 256, 64, 0, 8, False),
+    portable(ARCH, "bf16", "bf16", 512, 32, 0, 16, False), portable(ARCH, "bf16", "bf16", 512, 16, 0, 32, False),
+    portable(ARCH, "bf16", "bf16", 512, 32, 0, 512, True), portable(ARCH, "fp16", "fp16", 256, 32, 0, 8, False),
     portable(ARCH, "fp16", "fp16", 128, 16, 0, 16, True), portable(ARCH, "bf16", "bf16", 64, 0, 0, 512, False),
     portable(ARCH, "bf16", "bf16", 256, 32, 0, 64, True), portable(ARCH, "bf16", "e4m3", 512, 64, 0, 16, False),
     portable(ARCH, "fp16", "e4m3", 128, 0, 0, 32, True), portable(ARCH, "e4m3", "e4m3", 512, 64, 0, 512, True),
@@ -248,15 +265,19 @@ class CachedPoint(NamedTuple):
         return [*cached_mla_specs(**facts), *([cached_mla_pack_spec(**facts)] if self.mha else [])]
 
     def attention(self) -> list[Choice]:
-        """What decode, tiles of as many tokens as fit, and the MHA form with a prefix need."""
+        """What decode, tiles of as many tokens as fit, and the MHA form with a prefix can get."""
         tile = max(2**i for i in range(1, 10) if 2**i * self.heads <= 512)
-        choices = [registry.choose(mla_decode_spec(
+        specs = [mla_decode_spec(
             arch=ARCH, dtype=self.dtype, kv_dtype="e4m3" if self.e4m3 else None, kv_lora_rank=self.rank,
-            qk_rope_head_dim=self.rope, page_size=self.page, s_q=s_q, heads=self.heads, causal=causal), self.backend)
+            qk_rope_head_dim=self.rope, page_size=self.page, s_q=s_q, heads=self.heads, causal=causal)
             for s_q, causal in ((1, True), (tile, True), (tile, False))]
-        return choices + ([registry.choose(mla_prefill_spec(
-            arch=ARCH, dtype=self.dtype, qk_head_dim=self.nope + self.rope, v_head_dim=self.value,
-            qk_rope_head_dim=self.rope, causal=True))] if self.mha else [])
+        if self.mha:
+            specs.append(mla_prefill_spec(
+                arch=ARCH, dtype=self.dtype, qk_head_dim=self.nope + self.rope, v_head_dim=self.value,
+                qk_rope_head_dim=self.rope, causal=True))
+        return [c for spec in specs
+                for c in registry.choices(spec, self.backend if spec.op == "mla_decode" else "auto")]
+
 
 
 MISTRAL_4 = CachedPoint(64, 256, 64, 128, 32)
@@ -273,14 +294,14 @@ CACHED_MORE = (
 @functools.cache
 def cached_attention() -> list[Choice]:
     """The attention of cached_mla in GPU tests."""
-    mistral = [registry.choose(mla_decode_spec(arch=ARCH, dtype="bf16", kv_lora_rank=256, qk_rope_head_dim=64,
-                                               page_size=64, s_q=2, heads=32, causal=causal)) for causal in CAUSAL]
-    deepseek = [registry.choose(spec("bf16", 512, 64, rows, causal)) for rows in ROWS for causal in CAUSAL]
-    tiny = [registry.choose(mla_decode_spec(arch=ARCH, dtype="fp16", kv_lora_rank=64, qk_rope_head_dim=16,
-                                            page_size=page, s_q=s_q, heads=8, causal=causal))
+    mistral = [mla_decode_spec(arch=ARCH, dtype="bf16", kv_lora_rank=256, qk_rope_head_dim=64, page_size=64, s_q=2,
+                               heads=32, causal=causal) for causal in CAUSAL]
+    deepseek = [spec("bf16", 512, 64, rows, causal) for rows in ROWS for causal in CAUSAL]
+    tiny = [mla_decode_spec(arch=ARCH, dtype="fp16", kv_lora_rank=64, qk_rope_head_dim=16, page_size=page, s_q=s_q,
+                            heads=8, causal=causal)
             for page, s_q, causal in [*itertools.product((16, 64), (1, 2, 4, 8, 64), (True,)), (16, 2, False),
                                       (16, 64, False)]]  # tests/test_tiny_model.py
-    found = [*mistral, *deepseek, *tiny, *(c for p in (*CACHED, *CACHED_MORE) for c in p.attention())]
+    found = [*_choices([*mistral, *deepseek, *tiny]), *(c for p in (*CACHED, *CACHED_MORE) for c in p.attention())]
     return list({choice.key.digest: choice for choice in found}.values())
 
 
@@ -338,18 +359,37 @@ def bmm_product() -> list[Spec]:
 HEAD_DIMS = ((192, 128), (128, 128), (256, 256))  # qk and v of DeepSeek-V3, Mistral Small 4, GLM-5
 
 
-def prefill_spec(dtype: str, dims: tuple[int, int], causal: bool) -> Spec:
-    return mla_prefill_spec(arch=ARCH, dtype=dtype, qk_head_dim=dims[0], v_head_dim=dims[1], qk_rope_head_dim=64,
+def prefill_spec(dtype: str, dims: tuple[int, int], causal: bool, arch: str = ARCH) -> Spec:
+    return mla_prefill_spec(arch=arch, dtype=dtype, qk_head_dim=dims[0], v_head_dim=dims[1], qk_rope_head_dim=64,
                             causal=causal)
 
 
 def prefill_product() -> list[Spec]:
-    return [prefill_spec(*values) for values in itertools.product(DTYPES, HEAD_DIMS, CAUSAL)]
+    archs = dict.fromkeys(itertools.chain(*(t.archs for t in registry.templates("mla_prefill"))))
+    return [prefill_spec(*values) for values in itertools.product(DTYPES, HEAD_DIMS, CAUSAL, archs)]
 
 
 def prefill_covering() -> list[Spec]:
-    """bf16 with all dimensions, causal and not; fp16 with one."""
-    return [s for s in prefill_product() if s["dtype"] == "bf16" or s["qk_head_dim"] == 192]
+    """On Hopper bf16 with all dimensions, causal and not, and fp16 with one; elsewhere a few."""
+    here = [prefill_spec(*values) for values in itertools.product(DTYPES, HEAD_DIMS, CAUSAL)]
+    return [s for s in here if s["dtype"] == "bf16" or s["qk_head_dim"] == 192] + PREFILL_ELSEWHERE
+
+
+PREFILL_ELSEWHERE = [  # each variant of the portable template, on archs with different machines
+    prefill_spec("bf16", (192, 128), True, "sm_80"), prefill_spec("fp16", (256, 256), False, "sm_80"),
+    prefill_spec("fp16", (256, 256), True, "sm_89"), prefill_spec("fp16", (192, 128), False, "sm_100a"),
+    prefill_spec("bf16", (128, 128), True, "sm_103a"), prefill_spec("bf16", (256, 256), False, "sm_120a"),
+]
+
+
+def prefill_points() -> list[Spec]:
+    return [prefill_spec("bf16", (192, 128), True), PREFILL_ELSEWHERE[0]]
+
+
+def portable_prefill() -> list[Choice]:
+    """The portable kernels that tests/kernels/test_mla_prefill.py runs on Hopper, where the native ones come first."""
+    specs = [prefill_spec("bf16", dims, causal) for dims in HEAD_DIMS for causal in CAUSAL]
+    return [registry.choose(s, "portable") for s in [*specs, prefill_spec("fp16", (192, 128), True)]]
 
 
 def merge_product(archs: Iterable[str] | None = None) -> list[Spec]:
@@ -360,10 +400,10 @@ def merge_product(archs: Iterable[str] | None = None) -> list[Spec]:
 
 
 def merge_covering() -> list[Spec]:
-    """On Hopper every type and width once, on the oldest arch one."""
+    """On Hopper every type and width, and those of mla_prefill_paged; on the oldest arch one."""
+    more = ("bf16", "bf16", 512), ("fp16", "fp32", 256), ("fp16", "fp16", 64), ("fp16", "fp32", 128)
     return [s for s in merge_product([ARCH, "sm_80"]) if (s["dtype"], s["acc_dtype"], s["v_head_dim"]) in (
-        ("bf16", "fp32", 128), *((("bf16", "bf16", 512), ("fp16", "fp32", 256), ("fp16", "fp16", 64))
-                                 if s["arch"] == ARCH else ()))]
+        ("bf16", "fp32", 128), *(more if s["arch"] == ARCH else ()))]
 
 
 def gather_product(archs: Iterable[str] | None = None) -> list[Spec]:
@@ -373,8 +413,7 @@ def gather_product(archs: Iterable[str] | None = None) -> list[Spec]:
 
 
 def gather_covering() -> list[Spec]:
-    return [s for s in gather_product([ARCH, "sm_80"]) if (s["dtype"], s["width"], s["arch"]) in (
-        ("bf16", 576, ARCH), ("fp16", 320, ARCH), ("bf16", 576, "sm_80"))]
+    return [*gather_product([ARCH]), gather_latent_spec(arch="sm_80", dtype="bf16", width=576)]
 
 
 # ------------------------------------------------------------------------------------------------------ sparse_mla
@@ -428,13 +467,13 @@ def simple(op: str) -> Sets:
 
 SETS = {
     "mla_decode": Sets(lambda: product() + every_portable(),
-                       lambda: covering() + E4M3 + PORTABLE_ON_GPU + PORTABLE_ELSEWHERE, points),
+                       lambda: covering() + E4M3 + PORTABLE_ON_GPU + PORTABLE_ELSEWHERE, points, decode_wanted),
     "append_latent": Sets(append_product, append_covering, lambda: [append_spec(ARCH, "bf16", True, "i64", 512, 64)]),
     "cached_mla": Sets(cached_product, cached_covering, lambda: cached_covering()[:3]),
     "inv_rope_fp8_quant": Sets(quant_product, lambda: quant_product([ARCH, "sm_80", "sm_89", "sm_100a"]),
                                lambda: [quant_spec(ARCH, **USUAL_QUANT)], quant_wanted),
     "fp8_bmm": Sets(bmm_product, bmm_product, bmm_product),
-    "mla_prefill": Sets(prefill_product, prefill_covering, lambda: [prefill_spec("bf16", (192, 128), True)]),
+    "mla_prefill": Sets(prefill_product, prefill_covering, prefill_points, named=portable_prefill),
     "merge_attn_states": Sets(merge_product, merge_covering, lambda: merge_covering()[:1]),
     "gather_latent": Sets(gather_product, gather_covering, lambda: gather_covering()[:1]),
     "sparse_mla": Sets(sparse_product, sparse_covering, sparse_covering),

@@ -1,11 +1,10 @@
 """The docs say what is: generated pages are current, every command exists, every error has its section."""
 
 import inspect
+import pkgutil
 import re
 import runpy
 import subprocess
-import sys
-import zipfile
 
 import pytest
 import typer
@@ -18,7 +17,7 @@ from jitmla.compile import Built
 from .conftest import REPOSITORY
 from .support.keys import KERNELS, SO_BYTES
 
-PAGES = sorted(p for folder in ("", "docs", "docs/benchmarks", "examples", "templates")
+PAGES = sorted(p for folder in ("", "docs", "docs/benchmarks", "docs/notes", "examples", "jitmla/tunings", "templates")
                for p in (REPOSITORY / folder).glob("*.md"))
 TEXTS = {str(page.relative_to(REPOSITORY)): page.read_text(encoding="utf-8") for page in PAGES}
 BLOCKS = [(page, block) for page, text in TEXTS.items() for block in re.findall(r"```console\n(.*?)```", text, re.S)]
@@ -115,12 +114,27 @@ def test_ci_runs_the_tests():
     assert (REPOSITORY / ".ci" / "run").stat().st_mode & 0o111 and re.search(r"^exec make test$", script, re.M)
 
 
+def test_every_page_is_looked_at():
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=REPOSITORY, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a checkout")
+    assert set(listed.stdout.split()) <= set(TEXTS)
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_links_and_paths(name):
-    """Relative links lead somewhere; paths of the repository between backticks exist."""
+    """Relative links lead to a file, and to a heading of it where they name one; paths of the repository between
+    backticks exist."""
     here = (REPOSITORY / name).parent
-    for link in re.findall(r"\]\(([^)#]+)\)", TEXTS[name]):
-        assert "://" in link or (here / link).exists(), link
+    for link in re.findall(r"\]\(([^)]+)\)", TEXTS[name]):
+        if "://" in link:
+            continue
+        path, _, heading = link.partition("#")
+        page = here / path if path else REPOSITORY / name
+        assert page.exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+            assert heading in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], link
     for path in re.findall(r"`((?:jitmla|templates|tests|docs|examples)/[\w./-]+)`", TEXTS[name]):
         assert (REPOSITORY / path).exists(), path
 
@@ -135,6 +149,26 @@ def test_python_in_the_docs_runs(name):
             assert names["out"].shape == (2, 1, 16, 512) and names["lse"].isfinite().all()
         if "jitmla.o_a_proj(" in program:
             assert names["z"].shape == (5, 2, 1024) and names["z"].isfinite().all()
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_python_names_in_the_text_exist(name):
+    """What is called `jitmla.something` between backticks can be had under that name."""
+    for dotted in set(re.findall(r"`(jitmla(?:\.\w+)+)[`(]", TEXTS[name])):
+        assert pkgutil.resolve_name(dotted) is not None, dotted
+
+
+def test_the_calls_of_other_libraries_are_listed():
+    """All of them, each with the parameters that it has."""
+    rows = {cells[2].strip(" `"): cells[3] for line in TEXTS["docs/coming_from.md"].splitlines()
+            if len(cells := line.strip("|").split("|")) == 4}
+    compat = REPOSITORY / "jitmla" / "compat"
+    modules = [pkgutil.resolve_name(f"jitmla.compat.{path.stem}") for path in compat.glob("[a-z]*.py")]
+    calls = {f"{module.__name__}.{call}" for module in modules for call in getattr(module, "__all__", ())}
+    assert calls == {name for name in rows if name.startswith("jitmla.compat.")}
+    for name in calls:
+        missing = [p for p in inspect.signature(pkgutil.resolve_name(name)).parameters if p not in rows[name]]
+        assert not missing, f"{name}: {missing}"
 
 
 def test_the_matrix_names_every_template():
@@ -158,20 +192,3 @@ def test_the_rings_name_every_module():
     modules = {path.stem for path in (REPOSITORY / "jitmla").iterdir()
                if path.suffix == ".py" or (path / "__init__.py").is_file()} - {"__init__", "__main__"}
     assert sorted(named) == sorted(modules)
-
-
-def test_the_wheel_holds_templates_and_schema(tmp_path):
-    """Built without the network, from the same settings as a release."""
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)], cwd=REPOSITORY,
-                   check=True, capture_output=True)
-    [wheel] = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        archive.extractall(tmp_path / "site")
-    for source in [p for p in (REPOSITORY / "templates").rglob("*") if p.suffix in (".py", ".toml")]:
-        assert f"jitmla/_data/{source.relative_to(REPOSITORY)}" in names
-    assert "jitmla/_data/cache_schema.json" in names and not any("__pycache__" in name for name in names)
-    program = "from jitmla import registry, resources as r; print(r.TEMPLATES, registry.ops(), r.SCHEMA.is_file())"
-    shown = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": str(tmp_path / "site")}, cwd=tmp_path,
-                           capture_output=True, text=True, check=True).stdout
-    assert shown.startswith(str(tmp_path / "site" / "jitmla" / "_data")) and "mla_decode" in shown and "True" in shown

@@ -1,4 +1,4 @@
-"""The schedules of the kernels of sparse_mla as models: nothing races, nobody waits for ever, and each barrier is needed.
+"""The schedules of the kernels of sparse_mla as models: nothing races, nobody waits for ever, each barrier is needed.
 A kernel that changes its barriers changes its model here."""
 
 import pytest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 import subprocess
@@ -28,9 +29,12 @@ DeepGEMM's fp8_einsum, vLLM's Triton quantisation, and for the chain one after t
 
 SPARSE_METHOD = """\
 Sparse MLA (`sparse_mla`): the same method; B query tokens or requests, random lists of topk rows of the pool. GB/s
-count every attended row, q and out once. FlashMLA has 64 or 128 heads: fewer are padded to 64. The second op of a DSA
-layer is decode of B requests with the named context; in the peers' chain DeepGEMM's paged logits, torch.topk and
-FlashMLA take the places of jitmla's kernels, and the rest is the same."""
+count every attended row, q and out once. FlashMLA has 64 or 128 heads: fewer are padded to 64."""
+
+DSA_METHOD = """\
+Second op of a DSA layer (`dsa_layer`): the same method; decode of B requests with the named context, 64 heads of the
+indexer. In the peers' chains DeepGEMM's paged logits, torch's or FlashInfer's top-k, and FlashMLA take the places of
+jitmla's kernels, and the rest is the same. TFLOP/s and GB/s count logits and attention."""
 
 PREFILL_METHOD = """\
 Prefill (`mla_prefill`): the same method, median of 5 to 20; bf16, keys in one tensor, log-sum-exp written. S tokens of
@@ -40,13 +44,17 @@ and out once. The last rows of the first and last request are compared with floa
 CACHED_METHOD = """\
 Attention over a slot cache (`cached_mla`): the same method for GPU times. Eager us is a whole call without a graph,
 host and GPU together: the mean of a burst of 100, the best of five. B sequences, each with T new tokens, up to kv in
-all. The peer is plain PyTorch with the lengths known on the host. Ratio: its eager time over ours."""
+all; told: the call says that there are no prefixes (max_prefix=0). The peer is plain PyTorch with the lengths known on
+the host. TFLOP/s count the form with less arithmetic, whichever is taken. Ratio: the peer's eager time over ours. The
+last column leaves out mla_decode, which all launch but the calls that are told of no prefix and take the MHA form."""
 
 INDEXER_METHOD = """\
 Around the indexer of DeepSeek Sparse Attention (`indexer`): the same method, 64 heads, top-k of 2048. Rows x keys, or
 requests x length; windows are causal and aligned at the end. TFLOP/s count 2 * 64 * 128 a cell of a window, GB/s each
-input and result once. Peers, where they are installed: DeepGEMM's logits (the kernel that plans paged ones is not in
-its time), torch.topk (unsorted) and FlashInfer's top_k_ragged_transform, which by default is not deterministic."""
+input and result once; dsa_append: tokens x heads of q. Peers, where they are installed: DeepGEMM's logits (the kernel
+that plans paged ones is not in its time), torch.topk (unsorted) and FlashInfer's top_k_ragged_transform, by default not
+deterministic. Ops that only move bytes stand beside a copy by torch of as many bytes: their ratio is the share of
+its speed."""
 
 INTRODUCTION = """\
 Generated from the files `*.json` in this folder by `make docs`; `jitmla bench mla_decode --peers --json FILE` makes
@@ -99,7 +107,8 @@ def case_name(case: dict[str, Any]) -> str:
     prefill, from causal 192/128."""
     if "tokens" in case and "kv" in case:
         name = f"h{case['heads']} B{case['batch']} T {case['tokens']} kv {case['kv']}"
-        return f"{name}, rank {case['kv_lora_rank']}, P {case['qk_nope_head_dim']}, V {case['v_head_dim']}"
+        return f"{name}, rank {case['kv_lora_rank']}, P {case['qk_nope_head_dim']}, V {case['v_head_dim']}" + (
+            ", told" * case.get("told", False))
     if "columns" in case:
         sizes = f"{case['rows']} x {case['columns']}" if case["columns"] else f"{case['rows']}"
         return f"{case['op']} {sizes}" + f", next_n {case['next_n']}" * (case["next_n"] > 1)
@@ -235,12 +244,34 @@ def sweep_markdown(result: dict[str, Any]) -> str:
         f"({case_name(worst['case'])}).", "", *sweep_lines(result)]) + "\n"
 
 
+def summary(results: Sequence[dict[str, Any]]) -> str:
+    """A markdown table: for each op (or part of one), how its times compare with the best other library's, over all
+    cases. What stands beside a copy of as many bytes, or beside nothing, is left out."""
+    ratios: dict[tuple[str, str], list[float]] = {}
+    beside: dict[tuple[str, str], dict[str, None]] = {}
+    for result in results:
+        for row in result["rows"] if not result["op"].endswith("sweep") else ():
+            others = [name for name in row["times"] if name not in ("jitmla", "copy")]
+            if not others or row["ratio"] is None:
+                continue
+            case = row["case"]
+            at = case.get("op") or " ".join(filter(None, (result["op"], case.get("part")))), result["gpu"]
+            ratios.setdefault(at, []).append(row["ratio"])
+            beside.setdefault(at, {}).update(dict.fromkeys(others))
+    lines = ["| op | GPU | beside | cases | geometric mean | least | most |", "|---|---|---|---:|---:|---:|---:|"]
+    for (name, gpu), found in sorted(ratios.items()):
+        mean = math.exp(sum(map(math.log, found)) / len(found))
+        lines.append(f"| {name} | {gpu} | {', '.join(beside[name, gpu])} | {len(found)} | {mean:.2f} | "
+                     f"{min(found):.2f} | {max(found):.2f} |")
+    return "\n".join(lines)
+
+
 def page(results: Sequence[dict[str, Any]]) -> str:
     """docs/benchmarks/README.md: all results, newest first."""
     newest = sorted(results, key=lambda r: (r["date"], r["command"]), reverse=True)
     sections = [(sweep_markdown if r["op"].endswith("sweep") else markdown)(r) for r in newest]
     sections = sections or ["There are no results yet.\n"]
-    more = {"o_proj": O_PROJ_METHOD, "sparse_mla": SPARSE_METHOD, "cached_mla": CACHED_METHOD,
+    more = {"o_proj": O_PROJ_METHOD, "sparse_mla": SPARSE_METHOD, "dsa_layer": DSA_METHOD, "cached_mla": CACHED_METHOD,
             "mla_prefill": PREFILL_METHOD, "indexer": INDEXER_METHOD}
     methods = [METHOD, *(text for op, text in more.items() if any(r["op"] == op for r in results))]
     return "\n".join(["# Benchmarks", "", INTRODUCTION, "", "\n\n".join(methods), "", *sections])

@@ -11,10 +11,9 @@ from torch import Tensor
 from .. import layouts
 from ..errors import InvalidArgument
 from ..ops.fp8_bmm import fp8_bmm
-from .deep_gemm_logits import fp8_mqa_logits as fp8_mqa_logits
-from .deep_gemm_logits import fp8_paged_mqa_logits as fp8_paged_mqa_logits
-from .deep_gemm_logits import get_paged_mqa_logits_metadata as get_paged_mqa_logits_metadata
+from .deep_gemm_logits import fp8_mqa_logits, fp8_paged_mqa_logits, get_paged_mqa_logits_metadata
 
+__all__ = ["fp8_einsum", "fp8_mqa_logits", "fp8_paged_mqa_logits", "get_paged_mqa_logits_metadata"]
 EXPRESSION, RECIPE = "bhr,hdr->bhd", (1, 128, 128)
 
 

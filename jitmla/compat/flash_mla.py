@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..errors import JitmlaError
 from ..ops.mla_decode import mla_decode
-from .flash_mla_sparse import Refused, sparse_with_kvcache
-from .flash_mla_sparse import flash_mla_sparse_fwd as flash_mla_sparse_fwd
+from .flash_mla_sparse import Refused, flash_mla_sparse_fwd, sparse_with_kvcache
+
+__all__ = ["flash_mla_sparse_fwd", "flash_mla_with_kvcache", "flash_mla_with_kvcache_fp8", "get_mla_metadata"]
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """FlashInfer's two ways to call MLA decode (flashinfer.mla, as of 0.6.8), over jitmla.mla_decode.
 
 What differs: any GPU since Ampere, page size, head count and width are served; workspaces are not used; `backend` takes
-jitmla's names. docs/engines.md lists which of FlashInfer's own test parameters pass.
+jitmla's names. docs/coming_from.md lists which of FlashInfer's own test parameters pass.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .. import events
 from ..errors import InvalidArgument
 from ..ops.mla_decode import mla_decode
 
+__all__ = ["BatchMLAPagedAttentionWrapper", "trtllm_batch_decode_with_kv_cache_mla"]
 TABLE_MAX = 1 << 24  # entries of a block table that `plan` makes wider than needed rather than ask the device
 E4M3 = torch.float8_e4m3fn
 

@@ -16,6 +16,7 @@ from ..errors import InvalidArgument, InvalidArgumentType
 from ..ops.cached_mla import cached_mla
 from ..ops.checks import describe
 
+__all__ = ["triton_cached_mla_with_cache"]
 COUNTS = 6  # entries of batch_info_host that are read
 
 

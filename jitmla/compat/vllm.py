@@ -7,6 +7,8 @@ from torch import Tensor
 from ..errors import InvalidArgument
 from ..ops.inv_rope_fp8_quant import inv_rope_fp8_quant
 
+__all__ = ["fused_inv_rope_fp8_quant"]
+
 
 def fused_inv_rope_fp8_quant(o: Tensor, positions: Tensor, cos_sin_cache: Tensor, n_groups: int, heads_per_group: int,
                              nope_dim: int = 448, rope_dim: int = 64, quant_group_size: int = 128,

@@ -181,7 +181,7 @@ def _prepare(q_nope: Any, q_pe: Any, latent: Any, k_pe: Any, weight: Any, kv_cac
         groups.append(launch.absorbed(shape, pages, 0, num_decode, 1, num_prefill, num_decode, flags, sm_scale))
     prepared = Prepared((batch, s, heads, sizes.value), torch.empty if contiguous else torch.zeros,
                         q_nope.get_device(), torch.cuda.device_count() > 1, batch > 1 and s > 1, kv_scale is not None,
-                        launch.no_lse(shape.device)[0, 0], tuple(groups))
+                        launch.no_scale(shape.device), tuple(groups))
     if prepared.flatten and out is not None and not out.is_contiguous():
         raise InvalidArgument(f"out with strides {tuple(out.stride())} for batch {batch} and s {s}",
                               supported="a contiguous out where batch and s are both more than 1",
@@ -199,7 +199,8 @@ def _form(shape: Shape, form: str, num_prefill: int, prefill_tokens: int, max_pr
     sizes, facts = shape.sizes, shape.spec_facts()
     spec = mla_prefill_spec(arch=facts["arch"], dtype=facts["dtype"], qk_head_dim=sizes.nope + sizes.rope,
                             v_head_dim=sizes.value, qk_rope_head_dim=sizes.rope, causal=True)
-    found, why = cached_form(heads=sizes.heads, sequences=num_prefill, tokens=prefill_tokens, prefix=max_prefix != 0)
+    found, why = cached_form(heads=sizes.heads, kv_lora_rank=sizes.rank, sequences=num_prefill, tokens=prefill_tokens,
+                             prefix=max_prefix != 0)
     if found == "mha" and not registry.candidates(spec, shape.backend):
         found, why = "absorbed", f"no template of mla_prefill serves {spec} on backend {shape.backend!r}"
     events.emit("choose", op=OP, backend=found, why=why)

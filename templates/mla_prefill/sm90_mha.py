@@ -44,13 +44,24 @@ Q_REGS = True
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.cute.runtime as rt
 import cutlass.utils.hopper_helpers as hh
 from cutlass import Float16, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
-from common.sm90 import EVICT_FIRST, INF, LOG2E, cutlass_dtype, ex2, issue, quad_max, quad_sum, smem_atom, swz
+from common.prefill import (
+    M_START,
+    exponentials,
+    find,
+    mask,
+    move,
+    place,
+    prefill_arguments,
+    rescale,
+    softmax,
+    store_rows,
+)
+from common.sm90 import EVICT_FIRST, LOG2E, cutlass_dtype, issue, smem_atom, swz
 
 ELEM = cutlass_dtype(DTYPE)
 WGS = 2  # math warpgroups
@@ -60,10 +71,6 @@ Q_CHUNKS = Q_DIM // CHUNK
 HALF_BLOCK = CAUSAL and HALF
 REGS_LOAD, REGS_MATH = 24, 240
 EVICT_LAST = 0x14F0000000000000  # L2 hint: every tile of the head reads K and V again
-LN2 = 0.6931471805599453
-M_START = -1.0e30
-SLACK = 8.0  # of running maxima, in powers of two: P is at most 2^8, which its 16 bits hold as well as 1
-WANTS_LSE = 2  # bit of `flags`, as in mla_decode
 # record of a tile
 T_VALID, T_ROW0, T_Q0, T_LQ, T_K0, T_LK, T_BLOCKS, T_HEAD = range(8)
 # mbarriers: full and empty of Q per warpgroup, of K and V per stage, of the tile record per slot
@@ -104,81 +111,6 @@ def arrive(bar, lane):
     """One arrival of this warp."""
     if lane == 0:
         cute.arch.mbarrier_arrive(bar)
-
-
-@cute.jit
-def find(cu_q, x, batch, heads, lane):
-    """Request of tile x and the first tile of that request. One warp; all lanes get the answer."""
-    base = Int32(0)
-    b = Int32(0)
-    start = Int32(0)
-    for i0 in cutlass.range(0, batch, 32, unroll=1):
-        i = i0 + lane
-        incl = Int32(0)
-        if i < batch:
-            incl = (cu_q[i + 1] - cu_q[i] + (ROWS - 1)) // ROWS * heads
-        for s in cutlass.range_constexpr(5):
-            up = cute.arch.shuffle_sync_up(incl, offset=1 << s, mask_and_clamp=0)
-            incl = incl + (up if lane >= (1 << s) else Int32(0))
-        incl = incl + base
-        count = cute.arch.popc(cute.arch.vote_ballot_sync(i < batch and incl <= x))
-        top = cute.arch.shuffle_sync(incl, offset=cutlass.max(count - 1, 0))
-        start = top if count > 0 else start
-        b = b + count
-        base = cute.arch.shuffle_sync(incl, offset=31)
-    return b, start
-
-
-@cute.jit
-def mask(S, limit, token, lane):
-    """-inf where the key is not visible. limit: visible keys of this lane's two rows."""
-    d0 = limit[0] - token - (lane % 4) * 2
-    d1 = limit[1] - token - (lane % 4) * 2
-    for i in cutlass.range_constexpr(cute.size(S)):
-        d = d0 if const_expr((i // 2) % 2 == 0) else d1
-        S[i] = S[i] if (i // 4) * 8 + i % 2 < d else -Float32(INF)
-
-
-@cute.jit
-def softmax(S, m, L, scale, c):
-    """S <- 2^(S c - m); L: sums of this lane's columns. Returns whether this warp moved its running maxima m: then
-    scale has the factors of what was summed up before.
-
-    They move only when a score exceeds one by a factor of 2^SLACK, so that the other blocks, almost all, need neither
-    the reduction over the quad nor a rescale of O."""
-    columns = cute.size(S) // 4
-    top = cute.make_rmem_tensor((2,), Float32)  # of this lane's columns
-    for r in cutlass.range_constexpr(2):
-        a = cute.arch.fmax(S[2 * r], S[2 * r + 1])
-        b = cute.arch.fmax(S[4 + 2 * r], S[4 + 2 * r + 1])
-        for j in cutlass.range_constexpr(2, columns, 2):
-            a = cute.arch.fmax(a, cute.arch.fmax(S[4 * j + 2 * r], S[4 * j + 2 * r + 1]))
-            b = cute.arch.fmax(b, cute.arch.fmax(S[4 * j + 4 + 2 * r], S[4 * j + 4 + 2 * r + 1]))
-        top[r] = cute.arch.fmax(a, b) * c
-    moved = cute.arch.vote_any_sync(top[0] - m[0] > SLACK or top[1] - m[1] > SLACK)
-    if moved:
-        for r in cutlass.range_constexpr(2):
-            new = cute.arch.fmax(m[r], quad_max(top[r]))
-            scale[r] = ex2(m[r] - new)
-            m[r] = new
-            L[r] = L[r] * scale[r]
-    for r in cutlass.range_constexpr(2):
-        a = Float32(0.0)
-        b = Float32(0.0)
-        for j in cutlass.range_constexpr(columns):
-            S[4 * j + 2 * r] = ex2(S[4 * j + 2 * r] * c - m[r])
-            S[4 * j + 2 * r + 1] = ex2(S[4 * j + 2 * r + 1] * c - m[r])
-            a = a + S[4 * j + 2 * r]
-            b = b + S[4 * j + 2 * r + 1]
-        L[r] = L[r] + (a + b)
-    return moved
-
-
-@cute.jit
-def rescale(O, scale, moved):
-    if moved:
-        for e in cutlass.range_constexpr(cute.size(O)):
-            O[e] = O[e] * scale[(e // 2) % 2]
 
 
 @cute.jit
@@ -271,7 +203,7 @@ class MlaPrefill:
         it = Int32(0)  # position in the ring
         run = Int32(1)
         while run == 1:
-            b, start = find(cu_q, x, batch, heads, lane)
+            b, start = find(cu_q, x, batch, heads, ROWS, lane)
             slot = tile & 1
             cute.arch.mbarrier_wait(bars + T_EMPTY + slot, ((tile >> 1) & 1) ^ 1)
             if b < batch:
@@ -282,14 +214,7 @@ class MlaPrefill:
                 lq = cu_q[b + 1] - q0
                 k0 = cu_k[b]
                 lk = cu_k[b + 1] - k0
-                tiles = (lq + (ROWS - 1)) // ROWS
-                rest = x - start
-                first = rest // (group * tiles) * group
-                rest = rest - first * tiles
-                heads_here = cutlass.min(group, heads - first)
-                i = rest // heads_here
-                head = first + rest - i * heads_here
-                row0 = (tiles - 1 - i) * ROWS
+                head, row0 = place(x - start, lq, heads, group, ROWS)
                 limit = lk
                 if const_expr(CAUSAL):
                     limit = cutlass.min(lk, cutlass.min(lq, row0 + ROWS) + lk - lq)
@@ -372,6 +297,12 @@ class MlaPrefill:
         arrive(c["bars"] + which + it % STAGES, c["lane"])
 
     @cute.jit
+    def free_q(self, c):
+        """Q's buffer may be loaded anew. With Q in registers, not before a product has read them: mbarrier_arrive does
+        not wait for the reads of ldmatrix, and the next tile's rows could overtake them."""
+        arrive(c["bars"] + Q_EMPTY + c["wg"], c["lane"])
+
+    @cute.jit
     def turn_wait(self, c):
         if const_expr(ORDER):
             cute.arch.barrier(barrier_id=TURN + c["wg"], number_of_threads=256)
@@ -419,8 +350,10 @@ class MlaPrefill:
         self.turn_pass(c)
         warpgroup.wait_group(0)
         self.free(c, K_EMPTY, it)
+        self.free_q(c)
         mask(S, limit, token, c["lane"])
-        softmax(S, m, L, scale, c_log2)
+        move(S, m, L, scale, c_log2)
+        exponentials(S, m, L, c_log2)
         to_p(S, P)
         self.wait_v(c, it)
         self.pv(c["op_pv"], O, P, c["v_half"][None, None, None, it % STAGES])
@@ -428,7 +361,7 @@ class MlaPrefill:
         self.free(c, V_EMPTY, it)
 
     @cute.jit
-    def blocks(self, c, S, O, P, m, L, limit, limit_min, lk, it, token, left, c_log2):
+    def blocks(self, c, S, O, P, m, L, limit, limit_min, lk, it, token, left, holds_q, c_log2):
         """The whole blocks of a tile, from the one at `token` on down. Returns the ring position."""
         lane = c["lane"]
         scale = cute.make_rmem_tensor((2,), Float32)
@@ -436,6 +369,9 @@ class MlaPrefill:
         self.qk(c["op_qk"], S, c["q"], c["k"][None, None, None, it % STAGES])
         warpgroup.wait_group(0)
         self.free(c, K_EMPTY, it)
+        if const_expr(Q_REGS):
+            if holds_q:
+                self.free_q(c)
         if const_expr(HALF_BLOCK):  # O is live: two separate branches, or ptxas spills
             if token + BLOCK_N > lk:
                 self.zero_tail(c, c["sV"], it, lk - token)
@@ -445,7 +381,10 @@ class MlaPrefill:
             mask(S, limit, token, lane)
             if token + BLOCK_N > lk:
                 self.zero_tail(c, c["sV"], it, lk - token)
-        moved = softmax(S, m, L, scale, c_log2)
+        move(S, m, L, scale, c_log2)
+        exponentials(S, m, L, c_log2)
+        inverse = cute.arch.rcp_approx(c_log2)
+        moved = cutlass.Boolean(True)
         for i in cutlass.range(left - 1, unroll=1):
             token = token - BLOCK_N
             self.wait_k(c, it + 1)  # ends a basic block: the wait for PV may not be hoisted above the softmax
@@ -463,7 +402,7 @@ class MlaPrefill:
             self.free(c, K_EMPTY, it + 1)
             if token + BLOCK_N > limit_min:
                 mask(S, limit, token, lane)
-            moved = softmax(S, m, L, scale, c_log2)
+            moved = softmax(S, m, L, scale, c_log2, inverse)
             it = it + 1
         self.wait_v(c, it)
         warpgroup.wait_group(0)
@@ -479,7 +418,7 @@ class MlaPrefill:
     @cute.jit
     def tile(self, c, S, O, P, m, L, it, tile, c_log2):
         """All blocks of one tile: O, m, L hold the result before it is divided. Returns the ring position."""
-        bars, wg, lane, sTile = c["bars"], c["wg"], c["lane"], c["sTile"]
+        bars, wg, sTile = c["bars"], c["wg"], c["sTile"]
         slot = tile & 1
         blocks = uniform(sTile[T_BLOCKS, slot])
         lk = uniform(sTile[T_LK, slot])
@@ -500,28 +439,28 @@ class MlaPrefill:
         if const_expr(Q_REGS):
             for i in cutlass.range_constexpr(Q_CHUNKS):
                 cute.copy(c["ldsm"], c["ldsm_t"].partition_S(c["q_smem"][i]), c["ldsm_t"].retile(c["q"][i]))
-            cute.arch.sync_warp()
-            arrive(bars + Q_EMPTY + wg, lane)
         token = (blocks - 1) * BLOCK_N
         left = blocks
+        holds_q = cutlass.Boolean(True)
         if const_expr(HALF_BLOCK):
             middle = token + BLOCK_N // 2
             if middle >= row + 63 and middle <= lk and (blocks > 1 or const_expr(not ORDER)):
                 if token + BLOCK_N > lk:
                     self.zero_tail(c, c["sV"], it, lk - token)
                 self.half_block(c, O, m, L, limit, token, it, c_log2)
+                holds_q = cutlass.Boolean(False)
                 it = it + 1
                 token = token - BLOCK_N
                 left = left - 1
         if left > 0:
-            it = self.blocks(c, S, O, P, m, L, limit, limit_min, lk, it, token, left, c_log2)
+            it = self.blocks(c, S, O, P, m, L, limit, limit_min, lk, it, token, left, holds_q, c_log2)
         if const_expr(not Q_REGS):
-            arrive(bars + Q_EMPTY + wg, lane)
+            self.free_q(c)
         return it
 
     @cute.jit
     def epilogue(self, c, O, m, L, tile, out, lse, flags):
-        """O / L to global memory as 16-byte stores, after 4 x 4 transposes inside each quad."""
+        """O / L to global memory, after the record of the tile is free for the next one."""
         lane, sTile = c["lane"], c["sTile"]
         slot = tile & 1
         row = sTile[T_ROW0, slot] + c["wg"] * 64 + c["row"]
@@ -530,38 +469,7 @@ class MlaPrefill:
         head = sTile[T_HEAD, slot]
         cute.arch.sync_warp()
         arrive(c["bars"] + T_EMPTY + slot, lane)
-        quad = lane % 4
-        for r in cutlass.range_constexpr(2):
-            total = quad_sum(L[r])
-            inverse = cute.arch.rcp_approx(total) if total > 0.0 else Float32(0.0)
-            here = row + 8 * r
-            token = Int64(q0 + here)
-            if quad == 0 and here < lq and (flags & WANTS_LSE) != 0:
-                value = (m[r] + cute.math.log2(total, fastmath=True)) * LN2 if total > 0.0 else -Float32(INF)
-                (lse.iterator + (token * lse.stride[0] + head * lse.stride[1])).store(value)
-            rOut = cute.make_rmem_tensor((V_DIM // 4,), ELEM)
-            for j in cutlass.range_constexpr(V_DIM // 8):
-                rOut[2 * j] = (O[4 * j + 2 * r] * inverse).to(ELEM)
-                rOut[2 * j + 1] = (O[4 * j + 2 * r + 1] * inverse).to(ELEM)
-            x = cute.recast_tensor(rOut, Int32)  # x[j]: columns 8 j + 2 quad and the next one
-            for g in cutlass.range_constexpr(V_DIM // 32):
-                for bit in cutlass.range_constexpr(2):
-                    high = (quad >> bit) & 1
-                    for i in cutlass.range_constexpr(4):
-                        if const_expr((i >> bit) & 1 == 0):
-                            a = 4 * g + i
-                            b = a + (1 << bit)
-                            sent = x[a] if high == 1 else x[b]
-                            got = cute.arch.shuffle_sync_bfly(sent, offset=1 << bit)
-                            new_a = got if high == 1 else x[a]
-                            new_b = x[b] if high == 1 else got
-                            x[a] = new_a
-                            x[b] = new_b
-            if here < lq:
-                to = out.iterator + (token * out.stride[0] + head * out.stride[1] + quad * 8)
-                for g in cutlass.range_constexpr(V_DIM // 32):
-                    piece = cute.make_tensor(rOut.iterator + 8 * g, cute.make_layout(8))
-                    cute.autovec_copy(piece, cute.make_tensor((to + 32 * g).align(16), cute.make_layout(8)))
+        store_rows(O, m, L, out, lse, flags, q0, row, lq, head, lane, ELEM)
 
     # ---------------------------------------------------------------- device
     @cute.kernel
@@ -680,31 +588,6 @@ class MlaPrefill:
                     self.turn_wait(c)
 
 
-def fake_args():
-    """The arguments of __call__. All sizes but Q_DIM and V_DIM and all outer strides are dynamic."""
-    n = cute.sym_int
-    tokens, keys, heads, batch1 = n(), n(), n(), n()
-
-    def tensor(dtype, *shape, divisor=8, align=16, last=1):
-        stride = tuple(cute.sym_int64(divisibility=divisor) for _ in shape[1:]) + (last,)
-        return rt.make_fake_tensor(dtype, shape, stride, assumed_align=align)
-
-    return (
-        tensor(ELEM, tokens, heads, Q_DIM),
-        tensor(ELEM, keys, heads, n()),
-        tensor(ELEM, keys, n(), n()),
-        tensor(ELEM, keys, heads, V_DIM),
-        tensor(Int32, batch1, align=4),
-        tensor(Int32, batch1, align=4),
-        tensor(ELEM, tokens, heads, V_DIM),
-        tensor(Float32, n(), n(), divisor=1, align=4, last=cute.sym_int64()),
-        tensor(Int32, n(), align=4),
-        Float32(1.0),
-        *[Int32(1)] * 4,
-        rt.make_fake_stream(use_tvm_ffi_env_stream=True),
-    )
-
-
 def entry():
     """What to compile: the host function and its fake arguments."""
-    return MlaPrefill(), fake_args()
+    return MlaPrefill(), prefill_arguments(ELEM, Q_DIM, V_DIM)

@@ -1,9 +1,10 @@
 """A model of warps that hand shared memory to one another: mbarriers, named barriers, and who may touch what when.
 
 An actor (a warp) is a generator of steps: ("wait", barrier, parity), ("arrive", barrier), ("sync", name, warps),
-("signal", name, warps), which arrives at a named barrier and does not wait, ("read", place), ("write", place). `run` takes them in a random order, with the phases of real mbarriers (a wait for a
-parity passes when the current phase has the other one, so that a phase too early or too late shows), and keeps vector
-clocks: an access that is not ordered behind every access it conflicts with is a race.
+("signal", name, warps), which arrives at a named barrier and does not wait, ("read", place), ("write", place). `run`
+takes them in a random order, with the phases of real mbarriers (a wait for a parity passes when the current phase has
+the other one, so that a phase too early or too late shows), and keeps vector clocks: an access that is not ordered
+behind every access it conflicts with is a race.
 """
 
 import random
