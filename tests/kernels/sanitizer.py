@@ -233,7 +233,7 @@ def cached_mla() -> None:
     assert torch.equal(cache.view(15, 320)[slots[kept]], rows[kept])
 
 
-PARTS = {"mla_decode": mla_decode, "o_proj": o_proj, "mla_prefill": mla_prefill, "indexer": indexer,
+PARTS = {"mla_decode": mla_decode, "o_proj": o_proj, "mla_prefill": mla_prefill, "indexer": indexer, "sparse_mla": sparse_mla,
          "cached_mla": cached_mla}
 
 if __name__ == "__main__":
