@@ -233,8 +233,8 @@ def cached_mla() -> None:
     assert torch.equal(cache.view(15, 320)[slots[kept]], rows[kept])
 
 
-PARTS = {"mla_decode": mla_decode, "o_proj": o_proj, "mla_prefill": mla_prefill, "indexer": indexer, "sparse_mla": sparse_mla,
-         "cached_mla": cached_mla}
+PARTS = {"mla_decode": mla_decode, "o_proj": o_proj, "mla_prefill": mla_prefill, "indexer": indexer,
+         "cached_mla": cached_mla, "sparse_mla": sparse_mla}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or PARTS:
