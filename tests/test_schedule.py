@@ -196,8 +196,8 @@ def device():
         return range(lo, hi, step)
 
     cutlass = types.SimpleNamespace(range=span, range_constexpr=range, max=max, min=min, Constexpr=None)
-    names = {"cutlass": cutlass, "cute": types.SimpleNamespace(arch=arch), "Int32": _int, "prefetched": prefetched,
-             "const_expr": bool}
+    names = {"cutlass": cutlass, "cute": types.SimpleNamespace(arch=arch), "Int32": _int, "Float32": float,
+             "prefetched": prefetched, "const_expr": bool}
     exec(compile(ast.fix_missing_locations(tree), "mla_split.py", "exec"), names)  # noqa: S102
     return types.SimpleNamespace(**names)
 
