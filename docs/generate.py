@@ -19,11 +19,13 @@ from jitmla.bench import report
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "comparisons" / "budget.json"
+CACHES = ROOT / "docs" / "comparisons" / "caches.json"
 BEGIN, END = "<!-- support matrix: written by `make docs` -->", "<!-- end of support matrix -->"
 # whose calls each module of jitmla.compat has, and where they are there
 ORIGINS = {"flash_mla": ("FlashMLA", "flash_mla"), "flashinfer": ("FlashInfer", "flashinfer.mla"),
            "deep_gemm": ("DeepGEMM", "deep_gemm"), "vllm": ("vLLM", "vllm.v1.attention.ops.deepseek_v4_ops"),
            "trtllm": ("TensorRT-LLM", "torch.ops.auto_deploy")}
+CACHES_BEGIN, CACHES_END = "<!-- caches: written by `make docs` -->", "<!-- end of caches -->"
 CALLS_BEGIN, CALLS_END = "<!-- calls: written by `make docs` -->", "<!-- end of calls -->"
 FIGURES_BEGIN, FIGURES_END = "<!-- figures: written by `make docs` -->", "<!-- end of figures -->"
 
@@ -36,15 +38,18 @@ def pages() -> dict[Path, str]:
     benchmarks = ROOT / "docs" / "benchmarks"
     return {benchmarks / "README.md": report.page(report.read(benchmarks)),
             ROOT / "docs" / "env.md": env.as_markdown(), ROOT / "docs" / "schema.md": schema_page(),
-            ROOT / "docs" / "kernels.md": kernels_page(), readme: _filled(readme, BEGIN, END, matrix()),
-            cache: _filled(cache, FIGURES_BEGIN, FIGURES_END, figures()),
-            coming_from: _filled(coming_from, CALLS_BEGIN, CALLS_END, calls())}
+            ROOT / "docs" / "kernels.md": kernels_page(), readme: _filled(readme, (BEGIN, END, matrix())),
+            cache: _filled(cache, (FIGURES_BEGIN, FIGURES_END, figures()), (CACHES_BEGIN, CACHES_END, caches())),
+            coming_from: _filled(coming_from, (CALLS_BEGIN, CALLS_END, calls()))}
 
 
-def _filled(page: Path, begin: str, end: str, text: str) -> str:
-    """A page with `text` between the marks `begin` and `end`."""
-    head, rest = page.read_text(encoding="utf-8").split(begin)
-    return f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+def _filled(page: Path, *parts: tuple[str, str, str]) -> str:
+    """A page with, for each (begin, end, text), `text` between the marks `begin` and `end`."""
+    found = page.read_text(encoding="utf-8")
+    for begin, end, text in parts:
+        head, rest = found.split(begin)
+        found = f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+    return found
 
 
 def figures() -> str:
@@ -56,6 +61,30 @@ def figures() -> str:
     return _markdown(rows) + (
         f"\n\n{machine['cores']} cores ({machine['processor']}) with a load of {machine['load']:.1f}, Python "
         f"{machine['python']}, CuTe DSL {dict(machine['toolchain'])['cute_dsl']}, {machine['date']}.")
+
+
+def caches() -> str:
+    """What tests/comparisons/caches.py found: a row for each trial, a column for each cache."""
+    said = json.loads(CACHES.read_text(encoding="utf-8"))
+    found = said["caches"]
+
+    def outcomes(counts: dict[str, int]) -> str:
+        words = {"would compile": "refused", "loaded": "**loaded**"}
+        return ", ".join(f"{counts[what]} {words.get(what, 'crashed')}" for what in sorted(counts, reverse=True))
+
+    def left(counts: dict[str, int]) -> str:
+        later = counts.get("left over after the next store, two hours later")
+        return f"{counts['left over']} left over" + ("" if later is None else f" ({later})")
+
+    rows = [["", *(f"{name} {cache['version']}" for name, cache in found.items())],
+            [f"{said['flips']} times one bit flipped in what is stored",
+             *(outcomes(c["flips"]) for c in found.values())],
+            [f"killed at {said['kills']} random moments of storing", *(left(c["kills"]) for c in found.values())]]
+    for part in ("relocations", "archs", "owners"):
+        rows += [[trial, *(cache[part][trial].replace("would compile", "compiles") for cache in found.values())]
+                 for trial in next(iter(found.values()))[part]]
+    return (_markdown(rows)
+            + f"\n\n{said['host']}, Python {said['python']}, CuTe DSL {said['cute_dsl']}, {said['date']}.")
 
 
 def calls() -> str:

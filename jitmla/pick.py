@@ -186,19 +186,20 @@ RULES = {
 
 # ------------------------------------------------------------------------------------------------------- cached_mla
 
-# Query rows (new tokens times heads) from which the MHA form is faster: where prefixes are possible it has launches for
-# them, whether they exist or not. And new tokens of a sequence, where they are: fewer fill neither form's tiles.
-MHA_ROWS, MHA_ROWS_ALONE, MHA_TOKENS = 24 * 1024, 4 * 1024, 48
+# Query rows (new tokens times heads) times kv_lora_rank from which the MHA form is faster; and tokens of a sequence.
+# Where prefixes are possible, it has launches for them, whether they exist or not.
+MHA_WORK, MHA_WORK_ALONE, MHA_TOKENS = 6 << 20, 1 << 20, 32
 
 
-def cached_form(*, heads: int, sequences: int, tokens: int, prefix: bool) -> tuple[str, str]:
+def cached_form(*, heads: int, kv_lora_rank: int, sequences: int, tokens: int, prefix: bool) -> tuple[str, str]:
     """For prefill sequences with so many new tokens together. prefix: whether one may have one; which of them has one
     is known to the device alone."""
     rows, each = tokens * heads, tokens // sequences
-    least, most = (MHA_ROWS, MHA_TOKENS) if prefix else (MHA_ROWS_ALONE, 0)
+    work, most = (MHA_WORK, MHA_TOKENS) if prefix else (MHA_WORK_ALONE, 0)
+    least = -(-work // kv_lora_rank)
     found = "mha" if rows >= least and each >= most else "absorbed"
     of_each = f", and of {most} tokens a sequence" if most else ""
     return found, f"{rows} query rows, {each} new tokens a sequence; the MHA form from {least} rows{of_each} on"
 
 
-FORMS = {"cached_mla": Form(("heads", "sequences", "tokens", "prefix"), cached_form)}
+FORMS = {"cached_mla": Form(("heads", "kv_lora_rank", "sequences", "tokens", "prefix"), cached_form)}

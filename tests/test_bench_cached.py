@@ -2,9 +2,9 @@
 
 from jitmla import registry
 from jitmla.bench import report
+from jitmla.bench.cached_mla import specs_of
 from jitmla.bench.cases import CACHED_HOST, CACHED_MLA, CachedCase
 from jitmla.models import KNOWN
-from jitmla.spec import cached_mla_specs
 
 
 def test_work_of_a_case():
@@ -13,18 +13,26 @@ def test_work_of_a_case():
     assert case.flops() == 3 * 2 * per_row
     assert case.bytes() == 2 * (3 * 10 * 10 + 3 * 10 + 2 * 9 * 8 + 3 * 2 * 11)
     causal = CachedCase(1, 1, 3, 3, 4, 8, 2, 5)
-    assert causal.flops() == 2 * (3 * (4 * 8 + 8 * 5) + (1 + 2 + 3) * 18)
+    assert causal.flops() == 2 * (3 * 8 * (4 + 5) + (1 + 2 + 3) * (4 + 2 + 5)), "expanded: less than absorbed"
 
 
 def test_cases_are_of_known_models_and_served():
     for case in CACHED_MLA:
         dims = KNOWN["mistral-small-4" if case.kv_lora_rank == 256 else "deepseek-v3"]
-        assert (case.heads, case.qk_nope_head_dim, case.v_head_dim) == (
-            dims.num_attention_heads, dims.qk_nope_head_dim, dims.v_head_dim)
-        for spec in cached_mla_specs(arch="sm_90a", dtype="bf16", qk_nope_head_dim=case.qk_nope_head_dim,
-                                     kv_lora_rank=case.kv_lora_rank, qk_rope_head_dim=64):
+        assert (case.qk_nope_head_dim, case.v_head_dim) == (dims.qk_nope_head_dim, dims.v_head_dim)
+        assert dims.num_attention_heads % case.heads == 0
+        for spec in specs_of(case, "sm_90a"):
             registry.choose(spec)
     assert set(CACHED_HOST) <= set(CACHED_MLA) and len(set(CACHED_MLA)) == len(CACHED_MLA)
+
+
+def test_what_a_case_launches():
+    def stages(case):
+        return [spec.as_dict().get("stage", spec.op) for spec in specs_of(case, "sm_90a")]
+
+    assert stages(CachedCase(32, 8, 1, 512)) == stages(CachedCase(32, 1, 128, 128)) == ["absorb", "project"]
+    assert stages(CachedCase(32, 1, 2048, 2048, told=True)) == ["pack", "mla_prefill"]
+    assert stages(CachedCase(32, 1, 2048, 2048)) == ["pack", "mla_prefill", "absorb", "project"]
 
 
 def test_the_table():

@@ -207,23 +207,23 @@ def test_context_tiles():
 
 
 def test_the_form_by_sizes():
-    def form(sequences, tokens, prefix, heads=32):
-        return pick.cached_form(heads=heads, sequences=sequences, tokens=tokens, prefix=prefix)
+    def form(sequences, tokens, prefix, heads=32, rank=256):
+        return pick.cached_form(heads=heads, kv_lora_rank=rank, sequences=sequences, tokens=tokens, prefix=prefix)
 
     assert form(1, 20, True)[0] == "absorbed" and form(1, 5000, True)[0] == "mha"
     assert form(100, 3000, True)[0] == "absorbed", "many short sequences"
-    for heads in (8, 32, 128):
-        least = min(n for n in range(1, 5000) if form(1, n, True, heads)[0] == "mha")
-        assert form(1, least - 1, False, heads)[0] == "mha", "without prefixes it is worth it earlier"
+    for heads, rank in ((8, 512), (32, 256), (128, 512)):
+        least = min(n for n in range(1, 5000) if form(1, n, True, heads, rank)[0] == "mha")
+        assert form(1, least - 1, False, heads, rank)[0] == "mha", "without prefixes it is worth it earlier"
     assert "9600 query rows, 100 new tokens a sequence" in form(3, 300, True)[1]
 
 
 def test_explain_says_the_form():
     spec, _ = cached_mla_specs(arch="sm_90a", dtype="bf16", qk_nope_head_dim=64, kv_lora_rank=256, qk_rope_head_dim=64)
-    assert jitmla.explain(spec)["form"] == "by heads, sequences, tokens, prefix of the call"
-    found = jitmla.explain(spec, heads=32, sequences=1, tokens=5000, prefix=True)
+    assert jitmla.explain(spec)["form"] == "by heads, kv_lora_rank, sequences, tokens, prefix of the call"
+    found = jitmla.explain(spec, heads=32, kv_lora_rank=256, sequences=1, tokens=5000, prefix=True)
     assert found["form"].startswith("mha: 160000 query rows") and found["template"] == "absorb"
-    with pytest.raises(InvalidArgument, match="heads, prefix, sequences"):
+    with pytest.raises(InvalidArgument, match="heads, kv_lora_rank, prefix, sequences"):
         jitmla.explain(spec, tokens=5000)
 
 

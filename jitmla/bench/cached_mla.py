@@ -11,8 +11,8 @@ from torch import Tensor
 
 import jitmla
 
-from .. import dispatch, registry
-from ..spec import cached_mla_specs
+from .. import dispatch, pick, registry
+from ..spec import Spec, cached_mla_pack_spec, cached_mla_specs, mla_prefill_spec
 from ..store import Store
 from ..testing_cached import CachedProblem, cached_problem, check_cached
 from .cases import CACHED_HOST, CACHED_MLA, CachedCase
@@ -59,7 +59,8 @@ def plain(problem: CachedProblem, case: CachedCase) -> Callable[[], Tensor]:
 
 
 def contenders(problem: CachedProblem, case: CachedCase, peers: bool) -> dict[str, Callable[[], Tensor]]:
-    calls: dict[str, Callable[[], Tensor]] = {OURS: lambda: jitmla.cached_mla(*problem.args, **problem.kwargs)}
+    calls: dict[str, Callable[[], Tensor]] = {OURS: lambda: jitmla.cached_mla(*problem.args, **problem.kwargs,
+                                                                                **case.options)}
     return calls | ({TORCH: plain(problem, case)} if peers else {})
 
 
@@ -78,11 +79,24 @@ def eager_us(calls: dict[str, Callable[[], Any]], rounds: int = 5) -> dict[str, 
     return best
 
 
+def specs_of(case: CachedCase, arch: str) -> list[Spec]:
+    """What a call launches, but for mla_decode."""
+    facts = {"arch": arch, "dtype": "bf16", "qk_rope_head_dim": case.qk_rope_head_dim}
+    own = facts | {"qk_nope_head_dim": case.qk_nope_head_dim, "kv_lora_rank": case.kv_lora_rank}
+    absorbed = list(cached_mla_specs(**own))
+    if case.tokens == 1 or pick.cached_form(heads=case.heads, kv_lora_rank=case.kv_lora_rank,
+                                            sequences=case.batch, tokens=case.batch * case.tokens,
+                                            prefix=not case.told)[0] == "absorbed":
+        return absorbed
+    expanded = [cached_mla_pack_spec(**own),
+                mla_prefill_spec(**facts, qk_head_dim=case.qk_nope_head_dim + case.qk_rope_head_dim,
+                                 v_head_dim=case.v_head_dim, causal=True)]
+    return expanded if case.told else expanded + absorbed
+
+
 def kernels_of(case: CachedCase) -> tuple[str, dict[str, Any]]:
-    """Names of the Keys before and after the attention, and the toolchain that built what is in the cache."""
-    specs = cached_mla_specs(arch=dispatch.arch_of(torch.device("cuda", torch.cuda.current_device())), dtype="bf16",
-                             qk_nope_head_dim=case.qk_nope_head_dim, kv_lora_rank=case.kv_lora_rank,
-                             qk_rope_head_dim=case.qk_rope_head_dim)
+    """Names of the Keys of a call but for mla_decode, and the toolchain that built what is in the cache."""
+    specs = specs_of(case, dispatch.arch_of(torch.device("cuda", torch.cuda.current_device())))
     keys = [registry.choose(spec).key for spec in specs]
     entry = Store().find(keys[0])
     return " + ".join(key.name for key in keys), dict(entry.key.toolchain or ()) if entry else {}

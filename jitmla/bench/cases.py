@@ -78,7 +78,8 @@ HOST = [DecodeCase(128, 1, 1, 1024), DecodeCase(16, 1, 1, 1024)]
 
 @dataclass(frozen=True)
 class CachedCase:
-    """One cached_mla call. tokens: new ones of each sequence (1: decode); kv: its tokens in the end."""
+    """One cached_mla call. tokens: new ones of each sequence (1: decode); kv: its tokens in the end. told: the host
+    knows that there is no prefix, and says so."""
 
     heads: int
     batch: int
@@ -88,13 +89,21 @@ class CachedCase:
     kv_lora_rank: int = 256
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
+    told: bool = False
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of the call."""
+        return {"max_prefix": 0} if self.told else {}
 
     def flops(self) -> int:
-        """The absorbed form: both products with the weight, and the attention up to each token itself."""
+        """Of the form with less of them; the attention up to each token itself."""
         rows = self.batch * self.tokens * self.heads
         seen = self.kv - (self.tokens - 1) / 2
-        return int(2 * rows * (self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
-                               + seen * (2 * self.kv_lora_rank + self.qk_rope_head_dim)))
+        rank, head = self.kv_lora_rank, self.qk_nope_head_dim + self.v_head_dim
+        absorbed = rows * (rank * head + seen * (2 * rank + self.qk_rope_head_dim))
+        expanded = self.batch * self.kv * self.heads * rank * head + rows * seen * (head + self.qk_rope_head_dim)
+        return int(2 * min(absorbed, expanded))
 
     def bytes(self) -> int:
         """Cache rows, weight, queries and results, each once."""
@@ -109,8 +118,11 @@ class CachedCase:
 
 # Mistral Small 4 on one GPU, decode and prefill; then DeepSeek-V3
 CACHED_MLA = [CachedCase(32, 1, 1, 2048), CachedCase(32, 8, 1, 512), CachedCase(32, 32, 1, 512),
-              CachedCase(32, 1, 128, 128), CachedCase(32, 1, 512, 512), CachedCase(32, 1, 2048, 2048),
-              CachedCase(128, 8, 1, 4096, 128, 512), CachedCase(128, 1, 512, 512, 128, 512)]
+              *(CachedCase(32, 1, tokens, tokens, told=told) for tokens in (128, 512, 2048) for told in (False, True)),
+              CachedCase(32, 1, 512, 4096), CachedCase(32, 8, 256, 256, told=True),
+              CachedCase(128, 8, 1, 4096, 128, 512), CachedCase(16, 32, 1, 4096, 128, 512),
+              *(CachedCase(128, 1, 512, 512, 128, 512, told=told) for told in (False, True)),
+              CachedCase(16, 1, 2048, 2048, 128, 512, told=True)]
 CACHED_HOST = CACHED_MLA[:3]
 
 

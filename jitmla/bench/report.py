@@ -46,7 +46,9 @@ out and kv_b_proj once. The last rows of the first request are compared with flo
 CACHED_METHOD = """\
 Attention over a slot cache (`cached_mla`): the same method for GPU times. Eager us is a whole call without a graph,
 host and GPU together: the mean of a burst of 100, the best of five. B sequences, each with T new tokens, up to kv in
-all. The peer is plain PyTorch with the lengths known on the host. Ratio: its eager time over ours."""
+all; told: the call says that there are no prefixes (max_prefix=0). The peer is plain PyTorch with the lengths known on
+the host. TFLOP/s count the form with less arithmetic, whichever is taken. Ratio: the peer's eager time over ours. The
+last column leaves out mla_decode, which all launch but the calls that are told of no prefix and take the MHA form."""
 
 INDEXER_METHOD = """\
 Around the indexer of DeepSeek Sparse Attention (`indexer`): the same method, 64 heads, top-k of 2048. Rows x keys, or
@@ -105,7 +107,8 @@ def case_name(case: dict[str, Any]) -> str:
     prefill, from causal 192/128."""
     if "tokens" in case and "kv" in case:
         name = f"h{case['heads']} B{case['batch']} T {case['tokens']} kv {case['kv']}"
-        return f"{name}, rank {case['kv_lora_rank']}, P {case['qk_nope_head_dim']}, V {case['v_head_dim']}"
+        return f"{name}, rank {case['kv_lora_rank']}, P {case['qk_nope_head_dim']}, V {case['v_head_dim']}" + (
+            ", told" * case.get("told", False))
     if "columns" in case:
         sizes = f"{case['rows']} x {case['columns']}" if case["columns"] else f"{case['rows']}"
         return f"{case['op']} {sizes}" + f", next_n {case['next_n']}" * (case["next_n"] > 1)

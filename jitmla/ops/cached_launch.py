@@ -94,7 +94,7 @@ class Scratch:
         base = kept_bytes(device, stream, self.size, self.name)
         known = self.by_stream.get(stream)
         if known is None or known[0] is not base:
-            with torch.inference_mode(False):  # an inference tensor could not be written outside of that mode
+            with torch.inference_mode(False):  # torch refuses to write inference tensors outside of that mode
                 known = base, self.views(*_carved(base, self.parts))
             if not torch.cuda.is_current_stream_capturing():
                 self.by_stream[stream] = known

@@ -199,7 +199,8 @@ def _form(shape: Shape, form: str, num_prefill: int, prefill_tokens: int, max_pr
     sizes, facts = shape.sizes, shape.spec_facts()
     spec = mla_prefill_spec(arch=facts["arch"], dtype=facts["dtype"], qk_head_dim=sizes.nope + sizes.rope,
                             v_head_dim=sizes.value, qk_rope_head_dim=sizes.rope, causal=True)
-    found, why = cached_form(heads=sizes.heads, sequences=num_prefill, tokens=prefill_tokens, prefix=max_prefix != 0)
+    found, why = cached_form(heads=sizes.heads, kv_lora_rank=sizes.rank, sequences=num_prefill, tokens=prefill_tokens,
+                             prefix=max_prefix != 0)
     if found == "mha" and not registry.candidates(spec, shape.backend):
         found, why = "absorbed", f"no template of mla_prefill serves {spec} on backend {shape.backend!r}"
     events.emit("choose", op=OP, backend=found, why=why)

@@ -127,7 +127,7 @@ class OnGpu:
         if heads == 1 or tokens == 1 or k.shape[0] == 1:
             # the stride of a dimension of size 1 means nothing, but the compiled wrapper looks at it
             q, k, k_pe, v, out = (checks.usual_strides(x) for x in (q, k, k_pe, v, out))
-        elif k_pe.shape[1] == 1:
+        elif k_pe.shape[1] == 1 and k_pe.stride(1) != k_pe.shape[2]:
             k_pe = checks.usual_strides(k_pe)
         _, counters = scratch(self.device, 1, 2)
         flags = WANTS_LSE if lse is not None else 0

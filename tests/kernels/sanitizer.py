@@ -8,7 +8,7 @@
 Results are checked as well. The shapes of mla_decode meet all kernels, whole and split requests, the causal limit,
 sinks, several row tiles, small and large pages; those of the output path every variant, ragged tiles, and the chain;
 those of `indexer` each kernel around DSA's indexer, every variant of top-k on values of every kind, and both ops of a
-layer.
+layer; those of `cached_mla` both its forms, and append_latent.
 JITMLA_CACHE_DIR should hold what `python -m tests.keysets` puts there.
 """
 
@@ -24,6 +24,7 @@ from jitmla import dsa, pick, tune
 from jitmla.ops import topk_indices as topk_op
 from jitmla.spec_indexer import topk_indices_spec
 from jitmla.testing import mla_decode_oracle, mla_decode_problem
+from jitmla.testing_cached import cached_problem, check_cached
 from jitmla.testing_dsa import dsa_batch, dsa_layer, dsa_oracle
 from jitmla.testing_features import featured
 from jitmla.testing_indexer import (
@@ -192,7 +193,28 @@ def indexer() -> None:
     print("layer", flush=True)
 
 
-PARTS = {"mla_decode": mla_decode, "o_proj": o_proj, "mla_prefill": mla_prefill, "indexer": indexer}
+def cached_mla() -> None:
+    """Both forms and all stages: prefixes, gaps, skipped sequences, ends of slots, e4m3, half precision; append."""
+    common = dict(heads=32, max_seq_len=256, device="cuda")
+    for case in (dict(prefill=[(0, 40), (77, 130), (0, 0), (200, 3)], decode=[9, 255], gap=3, tail=2),
+                 dict(decode=[0, 63, 64, 200, 7]), dict(prefill=[(3, 70), (0, 20)], decode=[7], e4m3=True)):
+        for form in ("absorbed", "mha"):
+            problem = cached_problem(**common, **case)
+            out = jitmla.cached_mla(*problem.args, **problem.kwargs, form=form)
+            torch.cuda.synchronize()
+            print(case, form, check_cached(problem, out), flush=True)
+    half = cached_problem([(0, 70), (5, 9)], [40], heads=6, nope=32, rank=64, rope=16, value=32, max_seq_len=128,
+                          dtype=torch.float16, device="cuda")
+    print("small widths", check_cached(half, jitmla.cached_mla(*half.args, **half.kwargs)), flush=True)
+    rows, cache = torch.randn(9, 320, device="cuda").bfloat16(), torch.zeros(3, 5, 320, device="cuda").bfloat16()
+    slots = torch.tensor([0, -1, 3, 4, 14, 15, 7, 8, 9], device="cuda")
+    jitmla.append_latent(rows[:, :256], rows[:, 256:], cache, slots)
+    kept = (slots >= 0) & (slots < 15)
+    assert torch.equal(cache.view(15, 320)[slots[kept]], rows[kept])
+
+
+PARTS = {"mla_decode": mla_decode, "o_proj": o_proj, "mla_prefill": mla_prefill, "indexer": indexer,
+         "cached_mla": cached_mla}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or PARTS:
