@@ -10,8 +10,7 @@ from torch import Tensor
 
 import jitmla
 
-from .. import dispatch, registry
-from ..ops.mla_prefill_paged import choose_form
+from .. import dispatch, pick, registry
 from ..spec import mla_prefill_spec
 from ..store import Store
 from ..testing import UNIT_ROUNDOFF, mla_decode_problem
@@ -79,6 +78,12 @@ def verify(case: PrefillPagedCase, problem: Problem, calls: dict[str, Callable[[
             raise AssertionError(f"{case_name(case.as_dict())}: {name} is off by {float(error.max()):.1e}")
 
 
+def sizes(case: PrefillPagedCase) -> dict[str, int]:
+    """Those that the form follows from, but for the GPU."""
+    return dict(heads=case.heads, requests=case.batch, new=case.new, prefix=case.prefix, kv_lora_rank=RANK,
+                qk_head_dim=NOPE + ROPE, qk_nope_head_dim=NOPE, v_head_dim=VALUE)
+
+
 def rows(forms: bool) -> Iterator[dict[str, Any]]:
     """One result per case. ratio: time of the better form over that of the form that was chosen."""
     arch = dispatch.arch_of(torch.device("cuda", torch.cuda.current_device()))
@@ -91,8 +96,7 @@ def rows(forms: bool) -> Iterator[dict[str, Any]]:
         with torch.inference_mode():
             verify(case, problem, calls)
             times = gpu_times(calls, iters=max(5, min(20, int(BUSY / case.flops() / len(calls)))))
-        chosen = choose_form(case.new, case.prefix, kv_lora_rank=RANK, qk_head_dim=NOPE + ROPE, qk_nope_head_dim=NOPE,
-                             v_head_dim=VALUE)
+        chosen, _ = pick.prefill_form(**sizes(case), sms=dispatch.sm_count(problem.q.device))
         yield {"case": case.as_dict(), "kernel": f"form/{chosen}",
                "toolchain": dict(entry.key.toolchain or ()) if entry else {},
                "times": {name: {"us": t.us, "tflops": case.flops() / t.us / 1e6, "gbps": case.bytes() / t.us / 1e3,
