@@ -104,6 +104,28 @@ def test_cuda_graph(python_env):
     assert done.stdout.count("agrees with the reference") == 2
 
 
+def test_serving(python_env):
+    """Without a GPU, and with a cache that nobody may fill: the reference serves the loop."""
+    done = run({**python_env, "CUDA_VISIBLE_DEVICES": "", "JITMLA_ON_MISS": "load"}, "serving.py")
+    assert done.returncode == 0, done.stderr
+    first, *steps, last = done.stdout.splitlines()
+    assert re.fullmatch(r"0 of \d+ kernels for sm_90a are in the cache", first)
+    assert "lengths [0, 71, 0, 0]" in steps[-2] and last.startswith("right at every step on cpu")
+
+
+@pytest.mark.gpu
+def test_serving_does_not_boot_with_an_empty_cache(python_env):
+    done = run({**python_env, "JITMLA_ON_MISS": "load"}, "serving.py")
+    assert done.returncode == 1 and "MissNotAllowed" in done.stderr and "jitmla prewarm" in done.stderr
+
+
+@pytest.mark.gpu
+@needs_compiler
+def test_serving_with_gpu(python_env):
+    done = run(python_env, "serving.py")
+    assert done.returncode == 0 and "right at every step on cuda" in done.stdout, done.stdout + done.stderr
+
+
 def test_dsa_layer(python_env):
     done = run({**python_env, "CUDA_VISIBLE_DEVICES": ""}, "dsa_layer.py")
     assert done.returncode == 0, done.stderr

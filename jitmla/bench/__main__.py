@@ -58,6 +58,12 @@ def sparse_mla(options: argparse.Namespace, command: str) -> None:
     _measured("sparse_mla", found, absent, list, lambda: ours.rows(found), options, command)
 
 
+def dsa_layer(options: argparse.Namespace, command: str) -> None:
+    from . import dsa_layer as ours
+    found, absent = ours.available() if options.peers else ({}, {})
+    _measured("dsa_layer", found, absent, list, lambda: ours.rows(found), options, command)
+
+
 def cached_mla(options: argparse.Namespace, command: str) -> None:
     from . import cached_mla as ours
     _measured("cached_mla", ours.NOTES if options.peers else {}, {}, lambda: ours.host(options.peers),
@@ -83,7 +89,8 @@ def mla_prefill_paged(options: argparse.Namespace, command: str) -> None:
               lambda: ours.rows(options.peers), options, command)
 
 
-OPS = {op.__name__: op for op in (mla_decode, mla_prefill, mla_prefill_paged, cached_mla, o_proj, sparse_mla, indexer)}
+OPS = {op.__name__: op for op in (mla_decode, mla_prefill, mla_prefill_paged, cached_mla, o_proj, sparse_mla, indexer,
+                                   dsa_layer)}
 
 
 def _require_gpu() -> None:
@@ -118,8 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
               "FlashAttention-3 and FlashInfer as well")
     measuring("mla_prefill_paged", "prefill behind a cached prefix", "each of its two forms as well")
     measuring("cached_mla", "attention over a slot cache, with append and projections", "plain PyTorch as well")
-    measuring("sparse_mla", "MLA over lists of rows, and the second op of a DSA layer",
-              "FlashMLA and DeepGEMM as well, where they are")
+    measuring("sparse_mla", "MLA over lists of rows", "FlashMLA as well, where it is")
+    measuring("dsa_layer", "the second op of a DSA layer, in decode",
+              "chains of DeepGEMM's, torch's or FlashInfer's, and FlashMLA's kernels as well")
     measuring("indexer", "DSA's indexer: prologue, caches, logits, top-k",
               "DeepGEMM, torch and FlashInfer, where they are")
     options = parser.parse_args(argv)

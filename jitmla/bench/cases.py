@@ -206,8 +206,8 @@ SPARSE_MLA = tuple(
         (128, 1, 128), (128, 2, 128), (128, 1, 32), (128, 1, 8), (128, 1, 1), (64, 1, 128), (64, 1, 8), (32, 1, 128),
         (16, 1, 128), (16, 1, 32), (16, 1, 8), (16, 1, 1), (16, 4, 64), (8, 1, 128))) + tuple(
     SparseCase("prefill", heads, 1, 4096, rows, kv_format="bf16") for heads, rows in (
-        (128, 8192), (128, 32768), (64, 8192))) + tuple(
-    SparseCase("second op", heads, 1, 64, 32768) for heads in (16, 128))
+        (128, 8192), (128, 32768), (64, 8192)))
+DSA_LAYER = tuple(SparseCase("second op", heads, 1, 64, 32768) for heads in (16, 128))
 
 
 @dataclass(frozen=True)

@@ -35,16 +35,16 @@ def _bars(result: dict[str, Any], new: Any) -> Any:
     rows = result["rows"][::-1]
     names = [report.case_name(row["case"]) for row in rows]
     figure = new(figsize=(13, 1.5 + 0.3 * len(rows)), layout="constrained")
-    for axis, (unit, field, ceiling) in zip(figure.subplots(1, 2, sharey=True), (
-            ("GB/s", "gbps", result["ceilings"]["read"]["gbps"]),
-            ("TFLOP/s", "tflops", result["ceilings"]["matmul"]["tflops"])), strict=True):
+    for axis, (unit, field, bound, ceiling) in zip(figure.subplots(1, 2, sharey=True), (
+            ("GB/s", "gbps", "read", result["ceilings"]["read"]["gbps"]),
+            ("TFLOP/s", "tflops", "bf16 matmul", result["ceilings"]["matmul"]["tflops"])), strict=True):
         axis.barh(names, [row["times"][OURS][field] for row in rows], color="#4c78a8", label=OURS)
         for marker, peer in zip(MARKERS, [p for p in result["peers"] if p not in result["absent"]], strict=False):
             points = [(row["times"][peer][field], name) for row, name in zip(rows, names, strict=True)
                       if peer in row["times"]]
             if points:
                 axis.scatter(*zip(*points, strict=True), marker=marker, s=22, color="black", label=peer, zorder=3)
-        axis.axvline(ceiling, color="#e45756", label=f"{'read' if field == 'gbps' else 'matmul'}: {ceiling:.0f} {unit}")
+        axis.axvline(ceiling, color="#e45756", label=f"{bound}: {ceiling:.0f} {unit}")
         axis.set_xlabel(unit)
         axis.legend(loc="lower right", fontsize="small")
     return figure

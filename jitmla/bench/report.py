@@ -28,9 +28,12 @@ DeepGEMM's fp8_einsum, vLLM's Triton quantisation, and for the chain one after t
 
 SPARSE_METHOD = """\
 Sparse MLA (`sparse_mla`): the same method; B query tokens or requests, random lists of topk rows of the pool. GB/s
-count every attended row, q and out once. FlashMLA has 64 or 128 heads: fewer are padded to 64. The second op of a DSA
-layer is decode of B requests with the named context; in the peers' chain DeepGEMM's paged logits, torch.topk and
-FlashMLA take the places of jitmla's kernels, and the rest is the same."""
+count every attended row, q and out once. FlashMLA has 64 or 128 heads: fewer are padded to 64."""
+
+DSA_METHOD = """\
+Second op of a DSA layer (`dsa_layer`): the same method; decode of B requests with the named context, 64 heads of the
+indexer. In the peers' chains DeepGEMM's paged logits, torch's or FlashInfer's top-k, and FlashMLA take the places of
+jitmla's kernels, and the rest is the same. TFLOP/s and GB/s count logits and attention."""
 
 PREFILL_METHOD = """\
 Prefill (`mla_prefill`): the same method, median of 5 to 20; keys in one tensor, log-sum-exp written. S tokens of
@@ -53,8 +56,10 @@ last column leaves out mla_decode, which all launch but the calls that are told 
 INDEXER_METHOD = """\
 Around the indexer of DeepSeek Sparse Attention (`indexer`): the same method, 64 heads, top-k of 2048. Rows x keys, or
 requests x length; windows are causal and aligned at the end. TFLOP/s count 2 * 64 * 128 a cell of a window, GB/s each
-input and result once. Peers, where they are installed: DeepGEMM's logits (the kernel that plans paged ones is not in
-its time), torch.topk (unsorted) and FlashInfer's top_k_ragged_transform, which by default is not deterministic."""
+input and result once; dsa_append: tokens x heads of q. Peers, where they are installed: DeepGEMM's logits (the kernel
+that plans paged ones is not in its time), torch.topk (unsorted) and FlashInfer's top_k_ragged_transform, by default not
+deterministic. Ops that only move bytes stand beside a copy by torch of as many bytes: their ratio is the share of
+its speed."""
 
 INTRODUCTION = """\
 Generated from the files `*.json` in this folder by `make docs`; `jitmla bench mla_decode --peers --json FILE` makes
@@ -252,7 +257,7 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     newest = sorted(results, key=lambda r: (r["date"], r["command"]), reverse=True)
     sections = [(sweep_markdown if r["op"].endswith("sweep") else markdown)(r) for r in newest]
     sections = sections or ["There are no results yet.\n"]
-    more = {"o_proj": O_PROJ_METHOD, "sparse_mla": SPARSE_METHOD, "cached_mla": CACHED_METHOD,
+    more = {"o_proj": O_PROJ_METHOD, "sparse_mla": SPARSE_METHOD, "dsa_layer": DSA_METHOD, "cached_mla": CACHED_METHOD,
             "mla_prefill": PREFILL_METHOD, "mla_prefill_paged": PREFILL_PAGED_METHOD, "indexer": INDEXER_METHOD}
     methods = [METHOD, *(text for op, text in more.items() if any(r["op"] == op for r in results))]
     return "\n".join(["# Benchmarks", "", INTRODUCTION, "", "\n\n".join(methods), "", *sections])

@@ -19,8 +19,7 @@ import cutlass.cute as cute
 import cutlass.cute.runtime as rt
 from cutlass import BFloat16, Float8E4M3FN, Float32, Int64, const_expr
 
-from common.e4m3 import E4M3_MAX
-from common.fp8_rows import AMAX_FLOOR, lanes_amax, load_words, quantise, store_words, unpack
+from common.fp8_rows import lanes_amax, largest, load_words, quantise, store_words
 
 DIM, LANES, ROWS = 128, 16, 16
 CVT = int(ARCH[3:].rstrip("a")) >= 89  # has the conversion to e4m3
@@ -52,15 +51,16 @@ class CatQuantFp8:
         h = read - t * mPe.shape[1]
         pe = mPe.iterator + (Int64(t) * mPe.stride[0] + Int64(h) * mPe.stride[1])
         nope = mNope.iterator + (Int64(t) * mNope.stride[0] + Int64(h) * mNope.stride[1])
-        rX = cute.make_rmem_tensor((8,), Float32)
+        words = []
         for p in cutlass.range_constexpr(2):
             column = 8 * lane + 4 * p
             src = pe + column if column < mPe.shape[2] else nope + (column - mPe.shape[2])
-            unpack(rX, 4 * p, load_words(src, 2))
-        ratio = cute.arch.fmax(lanes_amax(rX, LANES), Float32(AMAX_FLOOR)) / Float32(E4M3_MAX)
-        words, scale = quantise(rX, ratio, SCALE == "pow2_f32", CVT)
+            words += load_words(src, 2)
+        top = largest(words)
+        amax, _ = lanes_amax(top, top, LANES)
+        codes, scale = quantise(words, amax, SCALE == "pow2_f32", CVT)
         if row < m8.shape[0]:
-            store_words(m8.iterator + (Int64(row) * DIM + 8 * lane), *words)
+            store_words(m8.iterator + (Int64(row) * DIM + 8 * lane), *codes)
             if lane == 0:
                 mScale[row, 0] = scale
 

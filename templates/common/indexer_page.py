@@ -24,15 +24,12 @@ def scale_address(mCache, page, offset):
 
 @cute.jit
 def store_key(mCache, slot, codes, scale, lane):
-    """16 bytes of the token's codes, of lane `lane` of eight, and by the first one the bits of its scale."""
-    page = slot // PAGE
-    offset = Int32(slot - page * PAGE)
-    store_words(code_address(mCache, page, offset) + 16 * lane, *codes)
-    if lane == 0:
-        cute.arch.inline_ptx(
-            "st.global.b32 [{$r0}], {$r1};",
-            read_only_args=[scale_address(mCache, page, offset).to_llvm_ptr(), scale],
-        )
+    """16 bytes of the token's codes, of lane `lane` of eight, and by the first one the bits of its scale; nothing where
+    the slot is negative."""
+    page = slot >> 6
+    offset = Int32(slot) & (PAGE - 1)
+    store_words(code_address(mCache, page, offset) + 16 * lane, *codes, when=slot >= 0)
+    store_words(scale_address(mCache, page, offset), scale, when=slot >= 0 and lane == 0)
 
 
 def fake_cache():

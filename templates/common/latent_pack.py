@@ -7,13 +7,12 @@ that 8 lanes share a scale, and lanes 0 .. 7 have 8 each of the 64 rotated ones 
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int64, Uint32, const_expr
+from cutlass import Int64, Uint32, const_expr
 
-from common.e4m3 import E4M3_MAX
-from common.fp8_rows import lanes_amax, load_words, quantise, store_words, unpack
+from common.fp8_rows import high_half, lanes_amax, largest, load_words, low_half, pack, quantise, store_words
 
 LATENT, ROPE, TILE = 512, 64, 128
-RATIO_FLOOR = 1e-4  # of amax / 448, where the indexer has one of amax
+LEAST_ROW_SCALE = 114  # 1e-4, the floor of amax / 448 where the indexer has one of amax
 ROW_BYTES = {"fp8": LATENT + 4 * (LATENT // TILE) + 2 * ROPE, "bf16": 2 * (LATENT + ROPE)}
 
 
@@ -39,34 +38,27 @@ def row_address(mCache, slot):
 
 
 @cute.jit
-def store_latent_row(row, latent, rope, lane, kind: cutlass.Constexpr, native: cutlass.Constexpr):
-    """native: the arch converts to e4m3."""
+def store_latent_row(mCache, slot, latent, rope, lane, kind: cutlass.Constexpr, native: cutlass.Constexpr):
+    """Nothing where the slot is negative. native: the arch converts to e4m3."""
+    row = row_address(mCache, slot)
+    when = slot >= 0
     if const_expr(kind == "fp8"):
-        rX = cute.make_rmem_tensor((16,), Float32)
-        unpack(rX, 0, latent)
-        ratio = cute.arch.fmax(lanes_amax(rX, 8) / Float32(E4M3_MAX), Float32(RATIO_FLOOR))
-        codes, scale = quantise(rX, ratio, True, native)
-        store_words(row + 16 * lane, *codes)
-        if lane % 8 == 0:
-            cute.arch.inline_ptx(
-                "st.global.b32 [{$r0}], {$r1};",
-                read_only_args=[(row + (LATENT + lane // 2)).to_llvm_ptr(), scale.bitcast(Uint32)],
-            )
+        top = largest(latent)
+        amax, _ = lanes_amax(top, top, TILE // 16)
+        codes, scale = quantise(latent, amax, True, native, LEAST_ROW_SCALE)
+        store_words(row + 16 * lane, *codes, when=when)
+        store_words(row + (LATENT + lane // 2), scale.bitcast(Uint32), when=when and lane % 8 == 0)
     else:
-        store_words(row + 32 * lane, *latent[:4])
-        store_words(row + (32 * lane + 16), *latent[4:])
-    if lane < 8:
-        store_words(row + (ROW_BYTES[kind] - 2 * ROPE + 16 * lane), *rope)
+        store_words(row + 32 * lane, *latent[:4], when=when)
+        store_words(row + (32 * lane + 16), *latent[4:], when=when)
+    store_words(row + (ROW_BYTES[kind] - 2 * ROPE + 16 * lane), *rope, when=when and lane < 8)
 
 
 @cute.jit
 def turned(words, rCos, rSin):
     """`words`, 4 pairs of bf16 (2 i, 2 i + 1), turned by 4 angles in float32 and rounded once."""
-    rOut = cute.make_rmem_tensor((8,), BFloat16)
+    found = []
     for j in cutlass.range_constexpr(4):
-        a = (words[j] << 16).bitcast(Float32)
-        b = (words[j] & Uint32(0xFFFF0000)).bitcast(Float32)
-        rOut[2 * j] = BFloat16(a * rCos[j] - b * rSin[j])
-        rOut[2 * j + 1] = BFloat16(b * rCos[j] + a * rSin[j])
-    rWords = cute.recast_tensor(rOut, Uint32)
-    return [rWords[j] for j in range(4)]
+        a, b = low_half(words[j]), high_half(words[j])
+        found.append(pack(a * rCos[j] - b * rSin[j], b * rCos[j] + a * rSin[j]))
+    return found

@@ -135,16 +135,18 @@ class MqaLogits:
         if warp_idx == 4 * G:
             for tma in (tma_k, tma_s, tma_q, tma_w):
                 cpasync.prefetch_descriptor(tma)
-        cute.arch.sync_threads()
+        limit = mK.shape[0]
+        if const_expr(self.paged):
+            limit = cutlass.min(mOut.shape[1] // PAGE, x1.shape[1]) * PAGE
+        tiles = x0.shape[0] if const_expr(self.paged) else cute.ceil_div(x0.shape[0], T)
         cute.arch.griddepcontrol_wait()
+        left = Int32(0)
+        if warp_idx >= 4 * G:  # beside the barriers' initialisation: until it is done, nothing else can begin
+            left = self.split(sSplit, x0, x1, limit, tiles, tid - 128 * G, cta, ctas)
+        cute.arch.sync_threads()
         cute.arch.griddepcontrol_launch_dependents()
         if warp_idx >= 4 * G:
             cute.arch.setmaxregister_decrease(self.registers[1])
-            limit = mK.shape[0]
-            if const_expr(self.paged):
-                limit = cutlass.min(mOut.shape[1] // PAGE, x1.shape[1]) * PAGE
-            tiles = x0.shape[0] if const_expr(self.paged) else cute.ceil_div(x0.shape[0], T)
-            left = self.split(sSplit, x0, x1, limit, tiles, tid - 128 * G, cta, ctas)
             if warp_idx == 4 * G:
                 self.load(
                     tma_q, mQ, tma_w, mW, tma_k, mK, tma_s, mS, sQ, sK, sW, sS, sItem, sSplit, full, empty, q_full,
@@ -243,6 +245,11 @@ class MqaLogits:
             first, n = self.blocks(tile, x0, x1, limit)
             take = cutlass.min(n - offset, left)
             if take > 0:
+                if const_expr(self.paged):  # on their way while q is asked for
+                    last = offset + take - 1
+                    table = x1.iterator + Int64(tile) * x1.stride[0]
+                    pages = (table + cutlass.min(offset + lane, last)).load()
+                    more = (table + cutlass.min(offset + 32 + lane, last)).load()
                 cute.arch.mbarrier_wait(q_empty + qs, q_phase)
                 with cute.arch.elect_one():
                     sItem[0, qs] = tile
@@ -254,10 +261,6 @@ class MqaLogits:
                 cute.copy(tma_w, tWgW[None, tile], tWsW[None, qs], tma_bar_ptr=q_full + qs)
                 qs, q_phase = self.advance(qs, q_phase, QS)
                 if const_expr(self.paged):
-                    last = offset + take - 1
-                    table = x1.iterator + Int64(tile) * x1.stride[0]
-                    pages = (table + cutlass.min(offset + lane, last)).load()
-                    more = (table + cutlass.min(offset + 32 + lane, last)).load()
                     for p in cutlass.range(0, take, G, unroll=1):
                         if p % 32 == 0 and p > 0:
                             pages = more

@@ -7,11 +7,11 @@
 Pairs (2 i, 2 i + 1) of the 64 columns turn by the angle of the token's position, in float32, and are rounded to bf16
 once. Negative slots are skipped, each in its own cache; q is turned all the same.
 
-A token has 1 + ceil(heads / 8) warps, one behind the other over all blocks:
+A token has 1 + ceil(heads / 16) warps, one behind the other over all blocks:
 
     the first       the rows of both caches: 16 columns of kv_c a lane; k_pe, and the codes of the key, are 16 bytes of
                     each of the lanes 0 .. 7
-    the others      8 heads of q each: lane l has columns 8 (l % 8) .. of heads l / 8 and l / 8 + 4
+    the others      16 heads of q each: lane l has columns 8 (l % 8) .. of heads l / 8 + 4 i
 
 All loads of a warp are issued before the first of its values is worked on.
 
@@ -33,12 +33,12 @@ from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Int64, Uint8, Uint32
 
 from common.fp8_rows import load_words, store_words
 from common.indexer_page import DIM, fake_cache, store_key
-from common.latent_pack import LATENT, ROPE, ROW_BYTES, load_latent, load_rope, row_address, store_latent_row, turned
+from common.latent_pack import LATENT, ROPE, ROW_BYTES, load_latent, load_rope, store_latent_row, turned
 
 CVT = int(ARCH[3:].rstrip("a")) >= 89  # has the conversion to e4m3
 PDL = int(ARCH[3:].rstrip("a")) >= 90
 BYTES = ROW_BYTES[ROW]
-HEADS = 8  # of a warp
+HEADS = 16  # of a warp
 POSITION = Int32 if POSITIONS == "i32" else Int64
 
 assert POSITIONS in ("i32", "i64")
@@ -109,12 +109,9 @@ class DsaAppend:
     @cute.jit
     def angles(self, mCosSin, position, lane):
         """4 cosines and 4 sines, of the pairs of this lane."""
-        rCos = cute.make_rmem_tensor((4,), Float32)
-        rSin = cute.make_rmem_tensor((4,), Float32)
         line = mCosSin.iterator + (position * ROPE + 4 * (lane % 8))
-        cute.autovec_copy(cute.make_tensor(line.align(16), cute.make_layout(4)), rCos)
-        cute.autovec_copy(cute.make_tensor((line + ROPE // 2).align(16), cute.make_layout(4)), rSin)
-        return rCos, rSin
+        words = [*load_words(line, 4), *load_words(line + ROPE // 2, 4)]
+        return [x.bitcast(Float32) for x in words[:4]], [x.bitcast(Float32) for x in words[4:]]
 
     @cute.jit
     def rows(self, mC, mPe, mCosSin, position, mCache, mSlots, mK8, mScale, mIndex, mIndexSlots, t, lane):
@@ -127,26 +124,22 @@ class DsaAppend:
             scale = mScale[t, 0].bitcast(Uint32)
         rCos, rSin = self.angles(mCosSin, position, lane)
         if const_expr(INDEX_KEYS):
-            if index_slot >= 0 and lane < 8:
-                store_key(mIndex, index_slot, codes, scale, lane)
-        if slot >= 0:
-            store_latent_row(row_address(mCache, slot), latent, turned(rope, rCos, rSin), lane, ROW, CVT)
+            store_key(mIndex, index_slot if lane < 8 else Int64(-1), codes, scale, lane)
+        store_latent_row(mCache, slot, latent, turned(rope, rCos, rSin), lane, ROW, CVT)
 
     @cute.jit
     def queries(self, mQ, mOut, mCosSin, position, t, first, lane):
         heads = mQ.shape[1]
         column = 8 * (lane % 8)
-        own = [first + lane // 8 + 4 * i for i in range(2)]
+        own = [first + lane // 8 + 4 * i for i in range(HEADS // 4)]
         words = []
-        for i in cutlass.range_constexpr(2):
+        for i in cutlass.range_constexpr(HEADS // 4):
             h = cutlass.min(own[i], heads - 1)  # a head behind the last one is read and not stored
             words.append(load_words(mQ.iterator + (Int64(t) * mQ.stride[0] + Int64(h) * mQ.stride[1] + column), 4))
         rCos, rSin = self.angles(mCosSin, position, lane)
-        for i in cutlass.range_constexpr(2):
-            found = turned(words[i], rCos, rSin)
-            if own[i] < heads:
-                target = mOut.iterator + (Int64(t) * mOut.stride[0] + Int64(own[i]) * mOut.stride[1] + column)
-                store_words(target, *found)
+        for i in cutlass.range_constexpr(HEADS // 4):
+            target = mOut.iterator + (Int64(t) * mOut.stride[0] + Int64(own[i]) * mOut.stride[1] + column)
+            store_words(target, *turned(words[i], rCos, rSin), when=own[i] < heads)
 
 
 def fake_args():

@@ -21,6 +21,7 @@ from common.indexer_page import DIM, PAGE, code_address, fake_cache, scale_addre
 
 LANES = 8
 TOKENS = THREADS // LANES
+EACH = 2  # tokens of a lane, whose loads are on their way together
 PDL = int(ARCH[3:].rstrip("a")) >= 90
 
 
@@ -37,7 +38,7 @@ class IndexerKGather:
         stream,
     ):
         self.kernel(cache, table, cu_seq_lens, k_fp8, k_scale).launch(
-            grid=[cute.ceil_div(k_fp8.shape[0], TOKENS), 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=PDL
+            grid=[cute.ceil_div(k_fp8.shape[0], TOKENS * EACH), 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=PDL
         )
 
     # ---------------------------------------------------------------- device
@@ -48,33 +49,42 @@ class IndexerKGather:
         tid, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         lane = tid % LANES
-        row = block * TOKENS + tid // LANES
         requests = mTable.shape[0]
         if const_expr(PDL):
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
-        if row < cutlass.min(mK.shape[0], mStart[requests]):
-            low = Int32(0)  # the last request that does not start behind the row
-            high = requests
-            while high - low > 1:
-                middle = (low + high) // 2
-                behind = mStart[middle] > row
-                high = middle if behind else high
-                low = low if behind else middle
-            token = row - mStart[low]
-            index = token // PAGE
-            page = mTable[low, index] if index < mTable.shape[1] else Int32(-1)
-            if page >= 0:
-                offset = token - index * PAGE
-                codes = load_words(code_address(mCache, page, offset) + 16 * lane, 4)
-                store_words(mK.iterator + (Int64(row) * DIM + 16 * lane), *codes)
-                if lane == 0:
-                    bits = cute.arch.inline_ptx(
-                        "ld.global.b32 {$w0}, [{$r0}];",
-                        write_only_types=[Uint32],
-                        read_only_args=[scale_address(mCache, page, offset).to_llvm_ptr()],
-                    )
-                    mScale[row] = bits.bitcast(Float32)
+        total = cutlass.min(mK.shape[0], mStart[requests])
+        rows = [(block * EACH + i) * TOKENS + tid // LANES for i in range(EACH)]
+        if rows[0] < total:
+            found = [self.load(mCache, mTable, mStart, cutlass.min(row, total - 1), requests, lane) for row in rows]
+            for i in cutlass.range_constexpr(EACH):
+                page, codes, scale = found[i]
+                when = page >= 0 and rows[i] < total
+                store_words(mK.iterator + (Int64(rows[i]) * DIM + 16 * lane), *codes, when=when)
+                store_words(mScale.iterator + rows[i], scale, when=when and lane == 0)
+
+    @cute.jit
+    def load(self, mCache, mTable, mStart, row, requests, lane):
+        """The page of a row of the result, this lane's codes and the scale; of page 0 where there is none."""
+        low = Int32(0)  # the last request that does not start behind the row
+        high = requests
+        while high - low > 1:
+            middle = (low + high) // 2
+            behind = mStart[middle] > row
+            high = middle if behind else high
+            low = low if behind else middle
+        token = row - mStart[low]
+        index = token // PAGE
+        page = mTable[low, index] if index < mTable.shape[1] else Int32(-1)
+        offset = token - index * PAGE
+        have = cutlass.max(page, 0)
+        codes = load_words(code_address(mCache, have, offset) + 16 * lane, 4)
+        scale = cute.arch.inline_ptx(
+            "ld.global.b32 {$w0}, [{$r0}];",
+            write_only_types=[Uint32],
+            read_only_args=[scale_address(mCache, have, offset).to_llvm_ptr()],
+        )
+        return page, codes, scale
 
 
 def fake_args():

@@ -47,8 +47,7 @@ class IndexerKScatter:
             slot = Int64(mSlots[t])
             codes = load_words(mK.iterator + (Int64(t) * DIM + 16 * lane), 4)
             scale = mScale[t, 0].bitcast(Uint32)
-            if slot >= 0:
-                store_key(mCache, slot, codes, scale, lane)
+            store_key(mCache, slot, codes, scale, lane)
 
 
 def fake_args():

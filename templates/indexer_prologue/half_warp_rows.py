@@ -1,4 +1,4 @@
-"""What lies between the indexer's projections and its cache and logits, in one pass over memory; sm_89 and newer.
+"""What lies between the indexer's projections and its cache and logits, in one pass; any arch from sm_80 on.
 
     q [T, HEADS, 128] bf16     RoPE, [Hadamard], FP8                          -> q_fp8 [T, HEADS, 128]
     k_raw [T, 128]             layer norm, RoPE, [Hadamard], FP8              -> k_fp8 [T, 128], k_scale [T, 1]
@@ -7,14 +7,14 @@
 RoPE turns the first 64 of the 128 columns: pairs (i, i + 32), or with INTERLEAVE (2 i, 2 i + 1). The layer norm's
 result, the turned values and those after the Hadamard transform are rounded to bf16, and computed from in float32.
 
-Tiling. A block takes a token: 8 warps for the heads of q, one for k. Sixteen lanes hold a row, 8 columns each:
+Tiling. A block takes a token: 8 warps for the heads of q, one for k. Sixteen lanes hold a row, and each lane 4 columns
+that turn and 4 that do not, so that no lane computes what others throw away:
 
-    lane      0 .. 3          4 .. 7          8 .. 15
-    columns   0 .. 31         32 .. 63        64 .. 127
-              first of pairs  second of pairs  stay as they are
+    lane l    columns 4 l .. 4 l + 3 and 64 + 4 l .. 64 + 4 l + 3
 
-so that a load instruction of a warp is 512 contiguous bytes, and halves of a pair are 4 lanes apart. All rows of a half
-warp are requested before the first one is worked on, the position's sines before them.
+Halves of a pair are in the same lane with INTERLEAVE, else 8 lanes apart. All rows of a half warp are requested before
+the first one is worked on. Their values stay packed as bf16 but for the arithmetic in float32, and magnitudes of two
+rows are compared at once: with one value a register the kernel is bound by instructions instead of memory.
 
 NaN in a row stays in that row. Cannot: heads that are not a multiple of 16; widths other than 128 and 64.
 """
@@ -36,9 +36,9 @@ import cutlass.cute as cute
 import cutlass.cute.runtime as rt
 from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Int64, const_expr
 
-from common.e4m3 import E4M3_MAX
 from common.fp8_rows import (
-    AMAX_FLOOR, lanes_amax, lanes_sum, load_words, quantise, round_bf16, store_words, unpack,
+    high_half, lanes_amax, lanes_sum, largest, load_value, load_words, low_half, pack, quantise, round_bf16,
+    store_words, unpack,
 )
 
 DIM, ROPE, LANES = 128, 64, 16
@@ -96,7 +96,7 @@ class IndexerPrologue:
         t, _, _ = cute.arch.block_idx()
         w = cute.arch.make_warp_uniform(tid // 32)
         lane = tid % LANES
-        column = 8 * lane
+        column = 4 * lane
         if const_expr(PDL):
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
@@ -104,51 +104,60 @@ class IndexerPrologue:
         if w < WARPS:
             h0 = (tid // LANES) * ROWS
             src = mQ.iterator + (Int64(t) * mQ.stride[0] + (h0 * DIM + column))
-            raw = [load_words(src + i * DIM, 4) for i in range(ROWS)]
-            gain = [Float32(mW[t, h0 + i]) for i in range(ROWS)]
+            rows = [[*load_words(src + i * DIM, 2), *load_words(src + (i * DIM + ROPE), 2)] for i in range(ROWS)]
+            w_raw = mW.iterator + (Int64(t) * mW.stride[0] + h0)
+            gain = [load_value(w_raw + i, TYPES[W_DTYPE]) for i in range(ROWS)]
             rCos, rSin = self.angles(mCosSin, position, lane)
             dst = mQ8.iterator + ((Int64(t) * HEADS + h0) * DIM + column)
             for i in cutlass.range_constexpr(ROWS):
-                rX = cute.make_rmem_tensor((8,), Float32)
-                unpack(rX, 0, raw[i])
-                scale = self.row(rX, rCos, rSin, lane, dst + i * DIM)
-                if lane == 0:
-                    mWeights[t, h0 + i] = gain[i] * scale * Float32(WEIGHT)
+                rows[i] = self.turn(rows[i], rCos, rSin, lane)
+            for i in cutlass.range_constexpr(0, ROWS, 2):
+                tops = lanes_amax(largest(rows[i]), largest(rows[i + 1]), LANES)
+                for j in cutlass.range_constexpr(2):
+                    scale = self.store(rows[i + j], tops[j], dst + (i + j) * DIM)
+                    if lane == 0:
+                        mWeights[t, h0 + i + j] = gain[i + j] * scale * Float32(WEIGHT)
         else:
+            columns = [column + j % 4 + ROPE * (j // 4) for j in range(8)]
+            src = mK.iterator + Int64(t) * mK.stride[0]
+            raw = [load_value(src + c, TYPES[K_DTYPE]) for c in columns]
+            gain = [load_value(mGain.iterator + c, TYPES[LN_DTYPE]) for c in columns]
+            bias = [load_value(mBias.iterator + c, TYPES[LN_DTYPE]) for c in columns]
+            rCos, rSin = self.angles(mCosSin, position, lane)
             rX = cute.make_rmem_tensor((8,), Float32)
             for j in cutlass.range_constexpr(8):
-                rX[j] = round_bf16(Float32(mK[t, column + j]))
-            rCos, rSin = self.angles(mCosSin, position, lane)
-            self.layer_norm(rX, mGain, mBias, eps, column)
-            scale = self.row(rX, rCos, rSin, lane, mK8.iterator + (Int64(t) * DIM + column))
+                rX[j] = round_bf16(raw[j])
+            row = self.turn(self.layer_norm(rX, gain, bias, eps), rCos, rSin, lane)
+            top = largest(row)
+            amax, _ = lanes_amax(top, top, LANES)
+            scale = self.store(row, amax, mK8.iterator + (Int64(t) * DIM + column))
             if lane == 0:
                 mKScale[t, 0] = scale
 
     @cute.jit
     def angles(self, mCosSin, position, lane):
-        """Cosines and signed sines for this lane's 8 columns: x cos + other sin; 1 and 0 where nothing turns."""
-        rCos = cute.make_rmem_tensor((8,), Float32)
-        rSin = cute.make_rmem_tensor((8,), Float32)
-        rCos.fill(1.0)
-        rSin.fill(0.0)
-        if lane < ROPE // 8:
-            line = mCosSin.iterator + position * ROPE
-            if const_expr(INTERLEAVE):
-                for j in cutlass.range_constexpr(4):
-                    for e in cutlass.range_constexpr(2):
-                        rCos[2 * j + e] = (line + (4 * lane + j)).load()
-                        sine = (line + (ROPE // 2 + 4 * lane + j)).load()
-                        rSin[2 * j + e] = -sine if const_expr(e == 0) else sine
-            else:
-                base = line + 8 * (lane % 4)
-                cute.autovec_copy(cute.make_tensor(base.align(16), cute.make_layout(8)), rCos)
-                cute.autovec_copy(cute.make_tensor((base + ROPE // 2).align(16), cute.make_layout(8)), rSin)
-                for j in cutlass.range_constexpr(8):
-                    rSin[j] = -rSin[j] if lane < 4 else rSin[j]
+        """Cosines and signed sines for this lane's 4 columns that turn: x cos + other sin."""
+        rCos = cute.make_rmem_tensor((4,), Float32)
+        rSin = cute.make_rmem_tensor((4,), Float32)
+        line = mCosSin.iterator + position * ROPE
+        if const_expr(INTERLEAVE):
+            cosines = load_words(line + 2 * lane, 2)
+            sines = load_words(line + (ROPE // 2 + 2 * lane), 2)
+            for j in cutlass.range_constexpr(4):
+                rCos[j] = cosines[j // 2].bitcast(Float32)
+                rSin[j] = sines[j // 2].bitcast(Float32) * (2 * (j % 2) - 1)
+        else:
+            cosines = load_words(line + 4 * (lane % 8), 4)
+            sines = load_words(line + (ROPE // 2 + 4 * (lane % 8)), 4)
+            sign = Float32(-1.0) if lane < 8 else Float32(1.0)
+            for j in cutlass.range_constexpr(4):
+                rCos[j] = cosines[j].bitcast(Float32)
+                rSin[j] = sines[j].bitcast(Float32) * sign
         return rCos, rSin
 
     @cute.jit
-    def layer_norm(self, rX, mGain, mBias, eps, column):
+    def layer_norm(self, rX, gain, bias, eps):
+        """The packed words of the normed row."""
         total = Float32(0.0)
         for j in cutlass.range_constexpr(8):
             total = total + rX[j]
@@ -159,31 +168,39 @@ class IndexerPrologue:
             total = total + rX[j] * rX[j]
         inverse = cute.math.rsqrt(lanes_sum(total, LANES) * Float32(1.0 / DIM) + eps)
         for j in cutlass.range_constexpr(8):
-            rX[j] = round_bf16(rX[j] * inverse * Float32(mGain[column + j]) + Float32(mBias[column + j]))
+            rX[j] = rX[j] * inverse * gain[j] + bias[j]
+        return [pack(rX[2 * j], rX[2 * j + 1]) for j in range(4)]
 
     @cute.jit
-    def row(self, rX, rCos, rSin, lane, dst):
-        """Turn, transform, quantise and store 8 columns of a row; returns its scale."""
-        rOther = cute.make_rmem_tensor((8,), Float32)
-        for j in cutlass.range_constexpr(8):
+    def turn(self, words, rCos, rSin, lane):
+        """The row after RoPE and the transform; `words`: 2 of columns that turn, then 2 others."""
+        found = []
+        for j in cutlass.range_constexpr(2):
+            x = (low_half(words[j]), high_half(words[j]))
             if const_expr(INTERLEAVE):
-                rOther[j] = rX[j ^ 1]
+                other = (x[1], x[0])
             else:
-                rOther[j] = cute.arch.shuffle_sync_bfly(rX[j], offset=4)
-        for j in cutlass.range_constexpr(8):
-            turned = round_bf16(rX[j] * rCos[j] + rOther[j] * rSin[j])
-            rX[j] = turned if lane < ROPE // 8 else rX[j]
-        if const_expr(HADAMARD):
-            self.hadamard(rX, lane)
-        ratio = cute.arch.fmax(lanes_amax(rX, LANES), Float32(AMAX_FLOOR)) / Float32(E4M3_MAX)
-        words, scale = quantise(rX, ratio, SCALE == "pow2_f32", CVT)
-        store_words(dst, *words)
+                word = cute.arch.shuffle_sync_bfly(words[j], offset=8)
+                other = (low_half(word), high_half(word))
+            y = [x[e] * rCos[2 * j + e] + other[e] * rSin[2 * j + e] for e in range(2)]
+            found.append(pack(*y))
+        found += words[2:]
+        return self.hadamard(found, lane) if const_expr(HADAMARD) else found
+
+    @cute.jit
+    def store(self, words, amax, dst):
+        """Quantise and store 8 columns of a row; returns its scale."""
+        codes, scale = quantise(words, amax, SCALE == "pow2_f32", CVT)
+        store_words(dst, codes[0])
+        store_words(dst + ROPE, codes[1])
         return scale
 
     @cute.jit
-    def hadamard(self, rX, lane):
+    def hadamard(self, words, lane):
         """Orthonormal Walsh-Hadamard transform over the 128 columns, rounded to bf16."""
-        for k in cutlass.range_constexpr(3):
+        rX = cute.make_rmem_tensor((8,), Float32)
+        unpack(rX, 0, words)
+        for k in cutlass.range_constexpr(3):  # bits 0, 1 and 6 of the column
             for j in cutlass.range_constexpr(8):
                 if const_expr(j & (1 << k) == 0):
                     a, b = rX[j], rX[j | (1 << k)]
@@ -193,8 +210,8 @@ class IndexerPrologue:
             sign = Float32(1.0) if (lane >> k) & 1 == 0 else Float32(-1.0)
             for j in cutlass.range_constexpr(8):
                 rX[j] = cute.arch.shuffle_sync_bfly(rX[j], offset=1 << k) + sign * rX[j]
-        for j in cutlass.range_constexpr(8):
-            rX[j] = round_bf16(rX[j] * Float32(DIM**-0.5))
+        scaled = [rX[j] * Float32(DIM**-0.5) for j in range(8)]
+        return [pack(scaled[2 * j], scaled[2 * j + 1]) for j in range(4)]
 
 
 def fake_args():

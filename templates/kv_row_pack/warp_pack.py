@@ -16,7 +16,7 @@ import cutlass.cute as cute
 import cutlass.cute.runtime as rt
 from cutlass import BFloat16, Int64, Uint8, const_expr
 
-from common.latent_pack import LATENT, ROPE, ROW_BYTES, load_latent, load_rope, row_address, store_latent_row
+from common.latent_pack import LATENT, ROPE, ROW_BYTES, load_latent, load_rope, store_latent_row
 
 CVT = int(ARCH[3:].rstrip("a")) >= 89  # has the conversion to e4m3
 PDL = int(ARCH[3:].rstrip("a")) >= 90
@@ -45,8 +45,7 @@ class KvRowPack:
             slot = Int64(mSlots[t])
             latent = load_latent(mC, t, lane)
             rope = load_rope(mPe, t, lane)
-            if slot >= 0:
-                store_latent_row(row_address(mCache, slot), latent, rope, lane, ROW, CVT)
+            store_latent_row(mCache, slot, latent, rope, lane, ROW, CVT)
 
 
 def fake_args():

@@ -64,6 +64,25 @@ def test_against_an_independent_oracle(layers, context, generation, next_n):
     assert got.isfinite().all() and (got.double() - expected).norm() / expected.norm() < 2e-2
 
 
+@pytest.mark.parametrize("options", [{"q_lora_rank": None}, {"llama_4_scaling": (0.5, 200)}],
+                         ids=lambda options: next(iter(options)))
+def test_options_of_a_layer(options):
+    """Against the oracle, and then a layer without an indexer that takes the same selection."""
+    names = [f"{next(iter(options))} {i}" for i in range(2)]
+    sizes = {"hidden": HIDDEN, "heads": HEADS, "index_topk": TOPK, "q_lora_rank": 128, "device": "cuda", **options}
+    layer, after = dsa_layer(names[0], **sizes), dsa_layer(names[1], **sizes, indexer=False, seed=1)
+    batch = dsa_batch(layer, [(40, 900), (3, 3)], [700, 1, 513])
+    hidden, positions = padded(batch, batch.tokens, 1)
+    outputs = torch.full((2, batch.tokens, HEADS * 128), torch.nan, dtype=torch.bfloat16, device="cuda")
+    with dsa.forward(batch):
+        second(layer, OPS.mla_dsa_proj(hidden, positions, layer.key), positions, outputs[0])
+        selected = batch.topk.clone()
+        second(after, OPS.mla_proj(hidden, positions, after.key), positions, outputs[1])
+    expected = dsa_oracle(layer, batch, hidden, positions, selected)
+    assert (outputs[0].double() - expected).norm() / expected.norm() < 2e-2
+    assert outputs[1].isfinite().all() and torch.equal(batch.topk, selected)
+
+
 def test_the_first_op_in_a_shared_pool(layers):
     """Replayed with new inputs, the bits of eager calls; each layer's results are whole when the next one's graph has
     not run yet."""
@@ -138,6 +157,34 @@ def test_decode_in_one_graph(layers):
         for layer, got, kept in zip(layers[:2], output, selected, strict=True):
             exact = dsa_oracle(layer, other, fresh, at, kept)
             assert got.isfinite().all() and (got.double() - exact).norm() / exact.norm() < 2e-2
+
+
+def test_replays_have_the_same_bits(layers):
+    """Kernels that start before those ahead of them end read nothing that is not written yet: with more requests than
+    a wave holds, and each replay's results poisoned before."""
+    batch = dsa_batch(layers[0], [], [1000 - 7 * i for i in range(12)], max_context_len=1024)
+    batch.topk = torch.empty(batch.tokens, TOPK, dtype=torch.int32, device="cuda")
+    hidden, positions = padded(batch, batch.tokens, 1)
+    outputs = torch.zeros(len(layers), batch.tokens, HEADS * 128, dtype=torch.bfloat16, device="cuda")
+
+    def step():
+        following = hidden
+        for layer, output in zip(layers, outputs, strict=True):
+            second(layer, OPS.mla_dsa_proj(following, positions, layer.key), positions, output)
+            following = hidden + output[:, :HIDDEN]
+
+    caches = [x for layer in layers for x in (layer.kv_cache, layer.index_cache)]
+    with dsa.forward(batch):
+        step()
+        expected = [x.clone() for x in (outputs, batch.topk, *caches)]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+    for _ in range(100):
+        outputs.fill_(torch.nan)
+        batch.topk.fill_(-7)
+        graph.replay()
+        assert same([outputs, batch.topk, *caches], expected)
 
 
 def test_context_tokens_are_not_captured(layers):
