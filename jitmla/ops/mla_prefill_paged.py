@@ -77,7 +77,7 @@ def mla_prefill_paged(q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens
                                                  max_seqlen_q=max_seqlen_q, kv_lora_rank=rank, sm_scale=sm_scale,
                                                  lse=lse, return_lse=True, backend=backend)
         projected = torch.bmm(latent.transpose(0, 1), weight[:, nope:].transpose(1, 2)).transpose(0, 1)
-        out.copy_(torch.where(real[..., None], projected, out))
+        torch.where(real[..., None], projected, out, out=out)
         return (out, found_lse) if return_lse else out
 
     def attend(starts: Tensor, cu_rows: Tensor, rows: int, longest: int, causal: bool, into: Tensor | None
@@ -104,7 +104,7 @@ def mla_prefill_paged(q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens
             merge_attn_states(found, found_lse, *part, out=found, lse=found_lse, backend=backend)
         out.copy_(torch.where(real[..., None], found, out))
     if lse is not None:
-        lse.copy_(torch.where(real, found_lse, lse))
+        torch.where(real, found_lse, lse, out=lse)
         found_lse = lse
     return (out, found_lse) if return_lse else out
 
