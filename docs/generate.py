@@ -1,5 +1,5 @@
 """Writes the pages that are generated: docs/kernels.md, docs/env.md, docs/schema.md, docs/benchmarks/README.md, the
-support matrix in README.md, the figures in docs/cache.md, and the calls in docs/coming_from.md.
+support matrix and the speed in README.md, the figures in docs/cache.md, and the calls in docs/coming_from.md.
 
 `make docs` runs it; tests/test_docs.py fails when a page differs from what this would write.
 """
@@ -27,6 +27,7 @@ ORIGINS = {"flash_mla": ("FlashMLA", "flash_mla"), "flashinfer": ("FlashInfer", 
            "trtllm": ("TensorRT-LLM", "torch.ops.auto_deploy")}
 CACHES_BEGIN, CACHES_END = "<!-- caches: written by `make docs` -->", "<!-- end of caches -->"
 CALLS_BEGIN, CALLS_END = "<!-- calls: written by `make docs` -->", "<!-- end of calls -->"
+SPEED_BEGIN, SPEED_END = "<!-- speed: written by `make docs` -->", "<!-- end of speed -->"
 FIGURES_BEGIN, FIGURES_END = "<!-- figures: written by `make docs` -->", "<!-- end of figures -->"
 
 
@@ -36,9 +37,10 @@ def pages() -> dict[Path, str]:
     cache = ROOT / "docs" / "cache.md"
     coming_from = ROOT / "docs" / "coming_from.md"
     benchmarks = ROOT / "docs" / "benchmarks"
-    return {benchmarks / "README.md": report.page(report.read(benchmarks)),
-            ROOT / "docs" / "env.md": env.as_markdown(), ROOT / "docs" / "schema.md": schema_page(),
-            ROOT / "docs" / "kernels.md": kernels_page(), readme: _filled(readme, (BEGIN, END, matrix())),
+    measured = report.read(benchmarks)
+    return {benchmarks / "README.md": report.page(measured), ROOT / "docs" / "env.md": env.as_markdown(),
+            ROOT / "docs" / "schema.md": schema_page(), ROOT / "docs" / "kernels.md": kernels_page(),
+            readme: _filled(readme, (BEGIN, END, matrix()), (SPEED_BEGIN, SPEED_END, report.summary(measured))),
             cache: _filled(cache, (FIGURES_BEGIN, FIGURES_END, figures()), (CACHES_BEGIN, CACHES_END, caches())),
             coming_from: _filled(coming_from, (CALLS_BEGIN, CALLS_END, calls()))}
 

@@ -31,6 +31,7 @@ _WHERE = {
     "Spec": "jitmla.spec",
     "JitmlaError": "jitmla.errors",
 }
+_PACKAGES = ("compat", "dsa", "engines")  # their modules as well come without an import of their own
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
@@ -72,12 +73,15 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _WHERE:
-        raise AttributeError(f"module 'jitmla' has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(f"module 'jitmla' has no attribute {name!r}; it has {', '.join(__all__)}, and "
+                             f"{', '.join(_PACKAGES)}")
     value = getattr(importlib.import_module(_WHERE[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return sorted(set(globals()) | set(__all__) | set(_PACKAGES))

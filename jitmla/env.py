@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EnvVar:
+    """One variable: its name, its default ("" where there is none), and what docs/env.md says of it."""
+
     name: str
     default: str
     doc: str

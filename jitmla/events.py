@@ -32,6 +32,8 @@ LEVELS = {"choose": logging.DEBUG, "hit": logging.DEBUG, "load": logging.DEBUG, 
 
 @dataclass(frozen=True)
 class Event:
+    """What `subscribe` hands to its callbacks: a kind of LEVELS, its facts by name, and when it was (time.time())."""
+
     kind: str
     fields: dict[str, Any]
     time: float = field(default_factory=time.time)

@@ -296,8 +296,9 @@ def keys_for(model: str | Path, tp: int = 1, arch: str = "sm_90a", *, page_sizes
     max_s_q: query tokens per request (1 + draft tokens; with compact queries, max_q_len). dtype: "bf16" or "fp16", by
     default the config's. uses: what the server uses beside plain mla_decode, of "prefill" (jitmla's prefill ops),
     "slot_cache" (append_latent and cached_mla), "e4m3_cache", "compact" (cu_seqlens_q), "split_cache" (a cache of two
-    tensors) and "batch_invariant". backend: what its calls name. Raises UnknownModel, UnknownArch, InvalidArgument,
-    NoTemplate.
+    tensors) and "batch_invariant". backend: what its calls of mla_decode name. Raises UnknownModel, UnknownArch,
+    InvalidArgument, NoTemplate.
     """
     specs = specs_for(model, tp=tp, arch=arch, page_sizes=page_sizes, max_s_q=max_s_q, dtype=dtype, uses=uses)
-    return list(dict.fromkeys(choice.key for spec in specs for choice in registry.choices(spec, backend)))
+    return list(dict.fromkeys(choice.key for spec in specs for choice in registry.choices(
+        spec, backend if spec.op == "mla_decode" else "auto")))

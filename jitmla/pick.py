@@ -12,17 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+from . import schedule
 from .errors import InvalidArgument, NoTemplate
-from .schedule import row_tiles
 
 
 class Rule(NamedTuple):
     """sizes: names of the sizes of a call. fits(variant, **sizes): whether it can be launched with them.
-    best(variants that fit, **sizes) -> (variant, reason)."""
+    best(variants that fit, **sizes) -> (variant, reason). among(variants that serve a Spec): those that best can give.
+    """
 
     sizes: tuple[str, ...]
     fits: Callable[..., bool]
     best: Callable[..., tuple[str, str]]
+    among: Callable[[tuple[str, ...]], tuple[str, ...]] = tuple
 
 
 class Form(NamedTuple):
@@ -50,6 +52,11 @@ def fitting(op: str, variants: Sequence[str], sizes: Mapping[str, int]) -> tuple
                          differs="none can be launched with these sizes",
                          remedy="docs/kernels.md says what each variant is for")
     return found
+
+
+def among(op: str, variants: Sequence[str]) -> tuple[str, ...]:
+    """Those of `variants`, all that serve a Spec, that calls of it can get."""
+    return RULES[op].among(tuple(variants)) if op in RULES else tuple(variants[:1])
 
 
 def best(op: str, variants: Sequence[str], sizes: Mapping[str, int]) -> tuple[str, str]:
@@ -155,6 +162,77 @@ def _topk_best(variants: tuple[str, ...], *, rows: int, columns: int, sms: int) 
     return chosen, f"{rows} rows with {TOPK[chosen]} CTAs each, {sms} multiprocessors"
 
 
+# ------------------------------------------------------------------------------------------------------- mla_decode
+
+
+class DecodeCost(NamedTuple):
+    """What a variant with row tiles of `rows` takes, in us: `fixed`, `block` for each block of a CTA, and `split` where
+    the parts of a request have to be combined; `alone` for a single request."""
+
+    rows: int
+    block: float
+    fixed: float
+    split: float
+    alone: float
+
+
+DECODE = {
+    "sm90_seesaw/m64n64": DecodeCost(64, 1.72, 17.5, 2.3, 2.3),
+    "sm90_relay/r64_triples6": DecodeCost(64, 1.86, 15.8, 1.5, 1.5),
+    "sm90_relay/r32_triples7": DecodeCost(32, 1.33, 8.0, 3.3, 3.3),
+    "sm90_swap/r16_triples8": DecodeCost(16, 1.19, 8.0, 3.0, 1.0),
+    "sm90_swap/r8_triples8": DecodeCost(8, 1.15, 8.0, 3.0, 1.0),
+    "sm90_relay/r64_triples6_gather": DecodeCost(64, 2.07, 17.3, 1.5, 1.5),
+    "sm90_relay/r32_triples7_gather": DecodeCost(32, 1.515, 9.0, 3.3, 3.3),
+    "sm90_swap/r16_triples8_gather": DecodeCost(16, 1.38, 8.5, 3.0, 1.0),
+    "sm90_swap/r8_triples8_gather": DecodeCost(8, 1.35, 8.5, 3.0, 1.0),
+    "sm90_relay/r64_fives4": DecodeCost(64, 1.20, 11.5, 1.0, 1.0),
+    "sm90_relay/r32_fives5": DecodeCost(32, 0.90, 6.3, 2.4, 2.4),
+    "sm90_swap/r16_fives5": DecodeCost(16, 0.70, 6.3, 1.8, 1.8),
+    "sm90_swap/r8_fives5": DecodeCost(8, 0.66, 6.3, 1.8, 1.8),
+    "sm90_relay/r64_fives4_gather": DecodeCost(64, 1.35, 13.0, 1.0, 1.0),
+    "sm90_relay/r32_fives5_gather": DecodeCost(32, 1.03, 7.3, 2.4, 2.4),
+    "sm90_swap/r16_fives5_gather": DecodeCost(16, 0.81, 6.8, 1.8, 1.8),
+    "sm90_swap/r8_fives5_gather": DecodeCost(8, 0.77, 6.8, 1.8, 1.8),
+}
+SEESAW_256 = DecodeCost(64, 1.216, 11.0, 1.0, 1.0)  # a variant of both latent sizes
+WIDE_BYTES, NARROW_BYTES = 64 * 576 * 2, 64 * 320 * 2  # of a block
+
+
+def _decode_fits(variant: str, *, rows: int, batch: int, tokens: int, sms: int) -> bool:
+    return True
+
+
+@lru_cache(maxsize=4096)
+def _decode_best(variants: tuple[str, ...], *, rows: int, batch: int, tokens: int, sms: int) -> tuple[str, str]:
+    """The variant that takes the least by this model if all requests have as many tokens as the block table has room
+    for: more row tiles leave fewer parts to combine, but each of them reads every block."""
+    if len(variants) == 1 or _decode_among(variants) != variants:
+        return variants[0], "the first in the card"
+    narrow = any("_fives" in v for v in variants)
+    times = {v: decode_us(v, rows, batch, tokens, sms, narrow) for v in variants}
+    ranked = sorted(times, key=times.__getitem__)
+    return ranked[0], f"estimated us with {tokens} tokens: " + ", ".join(f"{v} {times[v]:.1f}" for v in ranked)
+
+
+def _decode_among(variants: tuple[str, ...]) -> tuple[str, ...]:
+    """All, if the model knows them; else the first in the card."""
+    return variants if all(v in DECODE for v in variants) else variants[:1]
+
+
+def decode_us(variant: str, rows: int, batch: int, tokens: int, sms: int, narrow: bool) -> float:
+    """narrow: latent 256 instead of 512."""
+    cost = DECODE[variant]
+    if narrow and variant == "sm90_seesaw/m64n64":
+        cost = SEESAW_256
+    tile = schedule.unusual_tile(rows, cost.rows)
+    parts = schedule.launch_args(rows, batch, sms, tile_rows=tile).parts
+    blocks = batch * -(-tokens // schedule.BLOCK_TOKENS) / parts
+    block = max(cost.block, parts * (NARROW_BYTES if narrow else WIDE_BYTES) / BYTES_PER_US)
+    combine = cost.alone if batch == 1 else cost.split if batch * 2 <= parts else 0.0
+    return cost.fixed + combine + blocks * block
+
+
 # ------------------------------------------------------------------------------------------------------- sparse_mla
 
 TURNS = "sm90_gather_seesaw/"
@@ -168,15 +246,16 @@ def _sparse_best(variants: tuple[str, ...], *, tokens: int, heads: int, whole: i
     """Warpgroups that take turns do a block in less time and need more to start. In decode they are for calls that fill
     the GPU, of more than 64 heads: with fewer, memory gives the rows no faster than the others use them. whole: no
     token is split (prefill), so that every CTA has many blocks."""
-    tiles = tokens * row_tiles(heads)
+    tiles = tokens * schedule.row_tiles(heads)
     turns = [v for v in variants if v.startswith(TURNS)]
-    if turns and (whole or row_tiles(heads) > 1 and 4 * tiles > 3 * sms):
+    if turns and (whole or schedule.row_tiles(heads) > 1 and 4 * tiles > 3 * sms):
         return turns[0], f"{'prefill' if whole else 'decode'}, {tiles} row tiles, {sms} multiprocessors"
     others = [v for v in variants if not v.startswith(TURNS)]
     return (others or turns)[0], f"decode, {heads} heads, {tiles} row tiles, {sms} multiprocessors"
 
 
 RULES = {
+    "mla_decode": Rule(("rows", "batch", "tokens", "sms"), _decode_fits, _decode_best, _decode_among),
     "inv_rope_fp8_quant": Rule(("tokens", "heads", "heads_per_group"), _quant_fits, _quant_best),
     "fp8_bmm": Rule(("groups", "tokens", "columns", "k", "sms"), _bmm_fits, _bmm_best),
     "sparse_mla": Rule(("tokens", "heads", "whole", "sms"), _sparse_fits, _sparse_best),

@@ -213,14 +213,20 @@ def choose(spec: Spec, backend: str = "auto", sizes: Mapping[str, int] | None = 
         emit("degrade", what="tuned variant", reason=f"{tuned} does not serve it", spec=str(spec))
     if not sizes:
         return first
+    found = [c for c in found if c.template.backend == first.template.backend]
     best, why = pick.best(spec.op, [c.name for c in found], sizes)
     return next(replace(c, why=why) for c in found if c.name == best)
 
 
 def choices(spec: Spec, backend: str = "auto") -> list[Choice]:
-    """Everything that calls of `spec` can get: one Choice, or with a rule each candidate. Raises NoTemplate."""
+    """Everything that calls of `spec` can get: one Choice, or with a rule each candidate of the same backend. Raises
+    NoTemplate."""
     chosen = choose(spec, backend)
-    return candidates(spec, backend) if spec.op in pick.RULES else [chosen]
+    if spec.op not in pick.RULES:
+        return [chosen]
+    served = [c for c in candidates(spec, backend) if c.template.backend == chosen.template.backend]
+    names = pick.among(spec.op, [c.name for c in served])
+    return [c for c in served if c.name in names]
 
 
 def _no_template(spec: Spec, backend: str, candidates: list[Template]) -> NoTemplate:

@@ -13,13 +13,12 @@ from .tune import tuned
 
 BLOCK_TOKENS = 64  # the unit of work, whatever the page size
 MAX_PARTS = 160  # of one request: what a warp of the combine has weights for
-SWAP_ROWS = 16  # most query rows (s_q * heads) of the swap kernel
 MAX_ROWS = 512  # query rows (s_q * heads) of a request
 PAGES = (64, 128, 32, 16)  # the best first
 MAX_PAGE = 128
 WHOLE = 1 << 20  # a bias that makes every split aligned
 INVARIANT_TOKENS = 2048  # of a piece of the batch-invariant split (PIECE_BLOCKS of the portable template)
-TILE_ROWS = 64  # query rows of a CTA of the relay kernel, which has no more, and of the seesaw kernel
+TILE_ROWS = 64  # query rows of a CTA of the seesaw kernel, the most there are
 
 
 class Launch(NamedTuple):
@@ -40,8 +39,9 @@ class Launch(NamedTuple):
 
 @tuned
 @lru_cache(maxsize=4096)
-def launch_args(rows: int, batch: int, sms: int, latent: int = 512) -> Launch:
+def launch_args(rows: int, batch: int, sms: int, latent: int = 512, tile_rows: int = 0) -> Launch:
     """Launch arguments for `batch` requests of `rows` = s_q * heads query rows on a GPU with `sms` multiprocessors.
+    tile_rows: query rows of a CTA of the kernel; 0: of the usual one.
 
     Measured on an H200 with latent 512; latent 256 takes the same numbers.
     """
@@ -49,11 +49,12 @@ def launch_args(rows: int, batch: int, sms: int, latent: int = 512) -> Launch:
         raise ValueError(f"rows, batch and sms must be at least 1, got {rows}, {batch}, {sms}")
     if latent not in (256, 512):
         raise ValueError(f"latent must be 256 or 512, got {latent}")
-    parts = min(max(1, sms // row_tiles(rows)), MAX_PARTS)
+    tiles = row_tiles(rows, tile_rows)
+    parts = min(max(1, sms // tiles), MAX_PARTS)
     if batch >= parts:  # hardly any request is split
         return Launch(parts, 4, 6, 8)
-    if rows > TILE_ROWS:
-        return Launch(parts, 1, 2, 3)
+    if tiles > 1:
+        return Launch(parts, 1, 1 if tile_rows else 2, 3)
     # One row tile: limited by memory bandwidth, which a few CTAs less do not lower. Whole pieces instead:
     if batch <= 2:
         return Launch(max(batch, parts * 8 // 11), 1, 1, 3)  # more parts cost more to combine than they gain
@@ -72,9 +73,14 @@ def invariant_slots(batch: int, max_tokens: int) -> int:
     return batch * max(1, _ceil_div(max_tokens, INVARIANT_TOKENS))
 
 
-def row_tiles(rows: int) -> int:
-    """CTAs that share a part, each with some of the query rows."""
-    return 1 if rows <= SWAP_ROWS else _ceil_div(rows, TILE_ROWS)
+def row_tiles(rows: int, tile_rows: int = 0) -> int:
+    """CTAs that share a part, each with tile_rows of the query rows; 0: with those of the usual kernel."""
+    return _ceil_div(rows, tile_rows or TILE_ROWS)
+
+
+def unusual_tile(rows: int, tile_rows: int) -> int:
+    """tile_rows, or 0 where it gives as many row tiles as the usual kernel has."""
+    return 0 if row_tiles(rows, tile_rows) == row_tiles(rows) else tile_rows
 
 
 def workspace_floats(parts: int, rows: int, latent: int, slots: int = 0) -> int:
@@ -83,9 +89,9 @@ def workspace_floats(parts: int, rows: int, latent: int, slots: int = 0) -> int:
     return (slots or 2 * parts) * rows * (latent + 1)
 
 
-def semaphore_count(parts: int, rows: int) -> int:
+def semaphore_count(parts: int, rows: int, tile_rows: int = 0) -> int:
     """int32 counters of a launch: zero before it, and again after it. Launches that overlap need their own."""
-    return parts * row_tiles(rows)
+    return parts * row_tiles(rows, tile_rows)
 
 
 def context_tile(heads: int, sequences: int, tokens: int) -> int:

@@ -39,8 +39,8 @@ changed: list[Callable[[], None]] = []  # called after another choice of tunings
 
 
 def use_tunings(source: str | os.PathLike[str] | Mapping[str, Any] | Iterable[Mapping[str, Any]] | None) -> None:
-    """Take these tunings from now on: a file, its content as a dict, a list of such dicts (`tunings()` of another
-    rank), {} for none at all, or None for the default (JITMLA_TUNINGS, else the ones that come with jitmla).
+    """Take these tunings from now on. source: a file, its content as a dict, a list of such dicts (`tunings()` of
+    another rank), {} for none at all, or None for the default (JITMLA_TUNINGS, else the ones that come with jitmla).
 
     Call it before anything is warmed or captured: a captured graph keeps what it was captured with.
     Raises InvalidTunings; InvalidArgument after `jitmla.freeze()`.
@@ -110,12 +110,13 @@ def _adopt(gpu: str, sms: int) -> None:
 
 
 def tuned(rule: Rule) -> Rule:
-    """Decorates a rule (rows, batch, sms, latent) -> Launch: what was measured replaces what the rule says."""
+    """Decorates a rule (rows, batch, sms, latent, tile_rows) -> Launch: what was measured replaces what the rule says,
+    unless the row tiles are not the usual ones."""
 
     @functools.wraps(rule)
-    def launch_args(rows: int, batch: int, sms: int, latent: int = 512) -> Any:
-        launch = rule(rows, batch, sms, latent)
-        for entry in _launches.get((sms, latent), ()):
+    def launch_args(rows: int, batch: int, sms: int, latent: int = 512, tile_rows: int = 0) -> Any:
+        launch = rule(rows, batch, sms, latent, tile_rows)
+        for entry in () if tile_rows else _launches.get((sms, latent), ()):
             if entry["rows"][0] <= rows <= entry["rows"][1] and entry["batch"][0] <= batch <= entry["batch"][1]:
                 return launch._replace(**entry["launch"])
         return launch

@@ -14,6 +14,7 @@ from .store import Store
 def explain(spec: Spec, backend: str = "auto", store: Store | None = None, **sizes: int) -> dict[str, Any]:
     """Which template and variant serve `spec` and why, under which Key, and which layer of the cache holds it.
 
+    backend: as in the call. store: a cache other than the one of this process.
     sizes: those of a call, for an op that picks by them (jitmla.pick); without them such an op also has `variants`, all
     that its calls can get. An op of several forms has `form`: the one that calls of these sizes take, and why. On a
     miss: `nearest`, the stored Keys that differ least with the fields that differ, and `failed`, the error of a

@@ -130,6 +130,8 @@ def covering() -> list[Spec]:
     for rows, a, b, c in itertools.product(_pairs_of_rows(), (0, 1), (0, 1), (0, 1)):
         specs.append(spec(DTYPES[c], LATENTS[a ^ c], PAGES[2 * a + b], rows[(a ^ b ^ c) % len(rows)], CAUSAL[b ^ c]))
     specs += [spec("bf16", 512, 64, rows, causal) for rows in ROWS for causal in CAUSAL]
+    for i, rows in enumerate(ROWS):  # a gather of single rows
+        specs += [spec("bf16", 512, 0, rows, CAUSAL[i % 2]), spec("fp16", 256, 0, rows, CAUSAL[1 - i % 2])]
     specs += [spec("bf16", 256, 64, 32, False), spec("bf16", 256, 64, 512, True)]  # cached_mla with Mistral Small 4
     return list(dict.fromkeys(specs))
 
@@ -140,6 +142,14 @@ def _pairs_of_rows() -> list[tuple[int, ...]]:
     for rows in ROWS:
         served.setdefault(registry.choose(spec("bf16", 512, 64, rows, False)).template.name, []).append(rows)
     return [tuple(rows[i:i + 2]) for rows in served.values() for i in range(0, len(rows), 2)]
+
+
+def decode_wanted(choice: Choice) -> bool:
+    """The usual Choice of each Spec, and of the usual working points all that calls can get."""
+    usual = ("bf16", 512, 64), ("bf16", 512, 0)
+    return (choice.template.backend != "sm90" or choice.spec["kv_dtype"] == "e4m3"
+            or tuple(choice.spec[f] for f in ("dtype", "kv_lora_rank", "page_size")) in usual
+            or choice.name == registry.choose(choice.spec).name)
 
 
 def e4m3(dtype: str, latent: int, page: int, rows: int, causal: bool) -> Spec:
@@ -158,7 +168,7 @@ E4M3 = [e4m3(dtype, 512, 64, rows, causal) for dtype in ("e4m3", "bf16") for row
 
 def product() -> list[Spec]:
     """Every Spec that the shipped cards serve with an sm90 template."""
-    return [*(spec(*values) for values in itertools.product(DTYPES, LATENTS, PAGES, ROWS, CAUSAL)),
+    return [*(spec(*values) for values in itertools.product(DTYPES, LATENTS, (*PAGES, 0), ROWS, CAUSAL)),
             *(e4m3(*values) for values in itertools.product(E4M3_DTYPES, LATENTS, PAGES, ROWS, CAUSAL))]
 
 
@@ -169,8 +179,8 @@ def portable(arch: str, dtype: str, kv_dtype: str, latent: int, rope: int, page:
 
 
 PORTABLE_ON_GPU = [  # what tests/kernels/test_mla_decode_portable.py runs
-    portable(ARCH, "bf16", "bf16", 512, 64, 0, 16, False), portable(ARCH, "bf16", "bf16", 512, 64, 0, 32, False),
-    portable(ARCH, "bf16", "bf16", 512, 64, 0, 512, True), portable(ARCH, "fp16", "fp16", 256, 64, 0, 8, False),
+    portable(ARCH, "bf16", "bf16", 512, 32, 0, 16, False), portable(ARCH, "bf16", "bf16", 512, 16, 0, 32, False),
+    portable(ARCH, "bf16", "bf16", 512, 32, 0, 512, True), portable(ARCH, "fp16", "fp16", 256, 32, 0, 8, False),
     portable(ARCH, "fp16", "fp16", 128, 16, 0, 16, True), portable(ARCH, "bf16", "bf16", 64, 0, 0, 512, False),
     portable(ARCH, "bf16", "bf16", 256, 32, 0, 64, True), portable(ARCH, "bf16", "e4m3", 512, 64, 0, 16, False),
     portable(ARCH, "fp16", "e4m3", 128, 0, 0, 32, True), portable(ARCH, "e4m3", "e4m3", 512, 64, 0, 512, True),
@@ -453,7 +463,7 @@ def simple(op: str) -> Sets:
 
 SETS = {
     "mla_decode": Sets(lambda: product() + every_portable(),
-                       lambda: covering() + E4M3 + PORTABLE_ON_GPU + PORTABLE_ELSEWHERE, points),
+                       lambda: covering() + E4M3 + PORTABLE_ON_GPU + PORTABLE_ELSEWHERE, points, decode_wanted),
     "append_latent": Sets(append_product, append_covering, lambda: [append_spec(ARCH, "bf16", True, "i64", 512, 64)]),
     "cached_mla": Sets(cached_product, cached_covering, lambda: cached_covering()[:3]),
     "inv_rope_fp8_quant": Sets(quant_product, lambda: quant_product([ARCH, "sm_80", "sm_89", "sm_100a"]),

@@ -241,6 +241,19 @@ def test_the_page():
     assert report.page([]).endswith("There are no results yet.\n")
 
 
+def test_the_summary():
+    """Geometric means over all results of an op; neither sweeps nor copies are compared with."""
+    def row(ratio, *others, **case):
+        return {"case": case, "ratio": ratio, "times": dict.fromkeys(("jitmla", *others))}
+
+    results = [{"op": "x", "gpu": "G", "rows": [row(2.0, "a"), row(0.5, "b"), row(None)]},
+               {"op": "x", "gpu": "G", "rows": [row(8.0, "a"), row(0.1, "copy"), row(3.0, "c", op="y")]},
+               {"op": "z", "gpu": "G", "rows": [row(1.0, "d", part="p")]}, {"op": "x sweep", "rows": [{}]}]
+    assert report.summary(results).splitlines()[2:] == [
+        "| x | G | a, b | 3 | 2.00 | 0.50 | 8.00 |", "| y | G | c | 1 | 3.00 | 3.00 | 3.00 |",
+        "| z p | G | d | 1 | 1.00 | 1.00 | 1.00 |"]
+
+
 def test_the_page_of_the_docs_is_up_to_date():
     """`make docs` writes it."""
     folder = ROOT / "docs" / "benchmarks"

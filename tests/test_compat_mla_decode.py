@@ -18,10 +18,6 @@ def problem(**options):
     return mla_decode_problem(LENGTHS, **{"heads": 4, **options})
 
 
-def expected_lse(p, base):
-    return mla_decode_oracle(p).lse / math.log(base)
-
-
 # ------------------------------------------------------------------------------------------------------ FlashMLA
 
 

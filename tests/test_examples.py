@@ -45,7 +45,7 @@ def test_tiny_mla(python_env):
 def test_keys(python_env):
     done = run(python_env, "keys.py", "kimi-k2", "8")
     assert done.returncode == 0, done.stderr
-    assert "kimi-k2 on 8 ranks can reach 5 kernels" in done.stdout and '"""' in done.stdout
+    assert "kimi-k2 on 8 ranks can reach 7 kernels" in done.stdout and '"""' in done.stdout
 
 
 def test_read_only_layer(python_env, tmp_path, store, key, monkeypatch):

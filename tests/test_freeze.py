@@ -65,13 +65,13 @@ def never(monkeypatch):
 
 def test_warm_loads_every_key_into_the_driver_once(gpu, keys, seen, never):
     jitmla.warm(keys)
-    assert len(gpu.driver) == len(keys) == 20
+    assert len(gpu.driver) == len(keys) == 44
     jitmla.warm(iter(keys), device=0)
     jitmla.warm(keys, device="cuda:0")
-    assert len(gpu.driver) == 20 and [e.kind for e in seen].count("load") == 20
+    assert len(gpu.driver) == 44 and [e.kind for e in seen].count("load") == 44
     for backend in ("auto", "sm90"):
         assert dispatch.plan_for(spec(), backend, DEVICE).function(40, 2) == 42
-    assert len(gpu.driver) == 20
+    assert len(gpu.driver) == 44
 
 
 def test_after_warming_a_capture_finds_nothing_left_to_do(gpu, keys):
@@ -91,7 +91,7 @@ def test_what_the_cache_lacks_is_compiled_first(gpu, keys, store, library, seen,
 
     monkeypatch.setattr(compile, "build", build)
     jitmla.warm([*keys, *lacking], jobs=2)
-    assert len(gpu.driver) == len(keys) + len(lacking) and len(lacking) == 5
+    assert len(gpu.driver) == len(keys) + len(lacking) and len(lacking) == 11
     assert [e.kind for e in seen].count("compiled") == len(lacking)
     assert all(store.find(key) for key in lacking)
 
@@ -163,13 +163,13 @@ def test_10000_calls_after_freeze_touch_nothing(keys, python_env, store, how):
     found = json.loads(done.stdout)
     if "skip" in found:
         pytest.skip(found["skip"])
-    assert found == {"calls": 10_000, "refused": 100, "loaded": 20, "driver": 0, "seen": {}, "events": {}}
+    assert found == {"calls": 10_000, "refused": 100, "loaded": 44, "driver": 0, "seen": {}, "events": {}}
 
 
 def test_a_miss_says_which_field_differs_and_what_to_run(gpu, keys, seen):
     jitmla.warm(keys)
     jitmla.freeze()
-    assert [e.fields for e in seen if e.kind == "freeze"] == [{"kernels": 20}]
+    assert [e.fields for e in seen if e.kind == "freeze"] == [{"kernels": 44}]
     wanted = spec(dtype="fp16", kv_dtype="fp16", page_size=16)
     before = len(seen)
     with pytest.raises(MissNotAllowed) as caught:

@@ -91,8 +91,8 @@ def listed(name, tp, dtype, **narrowed):
 @pytest.fixture(scope="module")
 def gpu():
     """A GPU as far as the op can see before it launches: `gpu(call)` is what it asks of jitmla.dispatch."""
-    def plan_for(spec, backend, device):
-        raise Planned(spec, backend, device)
+    def plan_for(spec, backend, device, **sizes):
+        raise Planned(spec, backend, device, sizes)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "plan_for", plan_for)
@@ -114,9 +114,9 @@ def test_no_call_meets_a_key_that_is_not_listed(gpu, case):
     serving, uses, call = case
     page_size, s_q = call[:2]
     with fake_tensor.FakeTensorMode():
-        spec, backend, device = gpu(*arguments(serving, call))
+        spec, backend, device, sizes = gpu(*arguments(serving, call))
     assert str(device) == DEVICE
-    key = registry.choose(spec, backend).key
+    key = registry.choose(spec, backend, sizes).key
     met = key.digest if key.toolchain else key
     if page_size in PAGE_SIZES and not uses:
         assert met in listed(*serving)
@@ -129,8 +129,8 @@ def test_no_call_meets_a_key_that_is_not_listed(gpu, case):
 def test_the_recorder_sees_what_is_not_listed(gpu):
     """The test above can fail: a page size that the server did not name is another Key."""
     with fake_tensor.FakeTensorMode():
-        spec, backend, _ = gpu(*arguments(("deepseek-v3", 8, None), (
+        spec, backend, _, sizes = gpu(*arguments(("deepseek-v3", 8, None), (
             32, 1, 4, 10, 10, dict.fromkeys(("causal", "sinks", "out", "lse", "return_lse", "padded"), False),
             "joined", "auto")))
-    key = registry.choose(spec, backend).key
+    key = registry.choose(spec, backend, sizes).key
     assert key in keys_for("deepseek-v3", tp=8) and key not in keys_for("deepseek-v3", tp=8, page_sizes=[64])

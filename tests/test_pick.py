@@ -11,13 +11,13 @@ import jitmla
 from jitmla import pick, registry, tune
 from jitmla.bench.cases import OProjCase
 from jitmla.errors import InvalidArgument, InvalidTunings
-from jitmla.spec import Spec, fp8_bmm_spec
+from jitmla.spec import Spec, append_latent_spec, fp8_bmm_spec, mla_decode_spec
 from jitmla.spec_indexer import topk_indices_spec
 
 from .keysets import quant_spec, sparse_product, sparse_spec
 
 DOCS = Path(__file__).parents[1] / "docs"
-RESULTS = DOCS / "benchmarks"
+NOTES, RESULTS = DOCS / "notes", DOCS / "benchmarks"
 DRAWN = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 QUANT, BMM = quant_spec("sm_90a", "pow2_f32", False, "i64"), fp8_bmm_spec(arch="sm_90a")
 TOPK = topk_indices_spec(arch="sm_90a", rows="windows")
@@ -184,8 +184,60 @@ def test_explain_shows_what_is_picked(tmp_path, monkeypatch):
     assert told["template"] == "sm90_stream" and "estimated us" in told["why"]
 
 
+DECODE_SIZES = {"rows": 128, "batch": 8, "tokens": 4096, "sms": 132}
+
+
+def decode_spec(**facts):
+    return mla_decode_spec(**{"arch": "sm_90a", "dtype": "bf16", "kv_lora_rank": 512, "qk_rope_head_dim": 64,
+                              "page_size": 64, "s_q": 1, "heads": 128, "causal": True, **facts})
+
+
+def test_the_decode_variants_are_those_of_the_cards():
+    met = set()
+    for page in (0, 1, 16, 64):
+        for latent in (256, 512):
+            for heads in (8, 16, 32, 64, 128):
+                spec = decode_spec(page_size=page or 1, heads=heads, kv_lora_rank=latent)
+                for choice in registry.choices(spec):
+                    met.add(choice.name)
+                    assert pick.DECODE[choice.name].rows == dict(choice.key.constants).get("ROWS", 64)
+    assert met == set(pick.DECODE)
+
+
+def test_the_decode_picks_are_the_best_of_what_was_measured():
+    """Every variant that serves the case, from one request to a full batch."""
+    rows = json.loads((NOTES / "mla_decode_variants_h200.json").read_text())["rows"]
+    loss = {}
+    for row in rows:
+        spec = decode_spec(page_size=row["page_size"], heads=row["heads"])
+        assert {c.name for c in registry.choices(spec)} >= row["us"].keys() - {"flashinfer"}
+        us = {name: t for name, t in row["us"].items() if name != "flashinfer"}
+        sizes = {"rows": row["heads"], "batch": row["batch"], "tokens": row["kv"], "sms": 132}
+        name, why = pick.best("mla_decode", list(us), sizes)
+        loss[json.dumps(row)] = us[name] / min(us.values()) - 1
+        assert len(us) == 1 or f"{row['kv']} tokens" in why
+    assert len(loss) >= 40 and max(loss.values()) < 0.03
+
+
+@given(st.sampled_from([1, 16, 64]), st.sampled_from([256, 512]), st.integers(1, 512), st.integers(1, 1000),
+       st.integers(0, 20), st.sampled_from([78, 114, 132]))
+@DRAWN
+def test_more_tokens_are_not_for_smaller_row_tiles(page, latent, heads, batch, log_tokens, sms):
+    spec = decode_spec(page_size=page, heads=heads, kv_lora_rank=latent)
+    tiles = [constants(spec, picked(spec, rows=heads, batch=batch, tokens=1 << t, sms=sms)[0]).get("ROWS", 64)
+             for t in range(log_tokens + 1)]
+    assert tiles == sorted(tiles)
+
+
+def test_a_decode_that_has_no_costs_is_served_by_the_first():
+    for facts in ({"kv_dtype": "e4m3", "causal": False}, {"qk_rope_head_dim": 32}):
+        spec = decode_spec(**facts)
+        assert picked(spec, **DECODE_SIZES) == (registry.choose(spec).name, "the first in the card")
+
+
 @pytest.mark.parametrize("op, sizes, word", [
-    ("mla_decode", {"tokens": 1}, "one variant"), ("fp8_bmm", {"tokens": 1}, "groups"),
+    ("mla_prefill", {"tokens": 1}, "one variant"), ("mla_decode", {"tokens": 1}, "batch"),
+    ("fp8_bmm", {"tokens": 1}, "groups"),
     ("inv_rope_fp8_quant", {"tokens": 1, "heads": 1, "heads_per_group": 1, "color": 3}, "color")])
 def test_sizes_of_another_rule(op, sizes, word):
     with pytest.raises(InvalidArgument) as caught:
@@ -195,6 +247,6 @@ def test_sizes_of_another_rule(op, sizes, word):
 
 def test_other_ops_are_explained_as_before(tmp_path, monkeypatch):
     monkeypatch.setenv("JITMLA_CACHE_DIR", str(tmp_path))
-    spec = Spec.of("mla_decode", arch="sm_90a", dtype="bf16", kv_dtype="bf16", kv_lora_rank=512, qk_rope_head_dim=64,
-                   page_size=64, rows=16, causal=False)
+    spec = append_latent_spec(arch="sm_90a", dtype="bf16", e4m3_cache=True, slots="i64", kv_lora_rank=512,
+                              qk_rope_head_dim=64)
     assert "variants" not in jitmla.explain(spec) and jitmla.explain(spec)["why"] == "the first in the card"

@@ -75,10 +75,11 @@ def test_failed_outranks_unserved(builder, without_portable):
     assert cli("prewarm", *MODEL, "--arch", "sm_90a,sm_100a", "--page-size", "64").exit_code == 1
 
 
-def test_a_page_size_that_nobody_serves_among_others(builder, without_portable):
-    done = cli("prewarm", *MODEL, "--arch", "sm_90a", "--page-size", "64", "--page-size", "48", "--json")
+def test_a_use_that_nobody_serves_among_others(builder, without_portable):
+    done = cli("prewarm", *MODEL, "--arch", "sm_90a", "--page-size", "64", "--uses", "compact", "--json")
     assert done.exit_code == 3
-    assert {(o["spec"]["page_size"], o["status"]) for o in objects(done.stdout)} == {(64, "compiled"), (0, "unserved")}
+    found = {(o["spec"].get("compact", False), o["status"]) for o in objects(done.stdout)}
+    assert found == {(False, "compiled"), (True, "unserved")}
 
 
 def test_an_arch_that_does_not_exist_stops_everything(builder, store):

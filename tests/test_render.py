@@ -250,12 +250,18 @@ def test_every_rendered_file(choice):
     assert choice.source() == text
 
 
+def _tiled(choice):
+    tiles = choice.template.name in ("sm90_relay", "sm90_swap")
+    return tiles and choice.spec["rows"] != dict(choice.key.constants)["ROWS"]
+
+
 def test_every_source_is_another_one():
-    """Keys that differ have sources or archs that differ: no Key is compiled for nothing."""
-    choices = every_choice()
+    """Keys that differ have sources or archs that differ: no Key is compiled for nothing. But for row tiles, which
+    serve several ranges of query rows."""
+    choices = [c for c in every_choice() if not _tiled(c)]
     assert len({c.key.digest for c in choices}) == len({
         (c.template.name, c.spec.arch, c.key.constants, *_rows(c)) for c in choices})
-    some = covering_choices()
+    some = [c for c in covering_choices() if not _tiled(c)]
     # without the header, which names the Key
     assert len({(c.source().split("\n", 3)[3], c.spec.arch, *_rows(c)) for c in some}) == len(some)
 

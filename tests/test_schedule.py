@@ -5,6 +5,7 @@ import ast
 import functools
 import random
 import types
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -195,7 +196,8 @@ def device():
         return range(lo, hi, step)
 
     cutlass = types.SimpleNamespace(range=span, range_constexpr=range, max=max, min=min, Constexpr=None)
-    names = {"cutlass": cutlass, "cute": types.SimpleNamespace(arch=arch), "Int32": _int, "prefetched": prefetched}
+    names = {"cutlass": cutlass, "cute": types.SimpleNamespace(arch=arch), "Int32": _int, "prefetched": prefetched,
+             "const_expr": bool}
     exec(compile(ast.fix_missing_locations(tree), "mla_split.py", "exec"), names)  # noqa: S102
     return types.SimpleNamespace(**names)
 
@@ -336,7 +338,7 @@ class Table:
 @given(
     length=st.one_of(st.sampled_from([0, 1, 64, 65536, 10**6]), st.integers(0, 70000)),
     spare=st.integers(0, 40),
-    page_size=st.sampled_from([16, 32, 64, 128]),
+    page_size=st.one_of(st.sampled_from([16, 32, 64, 128]), st.sampled_from([1, 7, 5000]).map(Fraction)),
     parts=st.integers(1, 8),
     data=st.data(),
 )
@@ -352,9 +354,13 @@ def test_touch_table_stays_inside_the_used_entries(device, length, spare, page_s
     device.prefetched.clear()
     for lane in range(32):
         device.touch_table(table, lengths, batch, part, s, k, page_size, lane)
-    first = r * table.shape[1]
-    # one entry per 128-byte line, of the first 65536 tokens (at least 32 lines)
-    expect = range(first, first + min(used, max(65536 // page_size, 1024)), 32) if r < batch else []
+    row = r * table.shape[1]
+    # one entry per 128-byte line, of the first 65536 tokens (at least 32 lines); a page size that is known at launch,
+    # here a Fraction, gives 32 lines from where the part would begin
+    first, lines = 0, max(65536 // page_size, 1024)
+    if isinstance(page_size, Fraction):
+        first, lines = used // s * (part - r * s) if s > 0 else 0, 1024
+    expect = range(row + first, row + min(used, first + lines), 32) if r < batch else []
     assert sorted(device.prefetched) == list(expect)
 
 
@@ -367,14 +373,16 @@ def test_touch_table_stays_inside_the_used_entries(device, length, spare, page_s
     batch=st.one_of(st.integers(1, 300), st.integers(1, 100000)),
     sms=st.integers(1, 200),
     latent=st.sampled_from([256, 512]),
+    tile=st.sampled_from([8, 16, 32, 64]),
 )
-def test_launch_args_are_what_the_kernels_can_do(rows, batch, sms, latent):
-    launch = launch_args(rows, batch, sms, latent)
-    tiles = 1 if rows <= schedule.SWAP_ROWS else ceil_div(rows, schedule.TILE_ROWS)
+def test_launch_args_are_what_the_kernels_can_do(rows, batch, sms, latent, tile):
+    tile = schedule.unusual_tile(rows, tile)
+    launch = launch_args(rows, batch, sms, latent, tile)
+    tiles = ceil_div(rows, tile or schedule.TILE_ROWS)
     assert 1 <= launch.parts <= MAX_PARTS
     assert launch.parts * tiles <= sms or launch.parts == 1  # CTAs that wait for each other all run
     assert launch.fixed >= 0 and launch.least >= 1
-    assert semaphore_count(launch.parts, rows) == launch.parts * tiles
+    assert semaphore_count(launch.parts, rows, tile) == launch.parts * tiles
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ def test_a_hit_names_the_layer(tmp_path, store):
 
 
 def test_why_others_were_passed_over():
-    found = why.explain(spec(rows=512))
-    assert any("rows=512" in reason for reasons in found["passed_over"].values() for reason in reasons)
+    found = why.explain(spec(rows=8))
+    assert any("rows=8" in reason for reasons in found["passed_over"].values() for reason in reasons)
 
 
 def test_a_miss_names_the_nearest_and_every_field_that_differs(store):

@@ -11,7 +11,7 @@ from torch import Tensor
 import jitmla
 
 from .. import dispatch, registry
-from ..spec import mla_decode_spec
+from ..spec import Spec, mla_decode_spec
 from ..store import Store
 from ..testing import Problem, mla_decode_oracle, mla_decode_problem
 from .cases import HOST, MLA_DECODE, DecodeCase
@@ -57,13 +57,23 @@ def verify(problem: Problem, calls: dict[str, Callable[[], Tensor]]) -> None:
             raise AssertionError(f"{name}: {e}") from e
 
 
-def kernel_of(case: DecodeCase) -> tuple[str, dict[str, Any]]:
-    """Name of the Key that serves the case, and the toolchain that built what is in the cache."""
-    spec = mla_decode_spec(arch=dispatch.arch_of(torch.device("cuda", torch.cuda.current_device())), dtype=case.dtype,
+def spec_of(case: DecodeCase) -> Spec:
+    return mla_decode_spec(arch=dispatch.arch_of(torch.device("cuda", torch.cuda.current_device())), dtype=case.dtype,
                            kv_dtype=case.kv_dtype or case.dtype, kv_lora_rank=case.kv_lora_rank,
                            qk_rope_head_dim=case.qk_rope_head_dim, page_size=case.page_size, s_q=case.s_q,
                            heads=case.heads, causal=True)
-    choice = registry.choose(spec)
+
+
+def sizes_of(case: DecodeCase) -> dict[str, int]:
+    """What the rule of the op looks at."""
+    room = -(-max(case.lengths()) // case.page_size) * case.page_size
+    return {"rows": case.s_q * case.heads, "batch": case.batch, "tokens": 1 << (room - 1).bit_length(),
+            "sms": dispatch.sm_count(torch.device("cuda", torch.cuda.current_device()))}
+
+
+def kernel_of(case: DecodeCase) -> tuple[str, dict[str, Any]]:
+    """Name of the Key that serves the case, and the toolchain that built what is in the cache."""
+    choice = registry.choose(spec_of(case), "auto", sizes_of(case))
     entry = Store().find(choice.key)
     return choice.key.name, dict(entry.key.toolchain or ()) if entry else {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 import subprocess
@@ -250,6 +251,28 @@ def sweep_markdown(result: dict[str, Any]) -> str:
         f"Every variant at every number of tokens, in turns in one profile. What is picked is more than 3 % behind the "
         f"fastest at {over} of {len(result['rows'])} points, at most {worst['loss'] * 100:.1f} % "
         f"({case_name(worst['case'])}).", "", *sweep_lines(result)]) + "\n"
+
+
+def summary(results: Sequence[dict[str, Any]]) -> str:
+    """A markdown table: for each op (or part of one), how its times compare with the best other library's, over all
+    cases. What stands beside a copy of as many bytes, or beside nothing, is left out."""
+    ratios: dict[tuple[str, str], list[float]] = {}
+    beside: dict[tuple[str, str], dict[str, None]] = {}
+    for result in results:
+        for row in result["rows"] if not result["op"].endswith("sweep") else ():
+            others = [name for name in row["times"] if name not in ("jitmla", "copy")]
+            if not others or row["ratio"] is None:
+                continue
+            case = row["case"]
+            at = case.get("op") or " ".join(filter(None, (result["op"], case.get("part")))), result["gpu"]
+            ratios.setdefault(at, []).append(row["ratio"])
+            beside.setdefault(at, {}).update(dict.fromkeys(others))
+    lines = ["| op | GPU | beside | cases | geometric mean | least | most |", "|---|---|---|---:|---:|---:|---:|"]
+    for (name, gpu), found in sorted(ratios.items()):
+        mean = math.exp(sum(map(math.log, found)) / len(found))
+        lines.append(f"| {name} | {gpu} | {', '.join(beside[name, gpu])} | {len(found)} | {mean:.2f} | "
+                     f"{min(found):.2f} | {max(found):.2f} |")
+    return "\n".join(lines)
 
 
 def page(results: Sequence[dict[str, Any]]) -> str:

@@ -1,10 +1,10 @@
 """`jitmla tune`: which variants and launch arguments are best for a model on this GPU, as a tunings document.
 
-The variants that the cards list for a Spec are timed against each other over a few batches and lengths. Launch
-arguments are searched one after the other from what the rule says, for each class of query rows and of batch sizes. A
-choice other than the card's or the rule's must be faster by GAIN in the geometric mean over the lengths, and slower by
-no more than that at any of them; what is not listed in the document is theirs. Every result is compared with float64
-before it counts.
+The variants that serve a Spec are timed against each other over a few batches and lengths; where another one than the
+rule picks is faster by GAIN, it is named for the sizes down to the ones measured before. Launch arguments are searched
+one after the other from what the rule says, for each class of query rows and of batch sizes; they must be faster by
+GAIN in the geometric mean over the lengths, and slower by no more than that at any of them. What is not listed in the
+document is left to the rules. Every result is compared with float64 before it counts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 import jitmla
 
-from .. import __version__, dispatch, models, registry, schedule, tune
+from .. import __version__, dispatch, models, pick, registry, schedule, tune
 from ..errors import InvalidTunings, NoTemplate
 from ..spec import Spec, mla_decode_spec
 from ..testing import Problem, mla_decode_oracle
@@ -94,7 +94,7 @@ def mla_decode(model: str, *, tp: int = 1, page_sizes: Sequence[int] = (64,), ma
         for spec in specs:
             fitting = [case for case in cases if _spec(case, gpu["arch"]) == spec]
             if fitting:
-                document["variants"] += _variant(spec, fitting[-1], document, lengths, measure, progress)
+                document["variants"] += _variants(spec, fitting[-1], document, lengths, measure, progress)
         seen = set()
         for case in cases:
             rows = rows_class(case.heads * case.s_q)
@@ -131,22 +131,36 @@ def _sized(case: DecodeCase, batch: int, lengths: Iterable[int]) -> list[DecodeC
     return [sized(kv, False) for kv in lengths] + ([sized(max(lengths), True)] if batch > 1 else [])
 
 
-def _variant(spec: Spec, case: DecodeCase, document: Document, lengths: Sequence[int], measure: Measure,
-             progress: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """At most one entry: the candidate that beats the card's first one."""
-    names = [choice.name for choice in registry.candidates(spec) if choice.template.arguments == "plain"]
+def _variants(spec: Spec, case: DecodeCase, document: Document, lengths: Sequence[int], measure: Measure,
+              progress: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """An entry for each range of sizes in which the rule of jitmla.pick can be beaten."""
+    names = [choice.name for choice in registry.choices(spec) if choice.template.arguments == "plain"]
     if not names:
         raise NoTemplate(str(spec), supported="see `jitmla kernels`", differs="no template serves it",
                          remedy=f"jitmla cache explain --arch {spec.arch} --op {spec.op} says why")
     if len(names) == 1:
         return
     facts = {name: value for name, value in spec if name != "arch"}
-    documents = {name: {**document, "variants": [{"spec": facts, "variant": name}], "launches": []} for name in names}
-    results = [measure(sized, documents) for batch in VARIANT_BATCHES for sized in _sized(case, batch, lengths)]
-    best = _best(results, names)
-    progress(f"{spec}: " + ", ".join(f"{name} {us:.2f} us" for name, us in _means(results, names).items()))
-    if best != names[0]:
-        yield {"spec": facts, "variant": best, **_evidence(results, {"tuned": best, "card": names[0]})}
+    rows = case.heads * case.s_q
+    fewer = 0
+    for batch in VARIANT_BATCHES:
+        shorter = 0
+        for kv in [kv for kv in sorted(lengths) if kv * batch <= MOST_TOKENS] or [min(lengths)]:
+            sizes = {"rows": rows, "batch": batch, "tokens": kv, "sms": document["gpu"]["sms"]}
+            ruled, _ = pick.best(spec.op, names, sizes)
+            entries = {name: {"spec": facts, "variant": name, "sizes": {
+                "rows": list(rows_class(rows)), "batch": [fewer + 1, batch], "tokens": [shorter + 1, kv]}}
+                for name in (ruled, *(name for name in names if name != ruled))}
+            documents = {name: {**document, "variants": [entry], "launches": []} for name, entry in entries.items()}
+            sized, *_ = _sized(case, batch, [kv])
+            results = [measure(sized, documents)]
+            best = _best(results, list(entries))
+            progress(f"{spec}, batch {batch}, {kv} tokens: "
+                     + ", ".join(f"{name} {us:.2f} us" for name, us in _means(results, names).items()))
+            if best != ruled:
+                yield {**entries[best], **_evidence(results, {"tuned": best, "rule": ruled})}
+            shorter = kv
+        fewer = batch
 
 
 def _launches(case: DecodeCase, rows: tuple[int, int], document: Document, batches: Sequence[int],

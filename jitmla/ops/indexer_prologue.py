@@ -34,7 +34,7 @@ def indexer_prologue(q: Tensor, k_raw: Tensor, w_raw: Tensor, ln_weight: Tensor,
     cos_sin_cache: [positions, 64] float32, contiguous: 32 cosines, then 32 sines.
     rope_interleave: rotated pairs are the columns (2 i, 2 i + 1) instead of (i, i + 32). hadamard: an orthonormal
         Walsh-Hadamard transform of the 128 columns after RoPE. Both are part of the format of the cache.
-    scale_mode: "pow2_f32" or "raw_f32".
+    scale_mode: "pow2_f32" or "raw_f32". eps: of the layer norm.
     backend: "auto", a backend of `jitmla kernels` ("simt"), or "reference".
 
     Returns q_fp8 [tokens, heads, 128] e4m3, k_fp8 [tokens, 128] e4m3, k_scale [tokens, 1] float32, weights [tokens,

@@ -34,6 +34,7 @@ def inv_rope_fp8_quant(o: Tensor, positions: Tensor, cos_sin_cache: Tensor, *, n
     positions: [tokens], integers. Not checked against the table: the host does not read them.
     cos_sin_cache: [positions, rope_dim] float32, contiguous: cosines, then sines, of the pairs' angles.
     n_groups: groups of the output projection; heads of one group are neighbours.
+    group_size: columns that share a scale: 128.
     scale_mode: "raw_f32" (amax / 448), "pow2_f32" (the smallest power of two that does not clip) or "ue8m0_i32" (its
         biased exponent, the four blocks of a head in an int32, the first in the lowest byte). amax is at least 1e-10.
     neox: rotated pairs are the columns (i, i + rope_dim / 2) instead of (2 i, 2 i + 1). DeepSeek-V4 has the latter.

@@ -102,7 +102,8 @@ def mla_decode(q: Any, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, 
     try:
         q_nope, q_pe = q if type(q) is tuple else (q, q)
         prepared = _prepared[q_nope.shape, q_nope.dtype, q_nope.get_device(), q_pe is q_nope, q_pe.size(3),
-                             kv_cache.size(1), kv_lora_rank, causal, backend]
+                             kv_cache.size(1), (block_table.size(1) * kv_cache.size(1) - 1).bit_length(), kv_lora_rank,
+                             causal, backend]
         if (type(sm_scale) is not float or not 0.0 < sm_scale < INF or type(kv_lora_rank) is not int
                 or q_nope.requires_grad or q_pe.requires_grad or kv_cache.requires_grad):
             prepared = None
@@ -305,22 +306,25 @@ def _prepare(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, kv_lora_ran
     check_layout(q_nope, q_pe, kv_cache, out, not full)
     if batch == 0:
         return Empty(out_shape)
-    device = q_nope.device
-    plan = dispatch.plan_for(spec, backend, device)
+    device, rows, sms = q_nope.device, s_q * heads, dispatch.sm_count(q_nope.device)
+    width, bits = latent.shape[1] * block_table.shape[1], _bits(block_table, latent)
+    plan = dispatch.plan_for(spec, backend, device, rows=rows, batch=batch, tokens=1 << bits, sms=sms)
+    at = at or (q_nope.shape, q_nope.dtype, q_nope.get_device(), joined, q_pe.size(3), latent.shape[1], bits,
+                kv_lora_rank, causal, backend)
     if full:
-        found = _full(plan, features, out_shape, batch, s_q * heads, joined, latent.shape[1] * block_table.shape[1])
-        return _remember(at or _plain_key(q_nope, q_pe, kv_cache, kv_lora_rank, causal, backend), found)
-    launch = schedule.launch_args(s_q * heads, batch, dispatch.sm_count(device), kv_lora_rank)
+        return _remember(at, _full(plan, features, out_shape, batch, rows, joined, width))
+    tile = schedule.unusual_tile(rows, dict(plan.key.constants).get("ROWS", schedule.TILE_ROWS))
+    launch = schedule.launch_args(rows, batch, sms, kv_lora_rank, tile)
     prepared = OnGpu(out_shape, plan.function, q_nope.get_device(),
                      torch.cuda.device_count() > 1, kv_lora_rank if joined else 0,
-                     schedule.workspace_floats(launch.parts, s_q * heads, kv_lora_rank),
-                     schedule.semaphore_count(launch.parts, s_q * heads), tuple(launch), _no_lse(device))
-    return _remember(at or _plain_key(q_nope, q_pe, kv_cache, kv_lora_rank, causal, backend), prepared)
+                     schedule.workspace_floats(launch.parts, rows, kv_lora_rank),
+                     schedule.semaphore_count(launch.parts, rows, tile), tuple(launch), _no_lse(device))
+    return _remember(at, prepared)
 
 
-def _plain_key(q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, kv_lora_rank: int, causal: Any, backend: str) -> Any:
-    return (q_nope.shape, q_nope.dtype, q_nope.get_device(), q_pe is q_nope, q_pe.size(3), kv_cache.size(1),
-            kv_lora_rank, causal, backend)
+def _bits(block_table: Tensor, latent: Tensor) -> int:
+    """log2 of the tokens that the block table has room for, rounded up: all that the host knows of the lengths."""
+    return (block_table.shape[1] * latent.shape[1] - 1).bit_length()
 
 
 def _remember(at: Any, prepared: OnGpu | OnGpuFull) -> OnGpu | OnGpuFull:

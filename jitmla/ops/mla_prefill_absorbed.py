@@ -23,7 +23,8 @@ def mla_prefill_absorbed(q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_l
     """jitmla.mla_decode for requests with different numbers of new tokens: the MQA form of prefill.
 
     For short suffixes of long prefixes: nothing is expanded per head, at 3.4 times the products of the MHA form for
-    each pair of query and key (DeepSeek-V3). Formula and arguments are those of mla_decode, but for
+    each pair of query and key (DeepSeek-V3). The formula is that of mla_decode, as are kv_cache, block_table,
+    kv_lora_rank, sm_scale, causal, return_lse and backend; but
 
     q: [tokens, heads, kv_lora_rank + qk_rope_head_dim], the requests one behind the other, W_UK absorbed.
     cu_seqlens_q: [batch + 1] int32: where each request begins among the tokens, from 0; seq_lens: [batch] int32, tokens

@@ -50,9 +50,11 @@ def mla_prefill_paged(q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens
         same share, in whole pages.
     out: [tokens, heads, v_head_dim]; lse: [tokens, heads] float32, natural logarithm. Rows behind the last request are
         not written.
+    backend: "auto" or "reference", for all that is launched.
 
-    Returns out, or (out, lse). No host synchronisation on a GPU. Raises InvalidArgument, InvalidArgumentType,
-    NoTemplate, and on first use also CompileFailed, ToolchainMissing, CacheUntrusted, MissNotAllowed.
+    Returns out, or (out, lse) with return_lse. No host synchronisation on a GPU. Raises InvalidArgument,
+    InvalidArgumentType, NoTemplate, and on first use also CompileFailed, ToolchainMissing, CacheUntrusted,
+    MissNotAllowed.
     """
     nope, rank = _check(q, kv_cache, block_table, seq_lens, cu_seqlens_q, kv_b_proj, max_seqlen_q, max_prefix,
                         v_head_dim, sm_scale, form, chunk_tokens, out, lse)

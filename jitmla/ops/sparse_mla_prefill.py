@@ -17,10 +17,13 @@ def sparse_mla_prefill(q: Tensor, kv: Tensor, indices: Tensor, *, sm_scale: floa
     """The same for the tokens of a prefill: `jitmla.sparse_mla_decode` without a batch, whole tokens only.
 
     q: [s_q, heads, 576 or 512] bf16. kv: [rows, 1, columns of q] bf16, any row stride. indices: [s_q, 1, topk] int32.
-    topk_length: [s_q] int32. attn_sink: [heads] float32. out: [s_q, heads, 512] bf16.
+    topk_length: [s_q] int32. attn_sink: [heads] float32. out: [s_q, heads, 512] bf16. sm_scale, backend: as there.
 
     Returns (out, max_logits, lse), the latter two [s_q, heads] float32: the largest x_j (-inf where there is none) and
-    lse, natural logarithm, sinks excluded in both.
+    lse, natural logarithm, sinks excluded in both. A token without a valid entry has out 0, -inf and +inf.
+
+    Raises InvalidArgument, InvalidArgumentType, NoTemplate, and on first use also CompileFailed, ToolchainMissing,
+    CacheUntrusted, MissNotAllowed.
     """
     if torch.compiler.is_compiling():
         return torch_ops.call_prefill(q, kv, indices, topk_length, attn_sink, sm_scale, out, backend)

@@ -6,9 +6,10 @@ from cutlass import BFloat16, Float32, Int32
 
 
 def mla_decode_arguments(dtype, latent, rope, page_size, kv_dtype=None):
-    """Stand-ins for the arguments. The compiled function refuses a call that differs from them: B, s_q and H are the
-    same everywhere but in lse, which may be a dummy; strides of q, cache and out are multiples of 16 bytes, or the size
-    is 1. With a kv_dtype of its own the cache has scales, and with 8-bit queries out is bf16."""
+    """Stand-ins for the arguments. page_size 0: any, known at launch. The compiled function refuses a call that differs
+    from them: B, s_q and H are the same everywhere but in lse, which may be a dummy; strides of q, cache and out are
+    multiples of 16 bytes, or the size is 1. With a kv_dtype of its own the cache has scales, and with 8-bit queries out
+    is bf16."""
     batch, s_q, heads = cute.sym_int(), cute.sym_int(), cute.sym_int()
 
     def tensor(dtype, *shape, align, divisor=1, last=1):
@@ -29,7 +30,7 @@ def mla_decode_arguments(dtype, latent, rope, page_size, kv_dtype=None):
     return (
         wide(dtype, batch, s_q, heads, n()),  # q
         wide(dtype, batch, s_q, heads, n()),  # q_pe
-        wide(kv_dtype or dtype, n(), page_size, latent + rope),  # kv_cache
+        wide(kv_dtype or dtype, n(), page_size or n(), latent + rope),  # kv_cache
         tensor(Int32, batch, n(), align=4),  # block_table
         tensor(Int32, batch, align=4),  # seq_lens
         tensor(Float32, n(), align=4),  # sinks

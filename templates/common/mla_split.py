@@ -26,7 +26,7 @@ converged warp; every lane gets the answer. Sums of blocks are 32-bit: up to 2^3
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, const_expr
 
 SPLIT_TOKENS = 64  # tokens of a block
 
@@ -188,6 +188,46 @@ def sharing(seqlens: cute.Tensor, part: Int32, s: Int32, unit: Int32, r0: Int32,
 
 
 @cute.jit
+def store_interval(
+    sI: cute.Tensor,
+    seqlens: cute.Tensor,
+    B: Int32,
+    part: Int32,
+    parts: Int32,
+    fixed: Int32,
+    least: Int32,
+    bias: Int32,
+    s: Int32,
+    k: Int32,
+    lane: Int32,
+):
+    """`interval` to shared memory, by one warp."""
+    found = interval(seqlens, B, part, parts, fixed, least, bias, s, k, lane)
+    if lane == 0:
+        for i in cutlass.range_constexpr(6):
+            sI[i] = found[i]
+
+
+@cute.jit
+def store_sharing(sShare: cute.Tensor, sI: cute.Tensor, seqlens: cute.Tensor, part: Int32, s: Int32, lane: Int32):
+    """`sharing` of the stored interval to shared memory, then r0 and r1: what MlaCombine.run reads. By one warp."""
+    p0, n, sharers, started = sharing(seqlens, part, s, sI[5], sI[0], sI[1], sI[2], sI[3])
+    if lane == 0:
+        for i, x in enumerate((p0, n, sharers, started, sI[0], sI[1])):
+            sShare[i] = x
+
+
+@cute.jit
+def piece_of(seqlens: cute.Tensor, sI: cute.Tensor, req: Int32):
+    """(length, first block, end block, has it the whole request) of a request of the part whose interval is sI."""
+    seqlen = seqlens[req]
+    blocks = n_blocks(seqlen)
+    b0 = sI[2] if req == sI[0] else Int32(0)
+    b1 = sI[3] if (req == sI[1] and sI[3] > 0) else blocks
+    return seqlen, b0, b1, b0 == 0 and b1 == blocks
+
+
+@cute.jit
 def touch_table(
     table: cute.Tensor,
     seqlens: cute.Tensor,
@@ -195,11 +235,12 @@ def touch_table(
     part: Int32,
     s: Int32,
     k: Int32,
-    page_size: cutlass.Constexpr,
+    page_size,
     lane: Int32,
 ):
-    """Bring the block-table entries that an aligned split will need (at most 65536 tokens of them) into the L2 while
-    the lengths are still being read; one warp, no effect on results. Touches no entry from ceil(L / page_size) on.
+    """Bring block-table entries that an aligned split will need into the L2 while the lengths are still being read; one
+    warp, no effect on results. Touches no entry from ceil(L / page_size) on. page_size: a constant, then those of the
+    request's first 65536 tokens; or known at launch, then 1024 from where the part would begin, were the lengths equal.
 
     It may run before griddepcontrol_wait: a length that is still being written costs a useless prefetch inside the
     table. The load passes by the L1, where a stale line would be found again after the wait.
@@ -211,7 +252,11 @@ def touch_table(
         seqlen = cute.arch.load(seqlens.iterator + r, Int32, cop="cg")
         entries = cutlass.min((seqlen + (page_size - 1)) // page_size, table.shape[1])
         row = table[r, None].iterator
-        for i in cutlass.range_constexpr(max(64 // page_size, 1)):
-            e = (i * 32 + lane) * 32
+        first = Int32(0)
+        if const_expr(not isinstance(page_size, int)):
+            if s > 0:
+                first = entries // s * (part - r * s)
+        for i in cutlass.range_constexpr(max(64 // page_size, 1) if isinstance(page_size, int) else 1):
+            e = first + (i * 32 + lane) * 32
             if e < entries:
                 cute.arch.prefetch((row + e).to_llvm_ptr(), cache_level="L2")

@@ -38,6 +38,13 @@ def row_strides(x):
     return cute.assume(row, divby=divisor), cute.assume(request, divby=divisor)
 
 
+def copy_async16(shared, shared_offset, address, offset, size, policy=None):
+    """cp.async of 16 bytes, of which `size` are read from address + offset; the rest are zeros. policy: an L2 hint."""
+    hint, last = ("", "") if policy is None else (".L2::cache_hint", ", {$r3}")
+    code = f"cp.async.cg.shared.global{hint} [{{$r0}}+{shared_offset}], [{{$r1}}+{offset}], 16, {{$r2}}{last};"
+    cute.arch.inline_ptx(code, read_only_args=[shared, address, size] + ([] if policy is None else [policy]))
+
+
 @cute.jit
 def ex2(x: Float32):
     return cute.math.exp2(x, fastmath=True)

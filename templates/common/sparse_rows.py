@@ -18,6 +18,7 @@ import cutlass.cute.runtime as rt
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, const_expr
 
 from common.mla_split import n_blocks
+from common.sm90 import copy_async16
 
 HAS_LENGTHS, WANTS_MAX = 8, 16  # bits of the flags, beside those of mla_combine
 FP8_BYTES, FP8_SCALES, FP8_ROPE = 656, 512, 528  # a row, and where its scales and rope columns begin
@@ -174,12 +175,6 @@ def load_shared1(address, offset=0):
 
 def load_shared2(address, offset=0):
     return ptx(f"ld.shared.u16 {{$w0}}, [{{$r0}}+{offset}];", (address,), (Int32,))
-
-
-def copy_async16(shared, shared_offset, address, offset, size):
-    """16 bytes of which `size` are read; the rest are zeros."""
-    code = f"cp.async.cg.shared.global [{{$r0}}+{shared_offset}], [{{$r1}}+{offset}], 16, {{$r2}};"
-    ptx(code, (shared, address, size))
 
 
 def dequantised(word, scale2):

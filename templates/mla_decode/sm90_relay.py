@@ -51,6 +51,7 @@ RING = 6
 # --- end of constants ---
 
 from types import SimpleNamespace
+from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -59,11 +60,12 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
+from common.kv_producer import KvProducer
 from common.mla_arguments import mla_decode_arguments
 from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
-from common.mla_ring import grouped_pages, packed_rows, page_of_box, ring_box, ring_boxes, ring_layout
-from common.mla_split import interval, n_blocks, partials, sharing, touch_table
-from common.sm90 import EVICT_FIRST, EVICT_NORMAL, INF, LOG2E, cutlass_dtype, ex2, row_strides, smem_atom, swz
+from common.mla_ring import packed_rows, ring_layout
+from common.mla_split import partials, piece_of, store_interval, store_sharing, touch_table
+from common.sm90 import INF, LOG2E, cutlass_dtype, ex2, row_strides, smem_atom, swz
 
 ELEMENT = cutlass_dtype(DTYPE)
 BLOCK = 64  # tokens of a block, columns of a tile
@@ -71,21 +73,17 @@ WIDTH = LATENT + ROPE
 TILES = WIDTH // 64
 V_TILES = LATENT // 64
 SLOTS = TILES // SLOT_TILES  # per block
-SLOT_BYTES = 64 * 64 * 2 * SLOT_TILES
-BOXES = BLOCK // min(PAGE_SIZE, BLOCK)  # TMA boxes per slot: pages per block
-BOX_GROUPS = 8 // BOXES  # 8-token groups per box
 Q_BOX = 4  # tiles of a Q box
 COLS = ROWS // 4  # query rows per thread of S^T and O^T
 ACC = 2 * COLS  # accumulators of a thread per tile
-FIRST_BLOCKS = 4096 * 576 // WIDTH  # measured: evict-first is better for batches up to about 300 MB, normal beyond
 # named barriers; 5 and 6 one per warpgroup of values, 7 both
 P_FULL, P_FREE, SUMS, BAR_SCORES, BAR_VALUES, BAR_END = 1, 2, 3, 4, 5, 7
-VALUE_REGS, TMA_REGS = 176, 32  # and 128 for the scores: 65536 in all
+# registers of the values and of what fills the ring, and 128 for the scores: 65536 in all
+VALUE_REGS, PRODUCER_REGS = (176, 32) if PAGE_SIZE > 0 else (160, 64)
 M_INIT = -1.0e30  # finite: -inf - maximum is never NaN
 SLACK = 14.0  # P up to 2^14: fp16 holds 2^15, and with 8 large logits moved the maximum in one block of ten
 
-assert ROWS in (32, 64) and PAGE_SIZE in (16, 32, 64, 128) and ROPE == 64 and LATENT in (256, 512)
-assert TILES % SLOT_TILES == 0 and RING >= 2 * SLOTS
+assert ROWS in (32, 64) and ROPE == 64 and LATENT in (256, 512) and RING >= 2 * SLOTS
 # tiles of warpgroup 1 + v in the g-th slot of a block: OWN[v][g]
 OWN = [[[i for i in range(V_TILES) if i // 2 % 2 == v and i // SLOT_TILES == g] for g in range(SLOTS)] for v in (0, 1)]
 
@@ -137,10 +135,10 @@ def partial_column(lane, e):
 
 # measured: with the code for teams in the kernel the main loop is 2 to 5 % slower, even where no team is formed
 COMBINE = MlaCombine(LATENT, DTYPE, partial_column, False, BAR_END, teams=False)
-assert COMBINE.area_floats() * 4 <= RING * SLOT_BYTES
+assert COMBINE.area_floats() * 4 <= RING * SLOT_TILES * BLOCK * 128
 
 
-class MlaDecode:
+class MlaDecode(KvProducer):
     # ---------------------------------------------------------------- host
     @cute.jit
     def __call__(
@@ -182,12 +180,7 @@ class MlaDecode:
             g2s, packed_rows(q, Int32(0), V_TILES), rows_stack(Q_BOX), (ROWS, 64, Q_BOX)
         )
         tma_pe, mQpe = cpasync.make_tiled_tma_atom(g2s, packed_rows(q_pe, pe_offset, 1), rows_stack(1), (ROWS, 64, 1))
-        tma_k, mK = cpasync.make_tiled_tma_atom(
-            g2s,
-            grouped_pages(kv_cache, PAGE_SIZE, TILES),
-            ring_box(ELEMENT, SLOT_TILES, BOXES),
-            (8, BOX_GROUPS, 64, SLOT_TILES),
-        )
+        tma_k, mK = self.kv_source(kv_cache)
 
         def mma(a_major):
             return hh.make_trivial_tiled_mma(
@@ -231,7 +224,7 @@ class MlaDecode:
             mma(OperandMajorMode.K),
             mma(OperandMajorMode.MN),
         ).launch(
-            grid=[parts, 1, 1],
+            grid=[cute.ceil_div(rows, ROWS), 1, parts],
             block=[512, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
@@ -247,7 +240,7 @@ class MlaDecode:
         mQ: cute.Tensor,
         tma_pe: cute.CopyAtom,
         mQpe: cute.Tensor,
-        tma_k: cute.CopyAtom,
+        tma_k: Optional[cute.CopyAtom],
         mK: cute.Tensor,
         table: cute.Tensor,
         seqlens: cute.Tensor,
@@ -273,11 +266,13 @@ class MlaDecode:
         mma_pv: cute.TiledMma,
     ):
         tid, _, _ = cute.arch.thread_idx()
-        part, _, _ = cute.arch.block_idx()
+        row_tile, _, part = cute.arch.block_idx()
+        row_tiles, _, _ = cute.arch.grid_dim()
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         wg = warp_idx // 4
         t = tid % 128
         lane = tid % 32
+        row0 = row_tile * ROWS
 
         smem = SmemAllocator()
 
@@ -302,12 +297,12 @@ class MlaDecode:
         q_free = smem.allocate_array(Int64, 1)
 
         if warp_idx == 12:
-            for tma in (tma_q, tma_pe, tma_k):
+            for tma in (tma_q, tma_pe, tma_k)[: 2 if self.gather else 3]:
                 cpasync.prefetch_descriptor(tma)
         if warp_idx == 0:
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(RING):
-                    cute.arch.mbarrier_init(full + i, 1)
+                    cute.arch.mbarrier_init(full + i, self.arrivals)
                     cute.arch.mbarrier_init(empty + i, 8)
                 cute.arch.mbarrier_init(q_full, 1)
                 cute.arch.mbarrier_init(q_free, 4)
@@ -323,7 +318,7 @@ class MlaDecode:
             0,
             one,
             cute.group_modes(cute.local_tile(q_tiles, (ROWS, 64, Q_BOX), (0, 0, None)), 0, 3),
-            cute.group_modes(cute.local_tile(mQ, (ROWS, 64, Q_BOX), (0, 0, None, None)), 0, 3),
+            cute.group_modes(cute.local_tile(mQ, (ROWS, 64, Q_BOX), (None, 0, None, None)), 0, 3),
         )
         tPs, tPg = cpasync.tma_partition(
             tma_pe,
@@ -332,15 +327,9 @@ class MlaDecode:
             cute.group_modes(
                 cute.local_tile(cute.domain_offset((0, 0, V_TILES), q_tiles), (ROWS, 64, 1), (0, 0, 0)), 0, 3
             ),
-            cute.group_modes(cute.local_tile(mQpe, (ROWS, 64, 1), (0, 0, 0, None)), 0, 3),
+            cute.group_modes(cute.local_tile(mQpe, (ROWS, 64, 1), (None, 0, 0, None)), 0, 3),
         )
-        tKs, tKg = cpasync.tma_partition(
-            tma_k,
-            0,
-            one,
-            cute.group_modes(cute.make_tensor(sK.iterator, ring_boxes(SLOT_TILES, BOXES, RING)), 0, 4),
-            cute.group_modes(cute.local_tile(mK, (8, BOX_GROUPS, 64, SLOT_TILES), (0, None, 0, None, None)), 0, 4),
-        )
+        tKs, tKg = self.kv_views(tma_k, mK, sK)
         qk = mma_qk.get_slice(t)
         pv = mma_pv.get_slice(t)
         # P^T and O^T leave the registers transposed: the rows in memory are query rows
@@ -387,50 +376,40 @@ class MlaDecode:
             seqlens=seqlens,
             scale=scale,
             part=part,
+            row_tile=row_tile,
+            row0=row0,
             lane=lane,
             t=t,
             w=warp_idx % 4,
         )
 
         if warp_idx == 13:
-            touch_table(table, seqlens, batch, part, parts_per_request, requests_per_part, PAGE_SIZE, lane)
+            touch_table(
+                table, seqlens, batch, part, parts_per_request, requests_per_part, PAGE_SIZE or mK.shape[1], lane
+            )
         # everything above overlaps the previous kernel's tail
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()  # all CTAs run: nobody can take the SM of one that others wait for
         if warp_idx == 12:
-            r0, r1, j0, j1, total, unit = interval(
-                seqlens, batch, part, parts, fixed, least, bias, parts_per_request, requests_per_part, lane
+            store_interval(
+                sI, seqlens, batch, part, parts, fixed, least, bias, parts_per_request, requests_per_part, lane
             )
-            if lane == 0:
-                sI[0] = r0
-                sI[1] = r1
-                sI[2] = j0
-                sI[3] = j1
-                sI[4] = total
-                sI[5] = unit
         if const_expr(CAUSAL):
             # not on tid: the compiler would not take the warps for converged, and move descriptors for every MMA
             if warp_idx < ROWS // 32:
-                sBack[tid] = cutlass.max(s_q - 1 - tid // heads, 0)
+                sBack[tid] = cutlass.max(s_q - 1 - (row0 + tid) // heads, 0)
         cute.arch.sync_threads()
         if wg == 3:
-            cute.arch.setmaxregister_decrease(TMA_REGS)
-            if warp_idx == 12:
-                self.produce(c, table, pages)
+            cute.arch.setmaxregister_decrease(PRODUCER_REGS)
+            if warp_idx < 12 + self.warps:
+                self.fill(c, mK, table, seqlens, warp_idx - 12, pages, row_tiles > 1)
         elif wg == 0:
             self.scores(c, lse, lse_acc, sinks, flags, s_q, heads)
         else:
             cute.arch.setmaxregister_increase(VALUE_REGS)
             # while the first loads are under way; a branch on tid would make the compiler take the warps for diverged
             if warp_idx == 4:
-                p0, n, sharers, started = sharing(seqlens, part, parts_per_request, sI[5], sI[0], sI[1], sI[2], sI[3])
-                if lane == 0:
-                    sShare[0] = p0
-                    sShare[1] = n
-                    sShare[2] = sharers
-                    sShare[3] = started
-                    sShare[4] = sI[0]
-                    sShare[5] = sI[1]
+                store_sharing(sShare, sI, seqlens, part, parts_per_request, lane)
             if wg == 1:
                 self.values(c, 0, mO, o_acc)
             else:
@@ -438,68 +417,18 @@ class MlaDecode:
             # every load into the ring has been waited for; SUMS ordered what warpgroup 0 wrote to lse_acc
             area = cute.recast_ptr(sK.iterator, dtype=Float32)
             COMBINE.run(
-                area, sShare, mO, lse, sinks, o_acc, lse_acc, semaphores, flags, heads, part, Int32(0), Int32(1),
-                Int32(0), s_q * heads, tid - 128,
+                area, sShare, mO, lse, sinks, o_acc, lse_acc, semaphores, flags, heads, part, row_tile, row_tiles,
+                row0, cutlass.min(s_q * heads - row0, ROWS), tid - 128,
             )  # fmt: skip
 
-    @cute.jit
-    def piece(self, c, req):
-        """(length, first block, end block, has it the whole request) of a request of this CTA."""
-        seqlen = c.seqlens[req]
-        blocks = n_blocks(seqlen)
-        b0 = c.sI[2] if req == c.sI[0] else Int32(0)
-        b1 = c.sI[3] if (req == c.sI[1] and c.sI[3] > 0) else blocks
-        return seqlen, b0, b1, b0 == 0 and b1 == blocks
-
-    # ------------------------------------------------------------ TMA warp
+    # ------------------------------------------------------------- queries
     @cute.jit
     def load_q(self, c, req):
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(c.q_full, ROWS * WIDTH * 2)
         for i in cutlass.range_constexpr(V_TILES // Q_BOX):
-            cute.copy(c.tma_q, c.tQg[None, i, req], c.tQs[None, i], tma_bar_ptr=c.q_full)
-        cute.copy(c.tma_pe, c.tPg[None, req], c.tPs, tma_bar_ptr=c.q_full)
-
-    @cute.jit
-    def produce(self, c, table, pages):
-        lane, sI = c.lane, c.sI
-        slot = Int32(0)
-        phase = Int32(1)
-        phase_q = Int32(0)
-        policy = Int64(EVICT_FIRST) if sI[4] <= FIRST_BLOCKS else Int64(EVICT_NORMAL)
-        for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
-            seqlen, b0, b1, _ = self.piece(c, req)
-            last = (seqlen + (PAGE_SIZE - 1)) // PAGE_SIZE - 1
-            page = page_of_box(table, req, b0, last, lane, pages, PAGE_SIZE)
-            if req == sI[0]:
-                self.load_q(c, req)
-            for j in cutlass.range(b0, b1, unroll=1):
-                following = page_of_box(table, req, cutlass.min(j + 1, b1 - 1), last, lane, pages, PAGE_SIZE)
-                box_pages = [page]
-                if const_expr(BOXES > 1):
-                    box_pages = [cute.arch.shuffle_sync(page, offset=u) for u in range(BOXES)]
-                part_of_page = j % (PAGE_SIZE // BLOCK) if const_expr(PAGE_SIZE > BLOCK) else 0
-                for i in cutlass.range_constexpr(SLOTS):
-                    full = c.full + slot
-                    cute.arch.mbarrier_wait(c.empty + slot, phase)
-                    with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive_and_expect_tx(full, SLOT_BYTES)
-                    for u in cutlass.range_constexpr(BOXES):
-                        cute.copy(
-                            c.tma_k,
-                            c.tKg[None, part_of_page, i, box_pages[u]],
-                            c.tKs[None, u, slot],
-                            tma_bar_ptr=full,
-                            cache_policy=policy,
-                        )
-                    slot = slot + 1
-                    phase = phase ^ 1 if slot == RING else phase
-                    slot = Int32(0) if slot == RING else slot
-                page = following
-                if j == b0 and req != sI[0]:
-                    cute.arch.mbarrier_wait(c.q_free, phase_q)  # the last scores of the previous request are there
-                    phase_q = phase_q ^ 1
-                    self.load_q(c, req)
+            cute.copy(c.tma_q, c.tQg[None, c.row_tile, i, req], c.tQs[None, i], tma_bar_ptr=c.q_full)
+        cute.copy(c.tma_pe, c.tPg[None, c.row_tile, req], c.tPs, tma_bar_ptr=c.q_full)
 
     # -------------------------------------------------------------- scores
     @cute.jit
@@ -534,7 +463,7 @@ class MlaDecode:
         qk.set(warpgroup.Field.ACCUMULATE, False)
         for g in cutlass.range_constexpr(SLOTS):
             s, ph = slot_of(g, slot, phase)
-            cute.arch.mbarrier_wait(c.full + s, ph)
+            self.wait_slot(c.full + s, ph)
             # a shuffle: the descriptors of this slot are then computed here and not moved to and fro before the wait
             s = cute.arch.make_warp_uniform(s)
             warpgroup.fence()
@@ -579,8 +508,9 @@ class MlaDecode:
             rL[h] = rL[h] + (a + b)
         rP.store(rS.load().to(ELEMENT))
         cute.copy(c.stsm, c.stsm_thr.retile(rP), c.tPst)
-        if tok0 + BLOCK > seqlen:
-            self.clear_tail(c, slot, phase, cutlass.max(seqlen - tok0, 0))
+        if const_expr(not self.gather):
+            if tok0 + BLOCK > seqlen:
+                self.clear_tail(c, slot, phase, cutlass.max(seqlen - tok0, 0))
         cute.arch.fence_view_async_shared()
         cute.arch.barrier_arrive(barrier_id=P_FULL, number_of_threads=384)
 
@@ -605,7 +535,7 @@ class MlaDecode:
         phase_q = Int32(0)
         number = Int32(0)
         for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
-            seqlen, b0, b1, whole = self.piece(c, req)
+            seqlen, b0, b1, whole = piece_of(c.seqlens, sI, req)
             cut = cutlass.min(seqlen, b1 * BLOCK)
             min_lim = cut
             if const_expr(CAUSAL):
@@ -630,15 +560,16 @@ class MlaDecode:
             if t < ROWS:
                 total = (sX[0, t] + sX[1, t]) + (sX[2, t] + sX[3, t])
                 weights = total
-                if (flags & HAS_SINKS) != 0 and whole and t < s_q * heads:
-                    weights = total + ex2(sinks[t % heads] * LOG2E - sM[t])
+                row = c.row0 + t
+                if (flags & HAS_SINKS) != 0 and whole and row < s_q * heads:
+                    weights = total + ex2(sinks[row % heads] * LOG2E - sM[t])
                 sInv[t] = cute.arch.rcp_approx(weights) if total > 0.0 else Float32(0.0)
-                if t < s_q * heads:
+                if row < s_q * heads:
                     value = cute.math.log2(total, fastmath=True) + sM[t] if total > 0.0 else -Float32(INF)
                     if not whole:
-                        lse_acc[self.piece_slot(c, b0), t] = value
+                        lse_acc[self.piece_slot(c, b0), row] = value
                     elif (flags & WANTS_LSE) != 0:
-                        lse[req, t // heads, t % heads] = value * (1.0 / LOG2E)
+                        lse[req, row // heads, row % heads] = value * (1.0 / LOG2E)
             cute.arch.barrier_arrive(barrier_id=SUMS, number_of_threads=384)
 
     @cute.jit
@@ -664,9 +595,10 @@ class MlaDecode:
     @cute.jit
     def value_block(self, c, v: cutlass.Constexpr, rO, slot, phase, keep):
         """O^T += V^T P^T of one block; frees its slots unless `keep`."""
-        for g in cutlass.range_constexpr(SLOTS):
-            s, ph = slot_of(g, slot, phase)
-            cute.arch.mbarrier_wait(c.full + s, ph)  # landed long ago; makes what the TMA wrote visible here too
+        if const_expr(not self.gather):  # there, P_FULL is behind a fence of those who have waited
+            for g in cutlass.range_constexpr(SLOTS):
+                s, ph = slot_of(g, slot, phase)
+                cute.arch.mbarrier_wait(c.full + s, ph)  # landed long ago; makes what the TMA wrote visible here too
         cute.arch.barrier(barrier_id=P_FULL, number_of_threads=384)
         if c.sAgain[0] != 0:
             self.scale_o(c, rO, c.sFactor)
@@ -695,7 +627,7 @@ class MlaDecode:
         slot = Int32(0)
         phase = Int32(0)
         for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
-            _, b0, b1, whole = self.piece(c, req)
+            _, b0, b1, whole = piece_of(c.seqlens, sI, req)
             rO.fill(0.0)
             out_slot = slot
             for j in cutlass.range(b0, b1, unroll=1):
@@ -734,8 +666,8 @@ class MlaDecode:
                     cute.autovec_copy(
                         cute.local_tile(c.k_tiles[row, None, tile % SLOT_TILES, s], (8,), (c.t % 8,)), rY
                     )
-                    if row < mO.shape[1]:
-                        cute.autovec_copy(rY, cute.local_tile(mO[req, row, None], (8,), (tile * 8 + c.t % 8,)))
+                    if c.row0 + row < mO.shape[1]:
+                        cute.autovec_copy(rY, cute.local_tile(mO[req, c.row0 + row, None], (8,), (tile * 8 + c.t % 8,)))
         cute.arch.fence_view_async_shared()  # the TMA will overwrite what was read
         cute.arch.sync_warp()
         for g in cutlass.range_constexpr(SLOTS):
@@ -747,7 +679,7 @@ class MlaDecode:
         lanes."""
         v4 = cute.make_rmem_tensor((4,), Float32)
         for h in cutlass.range_constexpr(COLS):
-            row = row_of(h, c.lane)
+            row = c.row0 + row_of(h, c.lane)
             if row < o_acc.shape[1]:
                 for pair in cutlass.range_constexpr(v, V_TILES // 2, 2):
                     for e in cutlass.range_constexpr(4):
@@ -758,4 +690,5 @@ class MlaDecode:
 
 def entry():
     """What to compile: the host function and its fake arguments."""
-    return MlaDecode(), mla_decode_arguments(ELEMENT, LATENT, ROPE, PAGE_SIZE)
+    kernel = MlaDecode(ELEMENT, LATENT, ROPE, PAGE_SIZE, SLOT_TILES, RING)
+    return kernel, mla_decode_arguments(ELEMENT, LATENT, ROPE, PAGE_SIZE)

@@ -61,7 +61,7 @@ from cutlass.memory import SmemAllocator
 from common.mla_arguments import mla_decode_arguments
 from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
 from common.mla_ring import grouped_pages, packed_rows, ring_box, ring_boxes
-from common.mla_split import interval, n_blocks, partials, sharing, touch_table
+from common.mla_split import interval, n_blocks, partials, store_sharing, touch_table
 from common.sm90 import EVICT_FIRST, EVICT_NORMAL, INF, LOG2E, cutlass_dtype, row_strides, smem_atom, swz
 from common.sm90 import ex2, issue, quad_max, quad_sum
 
@@ -702,14 +702,7 @@ class MlaDecode:
         # A branch on warp_idx, here while the first loads are under way: after one on tid, the compiler does not take
         # the warps for converged, and moves descriptors to uniform registers for every MMA of the main loop.
         if warp_idx == 1:
-            p0, n, sharers, started = sharing(seqlens, part, parts_per_request, sI[5], sI[0], sI[1], sI[2], sI[3])
-            if lane == 0:
-                sShare[0] = p0
-                sShare[1] = n
-                sShare[2] = sharers
-                sShare[3] = started
-                sShare[4] = sI[0]
-                sShare[5] = sI[1]
+            store_sharing(sShare, sI, seqlens, part, parts_per_request, lane)
 
         for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
             seqlen = next_len

@@ -40,6 +40,9 @@ SLOT_TILES = 3
 RING = 8
 # --- end of constants ---
 
+from types import SimpleNamespace
+from typing import Optional
+
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hh
@@ -47,11 +50,12 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
+from common.kv_producer import KvProducer
 from common.mla_arguments import mla_decode_arguments
 from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
-from common.mla_ring import grouped_pages, page_of_box, ring_box, ring_boxes, ring_layout
-from common.mla_split import interval, n_blocks, partials, sharing, touch_table
-from common.sm90 import EVICT_FIRST, EVICT_NORMAL, INF, LOG2E, cutlass_dtype, ex2, row_strides, smem_atom, swz
+from common.mla_ring import ring_layout
+from common.mla_split import n_blocks, partials, store_interval, store_sharing, touch_table
+from common.sm90 import INF, LOG2E, cutlass_dtype, ex2, row_strides, smem_atom, swz
 
 ELEMENT = cutlass_dtype(DTYPE)
 BLOCK = 64  # tokens of a block, columns of a tile
@@ -59,17 +63,13 @@ WIDTH = LATENT + ROPE
 TILES = WIDTH // 64
 V_TILES = LATENT // 64
 SLOTS = TILES // SLOT_TILES  # per block
-SLOT_BYTES = 64 * 64 * 2 * SLOT_TILES
-BOXES = BLOCK // min(PAGE_SIZE, BLOCK)  # TMA boxes per slot: pages per block
-BOX_GROUPS = 8 // BOXES  # 8-token groups per box
 COLS = ROWS // 4  # query rows per thread of S^T and O^T
 HALF = V_TILES // 2 * 2 * COLS  # accumulators of half of the output columns
-FIRST_BLOCKS = 4096 * 576 // WIDTH  # measured: evict-first is better for batches up to about 300 MB, normal beyond
 BAR_GROUP, BAR_MATH = 1, 3  # named barriers: 1 and 2 one per warpgroup, 3 both
 M_INIT = -1.0e30  # finite: -inf - maximum is never NaN
 
-assert ROWS in (8, 16) and PAGE_SIZE in (16, 32, 64, 128) and ROPE == 64 and LATENT % 256 == 0
-assert TILES % SLOT_TILES == 0 and RING >= 2 * SLOTS  # both warpgroups hold a block
+assert ROWS in (8, 16) and ROPE == 64 and LATENT % 256 == 0
+assert RING >= 2 * SLOTS  # both warpgroups hold a block
 
 
 @cute.jit
@@ -93,10 +93,10 @@ def partial_column(lane, e):
 
 
 COMBINE = MlaCombine(LATENT, DTYPE, partial_column, False, BAR_MATH)
-assert COMBINE.area_floats() * 4 <= RING * SLOT_BYTES
+assert COMBINE.area_floats() * 4 <= RING * SLOT_TILES * BLOCK * 128
 
 
-class MlaDecode:
+class MlaDecode(KvProducer):
     # ---------------------------------------------------------------- host
     @cute.jit
     def __call__(
@@ -135,7 +135,7 @@ class MlaDecode:
         mQpe = cute.make_tensor(
             q_pe.iterator + cute.assume(pe_offset, divby=8), cute.make_layout((R, 64, B), stride=(row, 1, request))
         )
-        mK = grouped_pages(kv_cache, PAGE_SIZE, TILES)
+        tma_k, mK = self.kv_source(kv_cache)
         row, request = row_strides(out)
         mO = cute.make_tensor(out.iterator, cute.make_layout((B, R, LATENT), stride=(request, row, 1)))
         mOacc, mLacc = partials(workspace, parts, R, LATENT)
@@ -143,17 +143,15 @@ class MlaDecode:
         g2s = cpasync.CopyBulkTensorTileG2SOp()
         atom = smem_atom(ELEMENT)
         q_box = cute.tile_to_shape(atom, (ROWS, 64, V_TILES), order=(0, 1, 2))
-        k_box = ring_box(ELEMENT, SLOT_TILES, BOXES)
         tma_q, gQ = cpasync.make_tiled_tma_atom(g2s, mQ, q_box, (ROWS, 64, V_TILES))
         tma_pe, gQpe = cpasync.make_tiled_tma_atom(g2s, mQpe, swz(ROWS, 64, ELEMENT), (ROWS, 64))
-        tma_k, gK = cpasync.make_tiled_tma_atom(g2s, mK, k_box, (8, BOX_GROUPS, 64, SLOT_TILES))
         self.kernel(
             tma_q,
             gQ,
             tma_pe,
             gQpe,
             tma_k,
-            gK,
+            mK,
             block_table,
             seq_lens,
             sinks,
@@ -181,8 +179,8 @@ class MlaDecode:
             swz(ROWS, LATENT, ELEMENT).outer,
             swz(ROWS, 2 * BLOCK, ELEMENT),
         ).launch(
-            grid=[parts, 1, 1],
-            block=[288, 1, 1],
+            grid=[cute.ceil_div(R, ROWS), 1, parts],
+            block=[256 + 32 * self.warps, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
             use_pdl=True,
@@ -209,8 +207,8 @@ class MlaDecode:
         gQ: cute.Tensor,
         tma_pe: cute.CopyAtom,
         gQpe: cute.Tensor,
-        tma_k: cute.CopyAtom,
-        gK: cute.Tensor,
+        tma_k: Optional[cute.CopyAtom],
+        mK: cute.Tensor,
         mTable: cute.Tensor,
         mSeqlens: cute.Tensor,
         mSinks: cute.Tensor,
@@ -239,12 +237,14 @@ class MlaDecode:
         p_layout: cute.ComposedLayout,
     ):
         tid, _, _ = cute.arch.thread_idx()
-        part, _, _ = cute.arch.block_idx()
+        row_tile, _, part = cute.arch.block_idx()
+        row_tiles, _, _ = cute.arch.grid_dim()
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         wg = warp_idx // 4
         w = warp_idx % 4
         t = tid % 128
         lane = tid % 32
+        row0 = row_tile * ROWS
 
         smem = SmemAllocator()
         sK = smem.allocate_tensor(ELEMENT, ring.outer, 1024, swizzle=ring.inner)
@@ -263,11 +263,12 @@ class MlaDecode:
         if warp_idx == 8:
             cpasync.prefetch_descriptor(tma_q)
             cpasync.prefetch_descriptor(tma_pe)
-            cpasync.prefetch_descriptor(tma_k)
+            if const_expr(not self.gather):
+                cpasync.prefetch_descriptor(tma_k)
         if warp_idx == 0:
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(RING):
-                    cute.arch.mbarrier_init(full + i, 1)
+                    cute.arch.mbarrier_init(full + i, self.arrivals)
                     cute.arch.mbarrier_init(empty + i, 4)
                 cute.arch.mbarrier_init(q_full, 1)
                 cute.arch.mbarrier_init(q_free, 8)
@@ -285,25 +286,20 @@ class MlaDecode:
             0,
             one,
             cute.group_modes(q_lat, 0, 3),
-            cute.group_modes(cute.local_tile(gQ, (ROWS, 64, V_TILES), (0, 0, 0, None)), 0, 3),
+            cute.group_modes(cute.local_tile(gQ, (ROWS, 64, V_TILES), (None, 0, 0, None)), 0, 3),
         )
         tPs, tPg = cpasync.tma_partition(
             tma_pe,
             0,
             one,
             cute.group_modes(q_tiles[None, None, V_TILES], 0, 2),
-            cute.group_modes(cute.local_tile(gQpe, (ROWS, 64), (0, 0, None)), 0, 2),
+            cute.group_modes(cute.local_tile(gQpe, (ROWS, 64), (None, 0, None)), 0, 2),
         )
-        tKs, tKg = cpasync.tma_partition(
-            tma_k,
-            0,
-            one,
-            cute.group_modes(cute.make_tensor(sK.iterator, ring_boxes(SLOT_TILES, BOXES, RING)), 0, 4),
-            cute.group_modes(cute.local_tile(gK, (8, BOX_GROUPS, 64, SLOT_TILES), (0, None, 0, None, None)), 0, 4),
-        )
+        tKs, tKg = self.kv_views(tma_k, mK, sK)
         qk = mma_qk.get_slice(t)
         pv = mma_pv.get_slice(t)
-        c = dict(
+        # read-only in loops and branches: what is assigned there would have to be a value of the program
+        c = SimpleNamespace(
             full=full,
             empty=empty,
             q_full=q_full,
@@ -317,7 +313,11 @@ class MlaDecode:
             tma_k=tma_k,
             tKs=tKs,
             tKg=tKg,
-            sK=k_tiles,
+            sK=sK,
+            k_tiles=k_tiles,
+            sI=sI,
+            row_tile=row_tile,
+            row0=row0,
             sP=p_tiles,
             sMx=sMx,
             sL=sL,
@@ -334,113 +334,56 @@ class MlaDecode:
         )
 
         if warp_idx == 4:
-            touch_table(mTable, mSeqlens, B, part, s, k, PAGE_SIZE, lane)
+            touch_table(mTable, mSeqlens, B, part, s, k, PAGE_SIZE or mK.shape[1], lane)
         # everything above overlaps the previous kernel's tail
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()  # all CTAs run: nobody can take the SM of one that others wait for
         if warp_idx == 8:
-            r0, r1, j0, j1, total, unit = interval(mSeqlens, B, part, parts, fixed, least, bias, s, k, lane)
-            if lane == 0:
-                sI[0] = r0
-                sI[1] = r1
-                sI[2] = j0
-                sI[3] = j1
-                sI[4] = total
-                sI[5] = unit
+            store_interval(sI, mSeqlens, B, part, parts, fixed, least, bias, s, k, lane)
         cute.arch.sync_threads()
-        if warp_idx == 8:
-            self.produce(c, mTable, mSeqlens, sI, pages)
+        if warp_idx >= 8:
+            self.fill(c, mK, mTable, mSeqlens, warp_idx - 8, pages, row_tiles > 1)
         else:
             # while the first loads are under way; a branch on tid would make the compiler take the warps for diverged
             if warp_idx == 0:
-                p0, n, sharers, started = sharing(mSeqlens, part, s, sI[5], sI[0], sI[1], sI[2], sI[3])
-                if lane == 0:
-                    sShare[0] = p0
-                    sShare[1] = n
-                    sShare[2] = sharers
-                    sShare[3] = started
-                    sShare[4] = sI[0]
-                    sShare[5] = sI[1]
+                store_sharing(sShare, sI, mSeqlens, part, s, lane)
             self.consume(
                 c, mma_qk, sQ, sI, mSeqlens, mSinks, mO, mLse, mOacc, mLacc, c_log2, flags, s_q, heads, part, t, tid
             )
             # every load into the ring has been waited for
             area = cute.recast_ptr(sK.iterator, dtype=Float32)
             COMBINE.run(
-                area, sShare, mO, mLse, mSinks, mOacc, mLacc, semaphores, flags, heads, part, Int32(0), Int32(1),
-                Int32(0), s_q * heads, tid,
+                area, sShare, mO, mLse, mSinks, mOacc, mLacc, semaphores, flags, heads, part, row_tile, row_tiles,
+                row0, cutlass.min(s_q * heads - row0, ROWS), tid,
             )  # fmt: skip
 
-    # ------------------------------------------------------------ TMA warp
+    # ------------------------------------------------------------- queries
     @cute.jit
     def load_q(self, c, req):
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(c["q_full"], ROWS * WIDTH * 2)
-        cute.copy(c["tma_q"], c["tQg"][None, req], c["tQs"], tma_bar_ptr=c["q_full"])
-        cute.copy(c["tma_pe"], c["tPg"][None, req], c["tPs"], tma_bar_ptr=c["q_full"])
-
-    @cute.jit
-    def produce(self, c, mTable, mSeqlens, sI, pages):
-        lane = c["lane"]
-        slot = Int32(0)
-        phase = Int32(1)
-        phase_q = Int32(0)
-        policy = Int64(EVICT_FIRST) if sI[4] <= FIRST_BLOCKS else Int64(EVICT_NORMAL)
-        for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
-            seqlen = mSeqlens[req]
-            last = (seqlen + (PAGE_SIZE - 1)) // PAGE_SIZE - 1
-            b0 = sI[2] if req == sI[0] else Int32(0)
-            b1 = sI[3] if (req == sI[1] and sI[3] > 0) else n_blocks(seqlen)
-            page = page_of_box(mTable, req, b0, last, lane, pages, PAGE_SIZE)
-            if req == sI[0]:
-                self.load_q(c, req)
-            for j in cutlass.range(b0, b1, unroll=1):
-                following = page_of_box(mTable, req, cutlass.min(j + 1, b1 - 1), last, lane, pages, PAGE_SIZE)
-                at = [page]
-                if const_expr(BOXES > 1):
-                    at = [cute.arch.shuffle_sync(page, offset=u) for u in range(BOXES)]
-                part_of_page = j % (PAGE_SIZE // BLOCK) if const_expr(PAGE_SIZE > BLOCK) else 0
-                for i in cutlass.range_constexpr(SLOTS):
-                    full = c["full"] + slot
-                    cute.arch.mbarrier_wait(c["empty"] + slot, phase)
-                    with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive_and_expect_tx(full, SLOT_BYTES)
-                    for u in cutlass.range_constexpr(BOXES):
-                        cute.copy(
-                            c["tma_k"],
-                            c["tKg"][None, part_of_page, i, at[u]],
-                            c["tKs"][None, u, slot],
-                            tma_bar_ptr=full,
-                            cache_policy=policy,
-                        )
-                    slot = slot + 1
-                    phase = phase ^ 1 if slot == RING else phase
-                    slot = Int32(0) if slot == RING else slot
-                page = following
-                if j == b0 and req != sI[0]:
-                    cute.arch.mbarrier_wait(c["q_free"], phase_q)  # the merge of the previous request is over
-                    phase_q = phase_q ^ 1
-                    self.load_q(c, req)
+            cute.arch.mbarrier_arrive_and_expect_tx(c.q_full, ROWS * WIDTH * 2)
+        cute.copy(c.tma_q, c.tQg[None, c.row_tile, req], c.tQs, tma_bar_ptr=c.q_full)
+        cute.copy(c.tma_pe, c.tPg[None, c.row_tile, req], c.tPs, tma_bar_ptr=c.q_full)
 
     # ---------------------------------------------------------------- math
     @cute.jit
     def block(self, c, rS, rO, rM, rL, rLim, min_lim, tok0, seqlen, c_log2, number):
         """One block by one warpgroup; number = of the block in this CTA. rLim: tokens that each query row may see, of
         which min_lim is the smallest."""
-        lane, w, wg = c["lane"], c["w"], c["wg"]
-        sK, sP, sMx = c["sK"], c["sP"], c["sMx"]  # storing through c would make all of it loop-carried
+        lane, w, wg = c.lane, c.w, c.wg
+        sK, sP, sMx = c.k_tiles, c.sP, c.sMx  # storing through c would make all of it loop-carried
         slots = [(number * SLOTS + i) % RING for i in range(SLOTS)]
         phases = [((number * SLOTS + i) // RING) & 1 for i in range(SLOTS)]
         # S^T = K Q^T
-        qk = cute.make_mma_atom(c["op_qk"])
+        qk = cute.make_mma_atom(c.op_qk)
         qk.set(warpgroup.Field.ACCUMULATE, False)
         for g in cutlass.range_constexpr(SLOTS):
-            cute.arch.mbarrier_wait(c["full"] + slots[g], phases[g])
+            self.wait_slot(c.full + slots[g], phases[g])
             warpgroup.fence()
             for i in cutlass.range_constexpr(SLOT_TILES):
                 for x in cutlass.range_constexpr(4):
                     tile = g * SLOT_TILES + i
-                    cute.gemm(qk, rS, c["tK"][None, None, (x, i), slots[g]], c["tQ"][None, None, x, tile], rS)
+                    cute.gemm(qk, rS, c.tK[None, None, (x, i), slots[g]], c.tQ[None, None, x, tile], rS)
                     qk.set(warpgroup.Field.ACCUMULATE, True)
             warpgroup.commit_group()
         warpgroup.wait_group(0)
@@ -476,33 +419,34 @@ class MlaDecode:
         if cute.arch.vote_any_sync(grew):
             for i in cutlass.range_constexpr(cute.size(rO)):
                 rO[i] = rO[i] * rSc[((i % (2 * COLS)) // 4) * 2 + i % 2]
-        if tok0 + BLOCK > seqlen:
-            # 0 * NaN: clear the V rows behind the end of the request
-            for row in cutlass.range(cutlass.max(seqlen - tok0, 0) + w, BLOCK, 4, unroll=1):
-                for i in cutlass.range_constexpr(V_TILES):
-                    sK[row, lane * 2, i % SLOT_TILES, slots[i // SLOT_TILES]] = ELEMENT(0.0)
-                    sK[row, lane * 2 + 1, i % SLOT_TILES, slots[i // SLOT_TILES]] = ELEMENT(0.0)
+        if const_expr(not self.gather):
+            if tok0 + BLOCK > seqlen:
+                # 0 * NaN: clear the V rows behind the end of the request
+                for row in cutlass.range(cutlass.max(seqlen - tok0, 0) + w, BLOCK, 4, unroll=1):
+                    for i in cutlass.range_constexpr(V_TILES):
+                        sK[row, lane * 2, i % SLOT_TILES, slots[i // SLOT_TILES]] = ELEMENT(0.0)
+                        sK[row, lane * 2 + 1, i % SLOT_TILES, slots[i // SLOT_TILES]] = ELEMENT(0.0)
         cute.arch.fence_view_async_shared()
         cute.arch.barrier(barrier_id=BAR_GROUP + wg, number_of_threads=128)
         # O^T += V^T P^T
-        pv = cute.make_mma_atom(c["op_pv"])
+        pv = cute.make_mma_atom(c.op_pv)
         pv.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.fence()
         for i in cutlass.range_constexpr(V_TILES):
             rOi = cute.make_tensor(rO.iterator + i * 2 * COLS, rS.layout)
             for x in cutlass.range_constexpr(4):
-                tV = c["tV"][None, None, x, i % SLOT_TILES, slots[i // SLOT_TILES]]
-                cute.gemm(pv, rOi, tV, c["tP"][None, None, x, wg], rOi)
+                tV = c.tV[None, None, x, i % SLOT_TILES, slots[i // SLOT_TILES]]
+                cute.gemm(pv, rOi, tV, c.tP[None, None, x, wg], rOi)
         warpgroup.commit_group()
         warpgroup.wait_group(0)
         if lane < SLOTS:
-            cute.arch.mbarrier_arrive(c["empty"] + (number * SLOTS + lane) % RING)
+            cute.arch.mbarrier_arrive(c.empty + (number * SLOTS + lane) % RING)
 
     @cute.jit
     def consume(
         self, c, mma_qk, sQ, sI, mSeqlens, mSinks, mO, mLse, mOacc, mLacc, c_log2, flags, s_q, heads, part, t, tid
     ):
-        lane, w, wg, sL, sM = c["lane"], c["w"], c["wg"], c["sL"], c["sM"]
+        lane, w, wg, sL, sM = c.lane, c.w, c.wg, c.sL, c.sM
         sX = cute.make_tensor(cute.recast_ptr(sQ.iterator, dtype=Float32), cute.make_layout((128, HALF)))  # merge area
         rS = cute.make_rmem_tensor(mma_qk.get_slice(t).partition_shape_C((BLOCK, ROWS)), Float32)
         rO = cute.make_rmem_tensor((2 * HALF,), Float32)
@@ -513,7 +457,7 @@ class MlaDecode:
         for h in cutlass.range_constexpr(COLS):
             rBack[h] = 0
             if const_expr(CAUSAL):
-                rBack[h] = cutlass.max(s_q - 1 - row_of(h, lane) // heads, 0)
+                rBack[h] = cutlass.max(s_q - 1 - (c.row0 + row_of(h, lane)) // heads, 0)
         done = Int32(0)  # blocks of this CTA before this request
         phase_q = Int32(0)
         for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
@@ -531,7 +475,7 @@ class MlaDecode:
             rO.fill(0.0)
             rM.fill(M_INIT)
             rL.fill(0.0)
-            cute.arch.mbarrier_wait(c["q_full"], phase_q)
+            cute.arch.mbarrier_wait(c.q_full, phase_q)
             phase_q = phase_q ^ 1
             for j in cutlass.range(b0 + wg, b1, 2, unroll=1):
                 self.block(c, rS, rO, rM, rL, rLim, min_lim, j * BLOCK, seqlen, c_log2, done + j - b0)
@@ -552,18 +496,19 @@ class MlaDecode:
                 total, top = self.total(sL, sM, row_of(h, lane))
                 weights = total
                 if (flags & HAS_SINKS) != 0 and whole:
-                    weights = total + ex2(mSinks[row_of(h, lane) % heads] * LOG2E - top)
+                    weights = total + ex2(mSinks[(c.row0 + row_of(h, lane)) % heads] * LOG2E - top)
                 mine = ex2(rM[h] - top)
                 rL[h] = mine * cute.arch.rcp_approx(weights) if total > 0.0 else Float32(0.0)
             for i in cutlass.range_constexpr(2 * HALF):
                 rO[i] = rO[i] * rL[((i % (2 * COLS)) // 4) * 2 + i % 2]
-            if tid < mO.shape[1]:
+            row = c.row0 + tid
+            if tid < ROWS and row < mO.shape[1]:
                 total, top = self.total(sL, sM, tid)
                 value = cute.math.log2(total, fastmath=True) + top if total > 0.0 else -Float32(INF)
                 if not whole:
-                    mLacc[slot, tid] = value
+                    mLacc[slot, row] = value
                 elif (flags & WANTS_LSE) != 0:
-                    mLse[req, tid // heads, tid % heads] = value * (1.0 / LOG2E)
+                    mLse[req, row // heads, row % heads] = value * (1.0 / LOG2E)
             if wg == 1:
                 self.give(sX, rO, t, 0)
             cute.arch.barrier(barrier_id=BAR_MATH, number_of_threads=256)
@@ -577,7 +522,7 @@ class MlaDecode:
                 self.take(sX, rO, t, HALF)
             cute.arch.fence_view_async_shared()  # the next Q will overwrite sX
             with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive(c["q_free"])
+                cute.arch.mbarrier_arrive(c.q_free)
             # each warpgroup its half of the columns
             if whole:
                 if wg == 0:
@@ -593,10 +538,10 @@ class MlaDecode:
     @cute.jit
     def store(self, c, rO, lo: cutlass.Constexpr, mO, req):
         """Straight from the accumulators: 8 neighbouring columns per row and store."""
-        lane, w = c["lane"], c["w"]
+        lane, w = c.lane, c.w
         for i in cutlass.range_constexpr(HALF):
             e = i % (2 * COLS)
-            row = row_of((e // 4) * 2 + e % 2, lane)
+            row = c.row0 + row_of((e // 4) * 2 + e % 2, lane)
             col = (lo + i) // (2 * COLS) * 64 + w * 16 + lane // 4 + 8 * ((e // 2) % 2)
             if row < mO.shape[1]:
                 mO[req, row, col] = rO[lo + i].to(ELEMENT)
@@ -604,11 +549,11 @@ class MlaDecode:
     @cute.jit
     def store_partial(self, c, rO, lo: cutlass.Constexpr, mOacc, slot):
         """The same with permuted columns: 8 lanes store 128 bytes of a row, 4 accumulators each of two tiles."""
-        lane, w = c["lane"], c["w"]
+        lane, w = c.lane, c.w
         v4 = cute.make_rmem_tensor((4,), Float32)
         for i in cutlass.range_constexpr(HALF // 4):
             h, pair = i % COLS, i // COLS
-            row = row_of(h, lane)
+            row = c.row0 + row_of(h, lane)
             if row < mOacc.shape[1]:
                 for e in cutlass.range_constexpr(4):
                     v4[e] = rO[lo + (2 * pair + e // 2) * 2 * COLS + h // 2 * 4 + h % 2 + e % 2 * 2]
@@ -638,4 +583,5 @@ class MlaDecode:
 
 def entry():
     """What to compile: the host function and its fake arguments."""
-    return MlaDecode(), mla_decode_arguments(ELEMENT, LATENT, ROPE, PAGE_SIZE)
+    kernel = MlaDecode(ELEMENT, LATENT, ROPE, PAGE_SIZE, SLOT_TILES, RING)
+    return kernel, mla_decode_arguments(ELEMENT, LATENT, ROPE, PAGE_SIZE)

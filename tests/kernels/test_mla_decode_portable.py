@@ -21,10 +21,10 @@ Q_LENS = [1, 0, 2, 3, 1, 2, 3, 3, 0, 1]
 
 # (problem, features) of each Key, in the order of PORTABLE_ON_GPU
 CASES = [
-    (dict(heads=16, page_size=7, sinks="mixed"), {}),
-    (dict(heads=31, page_size=1, inputs="large"), {}),
-    (dict(heads=128, s_q=2, page_size=100, sinks="finite"), {}),
-    (dict(heads=3, page_size=33, kv_lora_rank=256, dtype=torch.float16), {}),
+    (dict(heads=16, page_size=7, qk_rope_head_dim=32, sinks="mixed"), {}),
+    (dict(heads=31, page_size=1, qk_rope_head_dim=16, inputs="large"), {}),
+    (dict(heads=128, s_q=2, page_size=100, qk_rope_head_dim=32, sinks="finite"), {}),
+    (dict(heads=3, page_size=33, kv_lora_rank=256, qk_rope_head_dim=32, dtype=torch.float16), {}),
     (dict(heads=5, s_q=3, page_size=7, kv_lora_rank=128, qk_rope_head_dim=16, dtype=torch.float16), {}),
     (dict(heads=96, page_size=7, kv_lora_rank=64, qk_rope_head_dim=0), {}),
     (dict(heads=8, s_q=8, page_size=5, kv_lora_rank=256, qk_rope_head_dim=32), {}),
@@ -118,13 +118,14 @@ def test_batch_invariant():
         assert same(part, [x[chosen] for x in whole]), chosen
 
 
-@pytest.mark.parametrize("heads, page_size, backend", [(16, 64, "sm90"), (128, 64, "sm90"), (16, 7, "portable"),
-                                                       (100, 7, "portable")])
+@pytest.mark.parametrize("heads, page_size, backend", [
+    (16, 64, "sm90"), (128, 64, "sm90"), (16, 1, "sm90"), (64, 1, "sm90"), (16, 7, "portable"), (100, 7, "portable")])
 def test_one_graph_for_a_thousand_batches(heads, page_size, backend):
     """Captured once with short lengths; then random ragged lengths, each replay bit for bit as an eager call."""
     most, batch, rounds = 3000, 6, 1000
     s_q = 2 if backend == "portable" and heads > 16 else 1
-    problem = mla_decode_problem([most] * batch, heads=heads, s_q=s_q, page_size=page_size, device="cuda", poison=False)
+    problem = mla_decode_problem([most] * batch, heads=heads, s_q=s_q, page_size=page_size, device="cuda", poison=False,
+                                 qk_rope_head_dim=32 if backend == "portable" else 64)
     rng = torch.Generator(device="cuda").manual_seed(3)
     lengths = torch.randint(0, most + 1, (rounds, batch), generator=rng, device="cuda", dtype=torch.int32)
     lengths[::7, 1::2] = 0
@@ -154,14 +155,14 @@ def test_who_is_taken():
     spec = mla_decode_spec(arch=dispatch.arch_of(problem.device), dtype="bf16", kv_lora_rank=512, qk_rope_head_dim=64,
                            page_size=64, s_q=1, heads=16, causal=True)
     assert why.explain(spec)["template"] != "portable" and why.explain(spec, "portable")["template"] == "portable"
-    odd = mla_decode_problem([70], heads=16, page_size=7, device="cuda")
+    odd = mla_decode_problem([70], heads=16, page_size=7, qk_rope_head_dim=32, device="cuda")
     mla_decode_oracle(odd).check(jitmla.mla_decode(*odd.args, **odd.kwargs))
-    with pytest.raises(NoTemplate, match="page_size=0"):
+    with pytest.raises(NoTemplate, match="qk_rope_head_dim=32"):
         jitmla.mla_decode(*odd.args, **odd.kwargs, backend="sm90")
 
 
 def test_mistakes():
-    problem = mla_decode_problem([70], heads=16, page_size=7, device="cuda")
+    problem = mla_decode_problem([70], heads=16, page_size=7, qk_rope_head_dim=32, device="cuda")
     jitmla.mla_decode(*problem.args, **problem.kwargs)
     out = torch.zeros(problem.out_shape, dtype=problem.dtype, device="cuda")
     for change in (dict(sinks=torch.zeros(3, device="cuda")), dict(lse=torch.zeros(1, 1, 3, device="cuda")),
