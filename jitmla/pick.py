@@ -167,13 +167,14 @@ def _topk_best(variants: tuple[str, ...], *, rows: int, columns: int, sms: int) 
 
 class DecodeCost(NamedTuple):
     """What a variant with row tiles of `rows` takes, in us: `fixed`, `block` for each block of a CTA, and `split` where
-    the parts of a request have to be combined; `alone` for a single request."""
+    the parts of a request have to be combined; `alone` for a single request. bytes: of an element of the cache."""
 
     rows: int
     block: float
     fixed: float
     split: float
     alone: float
+    bytes: int = 2
 
 
 DECODE = {
@@ -194,9 +195,21 @@ DECODE = {
     "sm90_relay/r32_fives5_gather": DecodeCost(32, 1.03, 7.3, 2.4, 2.4),
     "sm90_swap/r16_fives5_gather": DecodeCost(16, 0.81, 6.8, 1.8, 1.8),
     "sm90_swap/r8_fives5_gather": DecodeCost(8, 0.77, 6.8, 1.8, 1.8),
+    "sm90_fp8/e4m3_64": DecodeCost(64, 1.3, 16.0, 0.0, 0.0, 1),
+    "sm90_fp8/e4m3_32": DecodeCost(32, 0.95, 11.0, 0.0, 0.0, 1),
+    "sm90_fp8/e4m3_16": DecodeCost(16, 0.71, 9.5, 0.0, 0.0, 1),
+    "sm90_fp8/half_64": DecodeCost(64, 1.86, 19.2, 0.0, 0.0, 1),
+    "sm90_fp8/half_32": DecodeCost(32, 1.38, 12.8, 0.0, 0.0, 1),
+    "sm90_fp8/half_16": DecodeCost(16, 1.0, 9.7, 0.0, 0.0, 1),
+    "sm90_fp8/e4m3_64_256": DecodeCost(64, 0.93, 12.6, 0.0, 0.0, 1),
+    "sm90_fp8/e4m3_32_256": DecodeCost(32, 0.62, 10.0, 0.0, 0.0, 1),
+    "sm90_fp8/e4m3_16_256": DecodeCost(16, 0.49, 8.4, 0.0, 0.0, 1),
+    "sm90_fp8/half_64_256": DecodeCost(64, 1.20, 13.7, 0.0, 0.0, 1),
+    "sm90_fp8/half_32_256": DecodeCost(32, 0.88, 10.7, 0.0, 0.0, 1),
+    "sm90_fp8/half_16_256": DecodeCost(16, 0.61, 9.3, 0.0, 0.0, 1),
 }
 SEESAW_256 = DecodeCost(64, 1.216, 11.0, 1.0, 1.0)  # a variant of both latent sizes
-WIDE_BYTES, NARROW_BYTES = 64 * 576 * 2, 64 * 320 * 2  # of a block
+WIDE_BLOCK, NARROW_BLOCK = 64 * 576, 64 * 320  # elements
 
 
 def _decode_fits(variant: str, *, rows: int, batch: int, tokens: int, sms: int) -> bool:
@@ -209,7 +222,7 @@ def _decode_best(variants: tuple[str, ...], *, rows: int, batch: int, tokens: in
     for: more row tiles leave fewer parts to combine, but each of them reads every block."""
     if len(variants) == 1 or _decode_among(variants) != variants:
         return variants[0], "the first in the card"
-    narrow = any("_fives" in v for v in variants)
+    narrow = any("_fives" in v or v.endswith("_256") for v in variants)
     times = {v: decode_us(v, rows, batch, tokens, sms, narrow) for v in variants}
     ranked = sorted(times, key=times.__getitem__)
     return ranked[0], f"estimated us with {tokens} tokens: " + ", ".join(f"{v} {times[v]:.1f}" for v in ranked)
@@ -228,7 +241,7 @@ def decode_us(variant: str, rows: int, batch: int, tokens: int, sms: int, narrow
     tile = schedule.unusual_tile(rows, cost.rows)
     parts = schedule.launch_args(rows, batch, sms, tile_rows=tile).parts
     blocks = batch * -(-tokens // schedule.BLOCK_TOKENS) / parts
-    block = max(cost.block, parts * (NARROW_BYTES if narrow else WIDE_BYTES) / BYTES_PER_US)
+    block = max(cost.block, parts * (NARROW_BLOCK if narrow else WIDE_BLOCK) * cost.bytes / BYTES_PER_US)
     combine = cost.alone if batch == 1 else cost.split if batch * 2 <= parts else 0.0
     return cost.fixed + combine + blocks * block
 
@@ -285,7 +298,7 @@ def cached_form(*, heads: int, kv_lora_rank: int, sequences: int, tokens: int, p
 
 # Microseconds: of 128 query rows and 128 keys of a head with 192 + 128 columns on one multiprocessor; and what the
 # absorbed form's launches take beyond the other's. Products (multiply and add) a microsecond: expanding keys; absorbed.
-MHA_BLOCK_US, ABSORBED_US, EXPANDING, ABSORBING = 1.15, 62.0, 325e6, 290e6
+MHA_BLOCK_US, ABSORBED_US, EXPANDING, ABSORBING = 1.5, 40.0, 325e6, 305e6
 
 
 def prefill_form(*, heads: int, requests: int, new: int, prefix: int, kv_lora_rank: int, qk_head_dim: int,

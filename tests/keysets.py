@@ -145,11 +145,12 @@ def _pairs_of_rows() -> list[tuple[int, ...]]:
 
 
 def decode_wanted(choice: Choice) -> bool:
-    """The usual Choice of each Spec, and of the usual working points all that calls can get."""
-    usual = ("bf16", 512, 64), ("bf16", 512, 0)
-    return (choice.template.backend != "sm90" or choice.spec["kv_dtype"] == "e4m3"
-            or tuple(choice.spec[f] for f in ("dtype", "kv_lora_rank", "page_size")) in usual
-            or choice.name == registry.choose(choice.spec).name)
+    """The usual Choice of each Spec, and of the usual working points all that calls can get (over an e4m3 cache: of
+    those that have all variants)."""
+    spec = choice.spec
+    usual = (spec["dtype"] in ("bf16", "e4m3") and spec["kv_lora_rank"] == 512 and spec["page_size"] in (0, 64)
+             and (spec["kv_dtype"] != "e4m3" or spec["rows"] == 512))
+    return choice.template.backend != "sm90" or usual or choice.name == registry.choose(spec).name
 
 
 def e4m3(dtype: str, latent: int, page: int, rows: int, causal: bool) -> Spec:
@@ -163,13 +164,15 @@ E4M3_DTYPES = ("e4m3", "bf16", "fp16")
 E4M3 = [e4m3(dtype, 512, 64, rows, causal) for dtype in ("e4m3", "bf16") for rows in ROWS for causal in CAUSAL] + [
     e4m3(E4M3_DTYPES[i % 3], LATENTS[i // 2 % 2], PAGES[1 + i % 3], ROWS[1 + i % 4], CAUSAL[i // 3 % 2])
     for i in range(12)] + [
-    e4m3(dtype, 256, 64, rows, rows != 32) for dtype in ("e4m3", "bf16") for rows in (16, 32, 64)]
+    e4m3(dtype, 256, 64, rows, rows != 32) for dtype in ("e4m3", "bf16") for rows in (16, 32, 64)] + [
+    e4m3("e4m3", 512, 0, 16, False), e4m3("e4m3", 512, 0, 512, False), e4m3("e4m3", 256, 0, 32, True),
+    e4m3("bf16", 512, 0, 512, True), e4m3("bf16", 256, 0, 16, False), e4m3("fp16", 512, 0, 64, False)]
 
 
 def product() -> list[Spec]:
     """Every Spec that the shipped cards serve with an sm90 template."""
     return [*(spec(*values) for values in itertools.product(DTYPES, LATENTS, (*PAGES, 0), ROWS, CAUSAL)),
-            *(e4m3(*values) for values in itertools.product(E4M3_DTYPES, LATENTS, PAGES, ROWS, CAUSAL))]
+            *(e4m3(*values) for values in itertools.product(E4M3_DTYPES, LATENTS, (*PAGES, 0), ROWS, CAUSAL))]
 
 
 def portable(arch: str, dtype: str, kv_dtype: str, latent: int, rope: int, page: int, rows: int, causal: bool,
@@ -182,13 +185,15 @@ PORTABLE_ON_GPU = [  # what tests/kernels/test_mla_decode_portable.py runs
     portable(ARCH, "bf16", "bf16", 512, 32, 0, 16, False), portable(ARCH, "bf16", "bf16", 512, 16, 0, 32, False),
     portable(ARCH, "bf16", "bf16", 512, 32, 0, 512, True), portable(ARCH, "fp16", "fp16", 256, 32, 0, 8, False),
     portable(ARCH, "fp16", "fp16", 128, 16, 0, 16, True), portable(ARCH, "bf16", "bf16", 64, 0, 0, 512, False),
-    portable(ARCH, "bf16", "bf16", 256, 32, 0, 64, True), portable(ARCH, "bf16", "e4m3", 512, 64, 0, 16, False),
-    portable(ARCH, "fp16", "e4m3", 128, 0, 0, 32, True), portable(ARCH, "e4m3", "e4m3", 512, 64, 0, 512, True),
+    portable(ARCH, "bf16", "bf16", 256, 32, 0, 64, True), portable(ARCH, "bf16", "e4m3", 512, 32, 0, 16, False),
+    portable(ARCH, "fp16", "e4m3", 128, 0, 0, 32, True), portable(ARCH, "e4m3", "e4m3", 512, 32, 0, 512, True),
     portable(ARCH, "bf16", "bf16", 512, 64, 64, 32, True, compact=True),
     portable(ARCH, "bf16", "bf16", 512, 64, 64, 16, False, batch_invariant=True),
     *(portable(ARCH, "fp16", "fp16", 512, 64, page, rows, rows > 16, split_cache=True)
       for page, rows in ((0, 16), (0, 64), (0, 512), (16, 512))),
     portable(ARCH, "bf16", "e4m3", 512, 64, 16, 512, True, compact=True, batch_invariant=True),
+    portable(ARCH, "e4m3", "e4m3", 512, 64, 64, 64, True, compact=True),
+    portable(ARCH, "e4m3", "e4m3", 64, 16, 64, 8, False, batch_invariant=True),
 ]
 PORTABLE_ELSEWHERE = [  # compiled by every run of the tests
     portable("sm_80", "bf16", "bf16", 512, 64, 32, 512, True),
@@ -265,15 +270,19 @@ class CachedPoint(NamedTuple):
         return [*cached_mla_specs(**facts), *([cached_mla_pack_spec(**facts)] if self.mha else [])]
 
     def attention(self) -> list[Choice]:
-        """What decode, tiles of as many tokens as fit, and the MHA form with a prefix need."""
+        """What decode, tiles of as many tokens as fit, and the MHA form with a prefix can get."""
         tile = max(2**i for i in range(1, 10) if 2**i * self.heads <= 512)
-        choices = [registry.choose(mla_decode_spec(
+        specs = [mla_decode_spec(
             arch=ARCH, dtype=self.dtype, kv_dtype="e4m3" if self.e4m3 else None, kv_lora_rank=self.rank,
-            qk_rope_head_dim=self.rope, page_size=self.page, s_q=s_q, heads=self.heads, causal=causal), self.backend)
+            qk_rope_head_dim=self.rope, page_size=self.page, s_q=s_q, heads=self.heads, causal=causal)
             for s_q, causal in ((1, True), (tile, True), (tile, False))]
-        return choices + ([registry.choose(mla_prefill_spec(
-            arch=ARCH, dtype=self.dtype, qk_head_dim=self.nope + self.rope, v_head_dim=self.value,
-            qk_rope_head_dim=self.rope, causal=True))] if self.mha else [])
+        if self.mha:
+            specs.append(mla_prefill_spec(
+                arch=ARCH, dtype=self.dtype, qk_head_dim=self.nope + self.rope, v_head_dim=self.value,
+                qk_rope_head_dim=self.rope, causal=True))
+        return [c for spec in specs
+                for c in registry.choices(spec, self.backend if spec.op == "mla_decode" else "auto")]
+
 
 
 MISTRAL_4 = CachedPoint(64, 256, 64, 128, 32)
@@ -290,14 +299,14 @@ CACHED_MORE = (
 @functools.cache
 def cached_attention() -> list[Choice]:
     """The attention of cached_mla in GPU tests."""
-    mistral = [registry.choose(mla_decode_spec(arch=ARCH, dtype="bf16", kv_lora_rank=256, qk_rope_head_dim=64,
-                                               page_size=64, s_q=2, heads=32, causal=causal)) for causal in CAUSAL]
-    deepseek = [registry.choose(spec("bf16", 512, 64, rows, causal)) for rows in ROWS for causal in CAUSAL]
-    tiny = [registry.choose(mla_decode_spec(arch=ARCH, dtype="fp16", kv_lora_rank=64, qk_rope_head_dim=16,
-                                            page_size=page, s_q=s_q, heads=8, causal=causal))
+    mistral = [mla_decode_spec(arch=ARCH, dtype="bf16", kv_lora_rank=256, qk_rope_head_dim=64, page_size=64, s_q=2,
+                               heads=32, causal=causal) for causal in CAUSAL]
+    deepseek = [spec("bf16", 512, 64, rows, causal) for rows in ROWS for causal in CAUSAL]
+    tiny = [mla_decode_spec(arch=ARCH, dtype="fp16", kv_lora_rank=64, qk_rope_head_dim=16, page_size=page, s_q=s_q,
+                            heads=8, causal=causal)
             for page, s_q, causal in [*itertools.product((16, 64), (1, 2, 4, 8, 64), (True,)), (16, 2, False),
                                       (16, 64, False)]]  # tests/test_tiny_model.py
-    found = [*mistral, *deepseek, *tiny, *(c for p in (*CACHED, *CACHED_MORE) for c in p.attention())]
+    found = [*_choices([*mistral, *deepseek, *tiny]), *(c for p in (*CACHED, *CACHED_MORE) for c in p.attention())]
     return list({choice.key.digest: choice for choice in found}.values())
 
 
