@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jitmla import registry, schema
+from jitmla import registry, schema, tune
 from jitmla.layouts import SCALE_MODES
 from jitmla.registry import Choice
 from jitmla.spec import (
@@ -146,10 +146,18 @@ def _pairs_of_rows() -> list[tuple[int, ...]]:
 
 def decode_wanted(choice: Choice) -> bool:
     """The usual Choice of each Spec, and of the usual working points all that calls can get."""
-    usual = ("bf16", 512, 64), ("bf16", 512, 0)
-    return (choice.template.backend != "sm90" or choice.spec["kv_dtype"] == "e4m3"
-            or tuple(choice.spec[f] for f in ("dtype", "kv_lora_rank", "page_size")) in usual
+    return (choice.template.backend != "sm90" or choice.spec["kv_dtype"] == "e4m3" or _usual(choice.spec)
             or choice.name == registry.choose(choice.spec).name)
+
+
+def _usual(spec: Spec) -> bool:
+    usual = ("bf16", 512, 64), ("bf16", 512, 0), ("bf16", 256, 64)
+    return tuple(spec[f] for f in ("dtype", "kv_lora_rank", "page_size")) in usual
+
+
+def decode_tunings() -> list[dict[str, Any]]:
+    """By which calls of the Specs elsewhere get the variant that decode_wanted has of them, whatever their sizes."""
+    return [tune.naming(s, registry.choose(s).name) for s in covering() if not _usual(s)]
 
 
 def e4m3(dtype: str, latent: int, page: int, rows: int, causal: bool) -> Spec:

@@ -35,7 +35,7 @@ from jitmla.testing import (
     poisoned_empty,
 )
 
-from ..keysets import ROWS, covering, product
+from ..keysets import ROWS, covering, decode_tunings, product
 from ..support.mistakes import MISTAKES, arguments, call, check_refused
 
 pytestmark = [
@@ -63,6 +63,13 @@ def summary(request):
             print(f"\nmla_decode: {len(WORST)} comparisons with float64; worst out: {worst_out.out}; worst lse: "
                   f"{worst_lse.lse}; worst cosine difference {max(r.cosine for r in WORST):.1e}; examples: "
                   f"derandomized, {DRAWN.max_examples}; {torch.cuda.get_device_name()}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_compiled():
+    jitmla.use_tunings(decode_tunings())
+    yield
+    jitmla.use_tunings(None)
 
 
 @contextlib.contextmanager
