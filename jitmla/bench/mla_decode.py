@@ -114,7 +114,8 @@ def sweep(result: dict[str, Any], json_file: Path | None, cases: Sequence[Decode
         tune.use_tunings(None)
         us = {name: timing.us for name, timing in gpu_times(calls, iters=iters, graph=False).items()}
         mine = registry.choose(spec, "auto", sizes_of(case)).name
-        result["rows"].append({"case": case.as_dict(), "us": us, "picked": mine, "loss": us[mine] / min(us.values()) - 1})
+        loss = us[mine] / min(us.values()) - 1
+        result["rows"].append({"case": case.as_dict(), "us": us, "picked": mine, "loss": loss})
     if json_file:
         write(result, json_file)
     for line in sweep_lines(result):
