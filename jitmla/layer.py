@@ -18,7 +18,7 @@ from typing import Any
 from . import toolchain
 from .errors import CacheCorrupt, CacheUntrusted
 from .events import emit
-from .key import Key
+from .key import Key, canonical
 from .manifest import LIBRARY, MANIFEST, SOURCE, read_manifest, verified
 from .trusted import FOLDER, open_trusted, read_file
 
@@ -100,7 +100,8 @@ class Layer:
 
     def fitting(self, key: Key) -> list[Key]:
         """The Keys stored here that name the same source as `key` and were built for this host."""
-        found = [listing.key for listing in self._list(key.spec.arch, key.spec.op, key.template_digest)]
+        spec = f'"spec":{canonical(key.spec.as_dict())}'  # as manifests have it; the others are not parsed
+        found = [listing.key for listing in self._list(key.spec.arch, key.spec.op, spec)]
         return [k for k in found if k is not None and k.same_but_toolchain(key)
                 and dict(k.toolchain or ())["host"] == toolchain.host()]
 

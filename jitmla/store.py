@@ -80,20 +80,15 @@ class Store:
         """The verified entry of `key` from the first layer that has one, or None. Emits `hit`; `refuse` for an entry
         that does not verify.
 
-        A Key without a toolchain (no compiler here) takes the newest toolchain's entry that fits otherwise.
-        Raises CacheUntrusted.
+        A Key without a toolchain (no compiler here) takes the newest toolchain's entry that fits otherwise, of the
+        first layer that has one. Raises CacheUntrusted.
         """
-        if key.toolchain is not None:
-            return self._find(key)
-        fitting = {found for layer in self.layers() for found in layer.fitting(key)}
-        return next(filter(None, map(self._find, sorted(fitting, key=_age, reverse=True))), None)
-
-    def _find(self, key: Key) -> Entry | None:
         for layer in self.layers():
-            entry = layer.find(key)
+            keys = [key] if key.toolchain is not None else sorted(layer.fitting(key), key=_age, reverse=True)
+            entry = next(filter(None, map(layer.find, keys)), None)
             if entry is not None:
                 if layer is self.user:
-                    bounds.touch(self.root, key.digest)
+                    bounds.touch(self.root, entry.key.digest)
                 return entry
         return None
 

@@ -273,15 +273,19 @@ class CachedPoint(NamedTuple):
         return [*cached_mla_specs(**facts), *([cached_mla_pack_spec(**facts)] if self.mha else [])]
 
     def attention(self) -> list[Choice]:
-        """What decode, tiles of as many tokens as fit, and the MHA form with a prefix need."""
+        """What decode, tiles of as many tokens as fit, and the MHA form with a prefix can get."""
         tile = max(2**i for i in range(1, 10) if 2**i * self.heads <= 512)
-        choices = [registry.choose(mla_decode_spec(
+        specs = [mla_decode_spec(
             arch=ARCH, dtype=self.dtype, kv_dtype="e4m3" if self.e4m3 else None, kv_lora_rank=self.rank,
-            qk_rope_head_dim=self.rope, page_size=self.page, s_q=s_q, heads=self.heads, causal=causal), self.backend)
+            qk_rope_head_dim=self.rope, page_size=self.page, s_q=s_q, heads=self.heads, causal=causal)
             for s_q, causal in ((1, True), (tile, True), (tile, False))]
-        return choices + ([registry.choose(mla_prefill_spec(
-            arch=ARCH, dtype=self.dtype, qk_head_dim=self.nope + self.rope, v_head_dim=self.value,
-            qk_rope_head_dim=self.rope, causal=True))] if self.mha else [])
+        if self.mha:
+            specs.append(mla_prefill_spec(
+                arch=ARCH, dtype=self.dtype, qk_head_dim=self.nope + self.rope, v_head_dim=self.value,
+                qk_rope_head_dim=self.rope, causal=True))
+        return [c for spec in specs
+                for c in registry.choices(spec, self.backend if spec.op == "mla_decode" else "auto")]
+
 
 
 MISTRAL_4 = CachedPoint(64, 256, 64, 128, 32)
@@ -298,14 +302,14 @@ CACHED_MORE = (
 @functools.cache
 def cached_attention() -> list[Choice]:
     """The attention of cached_mla in GPU tests."""
-    mistral = [registry.choose(mla_decode_spec(arch=ARCH, dtype="bf16", kv_lora_rank=256, qk_rope_head_dim=64,
-                                               page_size=64, s_q=2, heads=32, causal=causal)) for causal in CAUSAL]
-    deepseek = [registry.choose(spec("bf16", 512, 64, rows, causal)) for rows in ROWS for causal in CAUSAL]
-    tiny = [registry.choose(mla_decode_spec(arch=ARCH, dtype="fp16", kv_lora_rank=64, qk_rope_head_dim=16,
-                                            page_size=page, s_q=s_q, heads=8, causal=causal))
+    mistral = [mla_decode_spec(arch=ARCH, dtype="bf16", kv_lora_rank=256, qk_rope_head_dim=64, page_size=64, s_q=2,
+                               heads=32, causal=causal) for causal in CAUSAL]
+    deepseek = [spec("bf16", 512, 64, rows, causal) for rows in ROWS for causal in CAUSAL]
+    tiny = [mla_decode_spec(arch=ARCH, dtype="fp16", kv_lora_rank=64, qk_rope_head_dim=16, page_size=page, s_q=s_q,
+                            heads=8, causal=causal)
             for page, s_q, causal in [*itertools.product((16, 64), (1, 2, 4, 8, 64), (True,)), (16, 2, False),
                                       (16, 64, False)]]  # tests/test_tiny_model.py
-    found = [*mistral, *deepseek, *tiny, *(c for p in (*CACHED, *CACHED_MORE) for c in p.attention())]
+    found = [*_choices([*mistral, *deepseek, *tiny]), *(c for p in (*CACHED, *CACHED_MORE) for c in p.attention())]
     return list({choice.key.digest: choice for choice in found}.values())
 
 

@@ -57,10 +57,15 @@ def test_a_layer_s_hit_makes_nothing_in_the_user_s_cache(below, store):
     assert not store.root.exists()
 
 
-def test_a_key_without_toolchain_takes_the_newest_of_all_layers(below, store):
+def test_a_key_without_toolchain_takes_the_newest_of_the_first_layer_that_has_one(below, store, monkeypatch):
     publish(below[1], make_key(toolchain={"cute_dsl": "4.10.0"}), so_bytes=b"newer")
+    publish(below[1], make_key(toolchain={"cute_dsl": "4.9.0"}), so_bytes=b"older")
+    found = store.find(make_key(toolchain=False))
+    assert found.so_bytes == b"newer"
     publish(store, make_key())
-    assert store.find(make_key(toolchain=False)).so_bytes == b"newer"
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: pytest.fail("a look at every package"))
+    found = store.find(make_key(toolchain=False))
+    assert found.path.is_relative_to(store.root) and found.key == make_key()
 
 
 def test_a_layer_that_others_can_write_stops_it_and_says_who_named_it(below, store):

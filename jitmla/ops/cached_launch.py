@@ -109,6 +109,7 @@ class Absorbed:
     project: Callable[..., None]
     attend: Any  # of mla_decode
     scratch: Scratch  # q_lat, o_lat, lengths, block table; pe where it is copied; log-sum-exps with PREFIX
+    no_lse: tuple[Tensor, Tensor]  # stand in where there are none; not read
     tile0: int
     first: int
     sequences: int
@@ -125,8 +126,7 @@ class Absorbed:
         features = PLAIN if call.kv_cache.dtype != E4M3 else Features(kv_descale=call.scale)
         self.attend.run(q_lat, pe, call.pages.view, table, lengths, None, o_lat, lse_prefix, call.sm_scale, features)
         if lse_prefix is None or lse is None:
-            lse_prefix = no_lse(call.q_nope.device)
-            lse = lse_prefix[0]
+            lse_prefix, lse = self.no_lse
         self.project(o_lat, call.weight, call.seq_len, call.start, lse_prefix, lse, call.out, self.tile0, self.first,
                      self.sequences, self.flags)
 
@@ -196,11 +196,13 @@ def absorbed(shape: Shape, pages: Pages, tile0: int, tiles: int, tile: int, firs
     assert shape.device.index is not None
     q_lat, o_lat, lengths, table, *more = scratch.tensors(shape.device.index)
     pe = more[0] if flags & COPY_PE else q_lat.new_empty(*rows, sizes.rope)
-    features = PLAIN if shape.cache_dtype != E4M3 else Features(kv_descale=no_lse(shape.device)[0, 0])
+    features = PLAIN if shape.cache_dtype != E4M3 else Features(kv_descale=no_scale(shape.device))
     attend = decode._prepare((q_lat, pe), pages.view, table, lengths, sizes.rank, sm_scale, not flags & PREFIX, None,
                              o_lat, None, shape.backend, features,
                              ("cached_mla", shape, rows, pages.size, table.shape, flags & PREFIX))
-    return Absorbed(absorb, project, attend, scratch, tile0, first, sequences, flags)
+    nothing = no_scale(shape.device)
+    return Absorbed(absorb, project, attend, scratch, (nothing[None, None], nothing[None]), tile0, first, sequences,
+                    flags)
 
 
 def mha_prefill(shape: Shape, pages: Pages, num_prefill: int, tokens: int, places: int, prefill_tokens: int,
@@ -254,14 +256,10 @@ def _functions_of(specs: Callable[..., Spec | tuple[Spec, ...]], shape: Shape) -
     return found
 
 
-_no_lse: dict[torch.device, Tensor] = {}
-
-
-def no_lse(device: torch.device) -> Tensor:
-    """[1, 1, 1] of ones: stands in where none is wanted, and for the scale of a cache that has none."""
-    if device not in _no_lse:
-        _no_lse[device] = torch.ones(1, 1, 1, dtype=torch.float32, device=device)
-    return _no_lse[device]
+@functools.cache
+def no_scale(device: torch.device) -> Tensor:
+    """[1]: one, which stands in for the scale of a cache that has none."""
+    return torch.ones(1, dtype=torch.float32, device=device)
 
 
 def _carved(base: Tensor, parts: Parts) -> tuple[Tensor, ...]:

@@ -181,7 +181,7 @@ def _prepare(q_nope: Any, q_pe: Any, latent: Any, k_pe: Any, weight: Any, kv_cac
         groups.append(launch.absorbed(shape, pages, 0, num_decode, 1, num_prefill, num_decode, flags, sm_scale))
     prepared = Prepared((batch, s, heads, sizes.value), torch.empty if contiguous else torch.zeros,
                         q_nope.get_device(), torch.cuda.device_count() > 1, batch > 1 and s > 1, kv_scale is not None,
-                        launch.no_lse(shape.device)[0, 0], tuple(groups))
+                        launch.no_scale(shape.device), tuple(groups))
     if prepared.flatten and out is not None and not out.is_contiguous():
         raise InvalidArgument(f"out with strides {tuple(out.stride())} for batch {batch} and s {s}",
                               supported="a contiguous out where batch and s are both more than 1",

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jitmla
+import jitmla.torch_ops_cached  # registers the ops
 from jitmla import events, workspace
 from jitmla.compat import trtllm
 from jitmla.errors import InvalidArgument
@@ -91,14 +92,15 @@ def test_drawn_problems(arguments, wide_v):
     check(cached_problem(**arguments, **{**DEEPSEEK, "value": 256 if wide_v else 128}, device="cuda"))
 
 
-@given(problems(), st.booleans())
+@given(problems(), st.booleans(), st.booleans(), st.integers(1, 4))
 @DRAWN
-def test_drawn_problems_in_the_mha_form(arguments, alone):
-    """alone: no sequence has a prefix, and the host says so."""
-    arguments["heads"] = 32
-    if alone:
-        arguments["prefill"] = [(0, new) for _, new in arguments["prefill"]]
-    check(cached_problem(**arguments, **MISTRAL, device="cuda"), form="mha", max_prefix=0 if alone else None)
+def test_drawn_problems_in_the_mha_form(arguments, alone, deepseek, longer):
+    """alone: no sequence has a prefix, and the host says so. longer: sequences of several blocks of mla_prefill."""
+    arguments["prefill"] = [(0 if alone else cached // longer, new * longer) for cached, new in arguments["prefill"]]
+    if not deepseek:
+        arguments["heads"] = 32
+    check(cached_problem(**arguments, **(DEEPSEEK if deepseek else MISTRAL), device="cuda"), form="mha",
+          max_prefix=0 if alone else None)
 
 
 POINTS = [dict(prefill=[(0, 150), (77, 200), (0, 0), (300, 31)], decode=[9, 400]),
@@ -156,20 +158,20 @@ def test_many_tokens_go_in_several_launches(monkeypatch, form):
     op._prepared.clear()
 
 
-def test_offsets_pass_32_bits():
+@pytest.mark.parametrize("form", ["absorbed", "mha"])
+def test_offsets_pass_32_bits(form):
     """Slot 27 of 262144 tokens of width 320: its last row is 4.7 GB behind the first one, and beyond 2^31 elements."""
     length, slots = 262144, 28
     cache = torch.empty(slots, length, 320, dtype=torch.bfloat16, device="cuda")
     small = cached_problem([(40, 9)], [63, 20], heads=32, max_seq_len=64, spare_slots=0, **MISTRAL, device="cuda")
     where = {slot: new for slot, new in zip((s for _, _, s, _ in small.sequences), (27, 26, 25), strict=True)}
-    shift = length - 64
     problem = small.again()
     for old, new in where.items():
         cache[new].fill_(float("nan"))
         cache[new, :64] = problem.before[old]
     object.__setattr__(problem, "kv_cache", cache)
     problem.metadata["slot_idx"][:3] = torch.tensor([where[s] for _, _, s, _ in small.sequences], dtype=torch.int32)
-    out = call(problem)
+    out = call(problem, form=form)
     view = small.again()
     for old, new in where.items():
         view.kv_cache[old] = cache[new, :64]
@@ -184,10 +186,10 @@ def test_offsets_pass_32_bits():
     last.latent.copy_(rows[None, :, :256])
     last.k_pe.copy_(rows[None, None, :, 256:])
     cache[27, -1] = float("nan")
-    got = call(last)[0, 0].double()
+    got = call(last, form=form)[0, 0].double()
     exact = torch.einsum("r,hvr->hv", rows[0, :256].double(), last.weight.double().view(32, 192, 256)[:, 64:])
     assert float((got - exact).norm() / exact.norm()) < 1e-2
-    assert torch.equal(cache[27, -1], rows[0]) and shift
+    assert torch.equal(cache[27, -1], rows[0])
 
 
 @pytest.mark.parametrize("form", ["absorbed", "mha"])
@@ -208,6 +210,30 @@ def test_no_call_waits_for_the_device(form):
                                                 m["cu_seqlen"], problem.kv_cache, problem.sm_scale, 256)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("form", ["absorbed", "mha"])
+def test_schemas_and_compiled_calls(form):
+    """opcheck with the kernels; compiled, what reads the cache behind the call sees its rows; all is bitwise eager."""
+    problem = cached_problem([(5, 30), (0, 70)], [12, 63], heads=32, max_seq_len=128, tail=3, **MISTRAL, device="cuda")
+    problem.kv_cache.nan_to_num_(), problem.before.nan_to_num_()
+    for x in problem.args[:4]:
+        x.nan_to_num_()
+    inputs = (*problem.args, *problem.metadata.values(), *problem.counts.values(), problem.sm_scale, None, None, form,
+              "auto")
+    torch.library.opcheck(torch.ops.jitmla.cached_mla, inputs, test_utils=("test_schema", "test_faketensor"))
+
+    def layer(q_nope, kv_cache):
+        out = jitmla.cached_mla(q_nope * 1.0, *problem.args[1:5], kv_cache, **problem.kwargs, form=form)
+        return out * 2, kv_cache.float().sum(-1)
+
+    found = []
+    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        cache = problem.before.clone()
+        with torch.inference_mode():
+            found.append((*call(problem.q_nope, cache), cache))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert not torch.equal(found[0][2], problem.before)
 
 
 def test_one_graph_for_all_metadata():
