@@ -168,7 +168,7 @@ def _topk_best(variants: tuple[str, ...], *, rows: int, columns: int, sms: int) 
 class DecodeCost(NamedTuple):
     """What a variant with row tiles of `rows` takes, in us: `fixed`, `block` for each block of a CTA unless the memory
     takes longer, `split` where pieces of a request have to be combined, `many` from MANY pieces of one on, and `more`
-    where a CTA has more than one request."""
+    where a CTA has more than one request. bytes: of an element of the cache."""
 
     rows: int
     block: float
@@ -176,6 +176,7 @@ class DecodeCost(NamedTuple):
     split: float
     many: float
     more: float
+    bytes: int = 2
 
 
 DECODE = {
@@ -196,11 +197,23 @@ DECODE = {
     "sm90_relay/r32_fives5_gather": DecodeCost(32, 1.00, 6.5, 2.6, 2.7, 1.0),
     "sm90_swap/r16_fives5_gather": DecodeCost(16, 0.75, 6.65, 1.75, 1.5, 1.0),
     "sm90_swap/r8_fives5_gather": DecodeCost(8, 0.73, 6.4, 1.75, 1.5, 1.0),
+    "sm90_fp8/e4m3_64": DecodeCost(64, 1.3, 16.0, 0.0, 0.0, 0.0, 1),
+    "sm90_fp8/e4m3_32": DecodeCost(32, 0.95, 11.0, 0.0, 0.0, 0.0, 1),
+    "sm90_fp8/e4m3_16": DecodeCost(16, 0.71, 9.5, 0.0, 0.0, 0.0, 1),
+    "sm90_fp8/half_64": DecodeCost(64, 1.86, 19.2, 0.0, 0.0, 0.0, 1),
+    "sm90_fp8/half_32": DecodeCost(32, 1.38, 12.8, 0.0, 0.0, 0.0, 1),
+    "sm90_fp8/half_16": DecodeCost(16, 1.0, 9.7, 0.0, 0.0, 0.0, 1),
+    "sm90_fp8/e4m3_64_256": DecodeCost(64, 0.93, 12.6, 0.0, 0.0, 0.0, 1),
+    "sm90_fp8/e4m3_32_256": DecodeCost(32, 0.62, 10.0, 0.0, 0.0, 0.0, 1),
+    "sm90_fp8/e4m3_16_256": DecodeCost(16, 0.49, 8.4, 0.0, 0.0, 0.0, 1),
+    "sm90_fp8/half_64_256": DecodeCost(64, 1.20, 13.7, 0.0, 0.0, 0.0, 1),
+    "sm90_fp8/half_32_256": DecodeCost(32, 0.88, 10.7, 0.0, 0.0, 0.0, 1),
+    "sm90_fp8/half_16_256": DecodeCost(16, 0.61, 9.3, 0.0, 0.0, 0.0, 1),
 }
 SEESAW_256 = DecodeCost(64, 1.20, 9.1, 3.2, 4.9, 0.3)  # a variant of both latent sizes
 MANY = 16  # sm90_swap then has warps that share what they combine
 EVEN = 4.0  # us: of an even split, where a CTA has pieces of two requests
-WIDE_BYTES, NARROW_BYTES = 64 * 576 * 2, 64 * 320 * 2  # of a block
+WIDE_BLOCK, NARROW_BLOCK = 64 * 576, 64 * 320  # elements
 CACHE_BYTES_PER_US = 4.55e6  # bytes of a cache per us, at most
 
 
@@ -214,7 +227,7 @@ def _decode_best(variants: tuple[str, ...], *, rows: int, batch: int, tokens: in
     for: more row tiles leave fewer parts to combine, but each of them reads every block."""
     if len(variants) == 1 or _decode_among(variants) != variants:
         return variants[0], "the first in the card"
-    narrow = any("_fives" in v for v in variants)
+    narrow = any("_fives" in v or v.endswith("_256") for v in variants)
     times = {v: decode_us(v, rows, batch, tokens, sms, narrow) for v in variants}
     ranked = sorted(times, key=times.__getitem__)
     return ranked[0], f"estimated us with {tokens} tokens: " + ", ".join(f"{v} {times[v]:.1f}" for v in ranked)
@@ -232,7 +245,7 @@ def decode_us(variant: str, rows: int, batch: int, tokens: int, sms: int, narrow
         cost = SEESAW_256
     launch = schedule.launch_args(rows, batch, sms, tile_rows=schedule.unusual_tile(rows, cost.rows))
     share = schedule.equal_share(launch, batch, tokens)
-    block = max(cost.block, share.busy * (NARROW_BYTES if narrow else WIDE_BYTES) / CACHE_BYTES_PER_US)
+    block = max(cost.block, share.busy * (NARROW_BLOCK if narrow else WIDE_BLOCK) * cost.bytes / CACHE_BYTES_PER_US)
     combine = 0.0 if share.pieces == 1 else cost.many if share.pieces >= MANY else cost.split
     others = cost.more * (share.requests > 1) + EVEN * share.even
     return cost.fixed + combine + others + share.blocks * block

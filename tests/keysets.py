@@ -146,13 +146,17 @@ def _pairs_of_rows() -> list[tuple[int, ...]]:
 
 def decode_wanted(choice: Choice) -> bool:
     """The usual Choice of each Spec, and of the usual working points all that calls can get."""
-    return (choice.template.backend != "sm90" or choice.spec["kv_dtype"] == "e4m3" or _usual(choice.spec)
+    return (choice.template.backend != "sm90" or _usual(choice.spec)
             or choice.name == registry.choose(choice.spec).name)
 
 
 def _usual(spec: Spec) -> bool:
-    usual = ("bf16", 512, 64), ("bf16", 512, 0), ("bf16", 256, 64)
-    return tuple(spec[f] for f in ("dtype", "kv_lora_rank", "page_size")) in usual
+    """Over an e4m3 cache: of the rows that have all variants."""
+    if spec["kv_dtype"] == "e4m3":
+        return (spec["dtype"] in ("bf16", "e4m3") and spec["kv_lora_rank"] == 512 and spec["page_size"] in (0, 64)
+                and spec["rows"] == 512)
+    return (spec["dtype"], spec["kv_lora_rank"], spec["page_size"]) in (
+        ("bf16", 512, 64), ("bf16", 512, 0), ("bf16", 256, 64))
 
 
 def decode_tunings() -> list[dict[str, Any]]:
@@ -171,13 +175,15 @@ E4M3_DTYPES = ("e4m3", "bf16", "fp16")
 E4M3 = [e4m3(dtype, 512, 64, rows, causal) for dtype in ("e4m3", "bf16") for rows in ROWS for causal in CAUSAL] + [
     e4m3(E4M3_DTYPES[i % 3], LATENTS[i // 2 % 2], PAGES[1 + i % 3], ROWS[1 + i % 4], CAUSAL[i // 3 % 2])
     for i in range(12)] + [
-    e4m3(dtype, 256, 64, rows, rows != 32) for dtype in ("e4m3", "bf16") for rows in (16, 32, 64)]
+    e4m3(dtype, 256, 64, rows, rows != 32) for dtype in ("e4m3", "bf16") for rows in (16, 32, 64)] + [
+    e4m3("e4m3", 512, 0, 16, False), e4m3("e4m3", 512, 0, 512, False), e4m3("e4m3", 256, 0, 32, True),
+    e4m3("bf16", 512, 0, 512, True), e4m3("bf16", 256, 0, 16, False), e4m3("fp16", 512, 0, 64, False)]
 
 
 def product() -> list[Spec]:
     """Every Spec that the shipped cards serve with an sm90 template."""
     return [*(spec(*values) for values in itertools.product(DTYPES, LATENTS, (*PAGES, 0), ROWS, CAUSAL)),
-            *(e4m3(*values) for values in itertools.product(E4M3_DTYPES, LATENTS, PAGES, ROWS, CAUSAL))]
+            *(e4m3(*values) for values in itertools.product(E4M3_DTYPES, LATENTS, (*PAGES, 0), ROWS, CAUSAL))]
 
 
 def portable(arch: str, dtype: str, kv_dtype: str, latent: int, rope: int, page: int, rows: int, causal: bool,
@@ -190,13 +196,15 @@ PORTABLE_ON_GPU = [  # what tests/kernels/test_mla_decode_portable.py runs
     portable(ARCH, "bf16", "bf16", 512, 32, 0, 16, False), portable(ARCH, "bf16", "bf16", 512, 16, 0, 32, False),
     portable(ARCH, "bf16", "bf16", 512, 32, 0, 512, True), portable(ARCH, "fp16", "fp16", 256, 32, 0, 8, False),
     portable(ARCH, "fp16", "fp16", 128, 16, 0, 16, True), portable(ARCH, "bf16", "bf16", 64, 0, 0, 512, False),
-    portable(ARCH, "bf16", "bf16", 256, 32, 0, 64, True), portable(ARCH, "bf16", "e4m3", 512, 64, 0, 16, False),
-    portable(ARCH, "fp16", "e4m3", 128, 0, 0, 32, True), portable(ARCH, "e4m3", "e4m3", 512, 64, 0, 512, True),
+    portable(ARCH, "bf16", "bf16", 256, 32, 0, 64, True), portable(ARCH, "bf16", "e4m3", 512, 32, 0, 16, False),
+    portable(ARCH, "fp16", "e4m3", 128, 0, 0, 32, True), portable(ARCH, "e4m3", "e4m3", 512, 32, 0, 512, True),
     portable(ARCH, "bf16", "bf16", 512, 64, 64, 32, True, compact=True),
     portable(ARCH, "bf16", "bf16", 512, 64, 64, 16, False, batch_invariant=True),
     *(portable(ARCH, "fp16", "fp16", 512, 64, page, rows, rows > 16, split_cache=True)
       for page, rows in ((0, 16), (0, 64), (0, 512), (16, 512))),
     portable(ARCH, "bf16", "e4m3", 512, 64, 16, 512, True, compact=True, batch_invariant=True),
+    portable(ARCH, "e4m3", "e4m3", 512, 64, 64, 64, True, compact=True),
+    portable(ARCH, "e4m3", "e4m3", 64, 16, 64, 8, False, batch_invariant=True),
 ]
 PORTABLE_ELSEWHERE = [  # compiled by every run of the tests
     portable("sm_80", "bf16", "bf16", 512, 64, 32, 512, True),

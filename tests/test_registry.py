@@ -184,14 +184,11 @@ def test_rows_that_are_picked_by_call(op):
 
 
 def test_rows_of_mla_decode_that_are_picked_by_call():
-    """All of Hopper's that serve the Spec where the rule knows what they cost, else the first."""
+    """All of Hopper's that serve the Spec."""
     for wanted in product():
         found = registry.choices(wanted)
         assert found[0] == choose(wanted) and {c.template.backend for c in found} == {"sm90"}
-        if wanted["kv_dtype"] == "e4m3":
-            assert len(found) == 1
-        else:
-            assert found == registry.candidates(wanted, "sm90")
+        assert found == registry.candidates(wanted, "sm90")
     assert any(len(registry.choices(s)) == 4 for s in product())
 
 

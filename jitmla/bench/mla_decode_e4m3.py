@@ -26,7 +26,7 @@ Calls = dict[str, Callable[[], Tensor]]
 def problems_of(case: DecodeCase) -> tuple[Problem, Featured]:
     """The problem before it is rounded to e4m3, and after."""
     plain = mla_decode_problem(case.lengths(), heads=case.heads, s_q=case.s_q, page_size=case.page_size, device="cuda",
-                               poison=False, extra_table=0)
+                               kv_lora_rank=case.kv_lora_rank, poison=False, extra_table=0)
     return plain, featured(plain, kv="e4m3", q="e4m3" if case.dtype == "e4m3" else "plain", scales=(0.02, 0.02))
 
 
@@ -55,6 +55,8 @@ def _flashmla(problems: Any) -> Callable[[], Tensor] | str:
     q, cache, table, seq_lens = rounded.args
     if "q_descale" not in rounded.kwargs:
         return "e4m3 queries only"
+    if cache.shape[1] != 64 or plain.kv_lora_rank != 512:
+        return "latent 512 and pages of 64 only"
     ops = importlib.import_module("torch").ops._flashmla_extension_C
     scales = [rounded.kwargs[name] for name in ("q_descale", "kv_descale")]
     table, cache = table.contiguous(), cache.unsqueeze(2)

@@ -181,8 +181,22 @@ def absorbed_prefill(shape: Shape, pages: Pages, num_prefill: int, tokens: int, 
             for tile0 in range(0, tiles, most)]
 
 
+_absorbed = dispatch.Remembered()
+
+
 def absorbed(shape: Shape, pages: Pages, tile0: int, tiles: int, tile: int, first: int, sequences: int, flags: int,
              sm_scale: float) -> Absorbed:
+    """The launches for so many tiles: the same for calls that differ in their tokens alone."""
+    shape = shape._replace(sizes=shape.sizes._replace(tokens=0))
+    at = shape, pages.size, tile0, tiles, tile, first, sequences, flags
+    found = _absorbed.get(at)
+    if found is None:
+        found = _absorbed[at] = _absorbed_anew(shape, pages, tile0, tiles, tile, first, sequences, flags, sm_scale)
+    return found
+
+
+def _absorbed_anew(shape: Shape, pages: Pages, tile0: int, tiles: int, tile: int, first: int, sequences: int,
+                   flags: int, sm_scale: float) -> Absorbed:
     sizes = shape.sizes
     absorb, project = _functions_of(cached_mla_specs, shape)
     rows = (tiles, tile, sizes.heads)

@@ -4,10 +4,13 @@
     gather   page size 0, which stands for any and is known at launch (single rows, odd sizes, a page per request): the
              four warps of a warpgroup, cp.async of 16 bytes to where the TMA would put them
 
-Gather: thread (w, lane) has the 16-byte column lane % 8 of a tile and the tokens 16 p + 4 w + lane / 8 of a block. The
-page numbers of the next block are on their way while this one is issued. Tokens behind the end of a request are zeros
-(cp.async that reads nothing), so nobody has to clear them. What cp.async writes, wgmma sees behind a
-`fence_view_async_shared` of whoever waited for full[slot], see `wait_slot`.
+Elements of 16 or 8 bits: a row of a tile is 128 or 64 bytes.
+
+Gather: with n = 8 or 4 columns of 16 bytes in a row of a tile, thread (w, lane) has the column lane % n and of every
+128 / n tokens of a block the one number (32 w + lane) / n. The page numbers of the next block are on their way while
+this one is issued. Tokens behind the end of a request are zeros (cp.async that reads nothing), so nobody has to clear
+them. What cp.async writes, wgmma sees behind a `fence_view_async_shared` of whoever waited for full[slot], see
+`wait_slot`.
 
 The ring's barriers: `arrivals` at full[slot]; whoever reads a slot arrives at empty[slot].
 """
@@ -29,14 +32,15 @@ class KvProducer:
         """Blocks of (latent + rope) / 64 tiles of 64 x 64, slot_tiles of them in a slot, `slots` in the ring."""
         assert page_size in (0, 16, 32, 64, 128) and (latent + rope) // 64 % slot_tiles == 0
         self.dtype, self.page_size, self.slot_tiles, self.slots = dtype, page_size, slot_tiles, slots
+        self.row_bytes = 64 * dtype.width // 8  # of a tile
         self.tiles = (latent + rope) // 64
         self.per_block = self.tiles // slot_tiles  # slots
-        self.slot_bytes = 64 * 64 * 2 * slot_tiles
+        self.slot_bytes = 64 * self.row_bytes * slot_tiles
         self.gather = page_size == 0
         self.warps, self.arrivals = (4, 128) if self.gather else (1, 1)
         self.boxes = 1 if self.gather else 64 // min(page_size, 64)  # of a slot: pages of a block
         # measured: evict-first is better up to about 300 MB in a batch, normal beyond, unless several CTAs read a block
-        self.first_blocks = 4096 * 576 // (latent + rope)
+        self.first_blocks = 128 * 4096 * 576 // (self.row_bytes * (latent + rope))
 
     # -------------------------------------------------------------------------------------------- host
     @cute.jit
@@ -138,10 +142,10 @@ class KvProducer:
 
     @cute.jit
     def page_numbers(self, rPage, table, req, rEntry, token, seqlen):
-        """The pages of this thread's four tokens of a block, the first of which is `token`; -1 behind the end."""
-        for p in cutlass.range_constexpr(4):
+        """The pages of this thread's tokens of a block, the first of which is `token`; -1 behind the end."""
+        for p in cutlass.range_constexpr(cute.size(rPage)):
             rPage[p] = Int32(-1)
-            if token + 16 * p < seqlen:
+            if token + 64 // cute.size(rPage) * p < seqlen:
                 rPage[p] = table[req, rEntry[p]]
 
     @cute.jit
@@ -149,19 +153,23 @@ class KvProducer:
         """Loops are rolled up and a division is made once a request: all of this code is fetched from memory before the
         first row is."""
         policy = self.policy(c, several)
-        lane, sI, page_size = c.lane, c.sI, kv.shape[1]
-        row, chunk = w * 4 + lane // 8, lane % 8
-        group_bytes = 1024 * self.slot_tiles
-        to = c.sK.iterator.toint() + (row // 8) * group_bytes + (row % 8) * 128 + (chunk ^ (row % 8)) * 16
+        lane, sI, page_size, row_bytes = c.lane, c.sI, kv.shape[1], self.row_bytes
+        columns = row_bytes // 16
+        passes = columns // 2  # of so many tokens:
+        apart = 64 // passes
+        row, chunk = (w * 32 + lane) // columns, lane % columns
+        group_bytes = 8 * row_bytes * self.slot_tiles
+        swizzled = chunk ^ (row % 8 * columns // 8)
+        to = c.sK.iterator.toint() + (row // 8) * group_bytes + (row % 8) * row_bytes + swizzled * 16
         base = kv.iterator.toint() + chunk.to(Int64) * 16
-        page_stride, token_stride = kv.stride[0] * 2, kv.stride[1] * 2
-        pages16, tokens16 = 16 // page_size, 16 % page_size
-        pages64, tokens64 = 64 // page_size, 64 % page_size
-        rPage = cute.make_rmem_tensor((4,), Int32)
-        rEntry = cute.make_rmem_tensor((4,), Int32)  # of the block table, for each of the four tokens
-        rToken = cute.make_rmem_tensor((4,), Int32)  # of that page
-        rAt = cute.make_rmem_tensor((4,), Int64)
-        rSize = cute.make_rmem_tensor((4,), Int32)
+        page_stride, token_stride = kv.stride[0] * (row_bytes // 64), kv.stride[1] * (row_bytes // 64)
+        pass_pages, pass_tokens = apart // page_size, apart % page_size
+        block_pages, block_tokens = 64 // page_size, 64 % page_size
+        rPage = cute.make_rmem_tensor((passes,), Int32)
+        rEntry = cute.make_rmem_tensor((passes,), Int32)  # of the block table, for each of this thread's tokens
+        rToken = cute.make_rmem_tensor((passes,), Int32)  # of that page
+        rAt = cute.make_rmem_tensor((passes,), Int64)
+        rSize = cute.make_rmem_tensor((passes,), Int32)
         slot = Int32(0)
         phase = Int32(1)
         phase_q = Int32(0)
@@ -170,29 +178,34 @@ class KvProducer:
             token = b0 * 64 + row
             entry = token // page_size
             within = token - entry * page_size
-            for p in cutlass.range_constexpr(4):
+            for p in cutlass.range_constexpr(passes):
                 rEntry[p], rToken[p] = entry, within
-                entry, within = self.further(entry, within, pages16, tokens16, page_size)
+                entry, within = self.further(entry, within, pass_pages, pass_tokens, page_size)
             self.page_numbers(rPage, table, req, rEntry, token, seqlen)
             if w == 0 and req == sI[0]:
                 self.load_q(c, req)
             for j in cutlass.range(b0, b1, unroll=1):
-                for p in cutlass.range_constexpr(4):
+                for p in cutlass.range_constexpr(passes):
                     rSize[p] = Int32(16) if rPage[p] >= 0 else Int32(0)
                     page = cutlass.max(rPage[p], 0).to(Int64)
                     rAt[p] = base + page * page_stride + rToken[p].to(Int64) * token_stride
-                    rEntry[p], rToken[p] = self.further(rEntry[p], rToken[p], pages64, tokens64, page_size)
+                    rEntry[p], rToken[p] = self.further(rEntry[p], rToken[p], block_pages, block_tokens, page_size)
                 if j + 1 < b1:
                     self.page_numbers(rPage, table, req, rEntry, j * 64 + 64 + row, seqlen)
                 for _ in cutlass.range(self.per_block, unroll=1):
                     cute.arch.mbarrier_wait(c.empty + slot, phase)
                     at_slot = to + slot * self.slot_bytes
-                    for p in cutlass.range_constexpr(4):
+                    for p in cutlass.range_constexpr(passes):
                         for x in cutlass.range_constexpr(self.slot_tiles):
                             copy_async16(
-                                at_slot, 2 * p * group_bytes + 1024 * x, rAt[p], x * 128, rSize[p], policy
-                            )  # fmt: skip
-                        rAt[p] = rAt[p] + self.slot_tiles * 128
+                                at_slot,
+                                apart // 8 * p * group_bytes + 8 * row_bytes * x,
+                                rAt[p],
+                                x * row_bytes,
+                                rSize[p],
+                                policy,
+                            )
+                        rAt[p] = rAt[p] + self.slot_tiles * row_bytes
                     cute.arch.cp_async_mbarrier_arrive_noinc(c.full + slot)
                     slot, phase = self.next_slot(slot, phase)
                 if j == b0 and w == 0 and req != sI[0]:

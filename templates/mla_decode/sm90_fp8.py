@@ -11,16 +11,17 @@ memory. A fragment row g is then column 2 g of the 16 of its warp and row g + 8 
 O^T have to know. P stays in fp16, so the only rounding that e4m3 brings is that of the inputs.
 
 Keys in registers (16-bit queries) are read the same way without transposition: a thread gets 4 neighbouring columns
-where a fragment has 2 and 2, and Q^T is stored with its columns in that order (permuted in each 16). A bf16 Q goes to
-fp16 times a power of two that brings its largest element to [2^14, 2^15).
+where a fragment has 2 and 2, and Q^T has its columns in that order (permuted in each 16, in its place, when the TMA has
+brought it). A bf16 Q goes to fp16 times a power of two that brings its largest element to [2^14, 2^15).
 
 Tiling. One CTA per part (mla_split.py) and row tile of ROWS query rows; it walks over 64-token blocks, whatever the
-page size. SLOT_TILES tiles of 64 x 64 are one slot of the ring (mla_ring.py), a block is (LATENT + ROPE) / 64 /
-SLOT_TILES slots.
+page size (kv_producer.py). SLOT_TILES tiles of 64 x 64 are one slot of the ring (mla_ring.py), a block is
+(LATENT + ROPE) / 64 / SLOT_TILES slots.
 
 Pipeline. 512 threads. Warpgroup 0 has the scores and the statistics, warpgroups 1 and 2 every other pair of 64-column
-tiles of O^T, complete for all blocks: nothing is merged at the end. One warp of the last warpgroup issues the TMA and
-runs ahead, also into the next request. P has two buffers: the softmax of a block goes on beside the product before it.
+tiles of O^T, complete for all blocks: nothing is merged at the end. One warp of the last warpgroup issues the TMA (or
+all four gather rows) and runs ahead, also into the next request. P has two buffers: the softmax of a block goes on
+beside the product before it.
 
     TMA warp         load b0 | load b1 | load b2 | ...           waits empty[slot], arms full[slot]
     warpgroup 0      S(b0) P(b0) | S(b1) P(b1) | S(b2) ...       waits full[slot], p_free[b % 2]; arrives at p_full
@@ -37,12 +38,11 @@ The exponents are relative to a reference: the maximum of the scores when it was
 score exceeds it by more than SLACK (in log2 units). P is then at most 2^SLACK, the result is the same, and nearly all
 blocks do without a reduction over the tokens and without scaling O^T.
 
-Page ids are read only for pages that hold tokens (j < ceil(L / PAGE_SIZE)): the boxes behind the end of a request
-repeat its last page, and for a request of length 0 they lie outside the tensor map and are filled with zeros. Rows
-behind the end are masked in S and cleared in shared memory for V^T (0 * NaN).
+Rows behind the end of a request are whatever its last page holds: they are masked in S and cleared in shared memory for
+V^T (0 * NaN). A gather brings zeros there.
 
-Cannot: page sizes other than 16, 32, 64, 128; sm_scale <= 0 (the maximum is taken before scaling); scales that are not
-one number for the tensor; a ROPE width other than 64.
+Cannot: sm_scale <= 0 (the maximum is taken before scaling); scales that are not one number for the tensor; a ROPE
+width other than 64.
 """
 
 # --- constants: replaced when rendered ---
@@ -57,6 +57,7 @@ RING = 14
 # --- end of constants ---
 
 from types import SimpleNamespace
+from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -65,11 +66,12 @@ from cutlass import BFloat16, Float8E4M3FN, Float16, Float32, Int32, Int64, cons
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
+from common.kv_producer import KvProducer
 from common.mla_arguments import mla_decode_arguments
 from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
-from common.mla_ring import grouped_pages, packed_rows, page_of_box, ring_box, ring_boxes, ring_layout
-from common.mla_split import interval, n_blocks, partials, sharing, touch_table
-from common.sm90 import EVICT_FIRST, EVICT_NORMAL, INF, LOG2E, cutlass_dtype, ex2, row_strides, smem_atom, swz
+from common.mla_ring import packed_rows, ring_layout
+from common.mla_split import partials, piece_of, store_interval, store_sharing, touch_table
+from common.sm90 import INF, LOG2E, cutlass_dtype, ex2, row_strides, smem_atom, swz
 from common.sm90_e4m3 import (
     HAS_KV_DESCALE,
     HAS_Q_DESCALE,
@@ -92,23 +94,20 @@ V_TILES = LATENT // 64
 SLOTS = TILES // SLOT_TILES  # per block
 GROUP_BYTES = 8 * 64 * SLOT_TILES  # 8 tokens of a slot
 SLOT_BYTES = 8 * GROUP_BYTES
-BOXES = BLOCK // min(PAGE_SIZE, BLOCK)  # TMA boxes per slot: pages per block
-BOX_GROUPS = 8 // BOXES  # 8-token groups per box
 Q_BOX = 4  # tiles of a Q box
 COLS = ROWS // 4  # query rows per thread of S^T and O^T
 ACC = 2 * COLS  # accumulators of a thread per tile
-FIRST_BLOCKS = 8192 * 576 // WIDTH  # evict-first for batches up to about 300 MB, as the 16-bit kernels
 BAR_SCORES, BAR_END, BAR_QUERY = 1, 2, 3  # named barriers: warpgroup 0; 1 and 2; those of the scores
 HELPER = not E4M3_QUERY and ROWS == 16  # one warpgroup alone would convert keys more slowly than the memory brings them
 SCORERS = 2 if HELPER else 1  # warpgroups
 THREADS = 512 + 128 * (SCORERS - 1)
 # per thread; all warpgroups together have what the launch gave them, 128 x 512 or 96 x 640
 if HELPER:
-    VALUE_REGS, SCORE_REGS, TMA_REGS = 112, 112, 32
-elif ROWS < 64:
-    VALUE_REGS, SCORE_REGS, TMA_REGS = 160, 160, 32
+    VALUE_REGS, SCORE_REGS, PRODUCER_REGS = (112, 112, 32) if PAGE_SIZE > 0 else (104, 104, 64)
+elif ROWS < 64 or LATENT == 256:
+    VALUE_REGS, SCORE_REGS, PRODUCER_REGS = (160, 160, 32) if PAGE_SIZE > 0 else (152, 144, 64)
 else:
-    VALUE_REGS, SCORE_REGS, TMA_REGS = 184, 120, 24
+    VALUE_REGS, SCORE_REGS, PRODUCER_REGS = (184, 120, 24) if PAGE_SIZE > 0 else (184, 104, 40)
 K_STEPS = 2  # of an operand that is converted at once: 32 columns of keys, 32 tokens of values
 FRAGMENTS = 3  # of that size in registers
 AHEAD = 1 if ROWS == 64 else 2 * SLOT_TILES  # so many pieces of keys are read before they are converted
@@ -118,8 +117,8 @@ SHARE = KEY_PIECES // 3 if HELPER else KEY_PIECES  # those of warpgroup 0, which
 M_INIT = -1.0e30  # finite: -inf - maximum is never NaN
 SLACK = 14.0  # P up to 2^14: fp16 holds 2^15
 
-assert ROWS in (16, 32, 64) and PAGE_SIZE in (16, 32, 64, 128) and ROPE == 64 and LATENT in (256, 512)
-assert TILES % SLOT_TILES == 0 and RING >= 2 * SLOTS
+assert ROWS in (16, 32, 64) and ROPE == 64 and LATENT in (256, 512)
+assert RING >= 2 * SLOTS
 OWN_TILES = V_TILES // 2  # of each of the warpgroups 1 and 2
 
 
@@ -173,7 +172,7 @@ COMBINE = MlaCombine(LATENT, "bf16" if E4M3_QUERY else DTYPE, partial_column, Tr
 assert COMBINE.area_floats() * 4 <= RING * SLOT_BYTES + 2 * ROWS * BLOCK * 2  # the ring and P
 
 
-class MlaDecode:
+class MlaDecode(KvProducer):
     # ---------------------------------------------------------------- host
     @cute.jit
     def __call__(
@@ -217,16 +216,9 @@ class MlaDecode:
 
         g2s = cpasync.CopyBulkTensorTileG2SOp()
         mQ, mQpe = packed_rows(q, Int32(0), V_TILES), packed_rows(q_pe, pe_offset, 1)
-        tma_q, tma_pe = None, None
-        if const_expr(E4M3_QUERY):
-            tma_q, mQ = cpasync.make_tiled_tma_atom(g2s, mQ, rows_stack(Q_BOX), (ROWS, 64, Q_BOX))
-            tma_pe, mQpe = cpasync.make_tiled_tma_atom(g2s, mQpe, rows_stack(1), (ROWS, 64, 1))
-        tma_k, mK = cpasync.make_tiled_tma_atom(
-            g2s,
-            grouped_pages(kv_cache, PAGE_SIZE, TILES),
-            ring_box(Float8E4M3FN, SLOT_TILES, BOXES),
-            (8, BOX_GROUPS, 64, SLOT_TILES),
-        )
+        tma_q, mQ = cpasync.make_tiled_tma_atom(g2s, mQ, rows_stack(Q_BOX), (ROWS, 64, Q_BOX))
+        tma_pe, mQpe = cpasync.make_tiled_tma_atom(g2s, mQpe, rows_stack(1), (ROWS, 64, 1))
+        tma_k, mK = self.kv_source(kv_cache)
 
         def mma(dtype, source):
             major = OperandMajorMode.K
@@ -278,11 +270,11 @@ class MlaDecode:
     @cute.kernel
     def kernel(
         self,
-        tma_q,
+        tma_q: cute.CopyAtom,
         mQ: cute.Tensor,
-        tma_pe,
+        tma_pe: cute.CopyAtom,
         mQpe: cute.Tensor,
-        tma_k: cute.CopyAtom,
+        tma_k: Optional[cute.CopyAtom],
         mK: cute.Tensor,
         table: cute.Tensor,
         seqlens: cute.Tensor,
@@ -337,6 +329,7 @@ class MlaDecode:
         sPart = None  # the helper's part of the scores: 4 values, thread, quarter of its accumulators, buffer
         if const_expr(HELPER):
             sPart = smem.allocate_tensor(Float32, cute.make_layout((4, 128, ACC // 4, 2)), 16)
+        sScale = smem.allocate_tensor(Float32, cute.make_layout(2), 8)  # of logits and values: no registers are left
         sI = smem.allocate_tensor(Int32, cute.make_layout(6), 16)  # what mla_split.interval returned
         sShare = smem.allocate_tensor(Int32, cute.make_layout(6), 16)  # what mla_split.sharing returned, r0, r1
         full = smem.allocate_array(Int64, RING)
@@ -350,14 +343,14 @@ class MlaDecode:
         q_free = smem.allocate_array(Int64, 1)
 
         if warp_idx == 12:
-            cpasync.prefetch_descriptor(tma_k)
-            if const_expr(E4M3_QUERY):
-                cpasync.prefetch_descriptor(tma_q)
-                cpasync.prefetch_descriptor(tma_pe)
+            if const_expr(not self.gather):
+                cpasync.prefetch_descriptor(tma_k)
+            cpasync.prefetch_descriptor(tma_q)
+            cpasync.prefetch_descriptor(tma_pe)
         if warp_idx == 0:
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(RING):
-                    cute.arch.mbarrier_init(full + i, 1)
+                    cute.arch.mbarrier_init(full + i, self.arrivals)
                     cute.arch.mbarrier_init(empty + i, 8)
                 for i in cutlass.range_constexpr(2):
                     cute.arch.mbarrier_init(p_full + i, 4)
@@ -366,37 +359,32 @@ class MlaDecode:
                     cute.arch.mbarrier_init(s_full + i, 4)
                     cute.arch.mbarrier_init(s_free + i, 4)
                 cute.arch.mbarrier_init(q_full, 1)
-                cute.arch.mbarrier_init(q_free, 4)
+                cute.arch.mbarrier_init(q_free, 4 * SCORERS)
             cute.arch.mbarrier_init_fence()
 
         one = cute.make_layout(1)
         q_tiles = cute.local_tile(sQ, (ROWS, 64), (0, None))  # (row, column, tile)
         p_tiles = cute.local_tile(sP, (ROWS, BLOCK), (0, None))  # (row, token, buffer)
-        tQs, tQg, tPs, tPg = None, None, None, None
-        if const_expr(E4M3_QUERY):
-            tQs, tQg = cpasync.tma_partition(
-                tma_q,
-                0,
-                one,
-                cute.group_modes(cute.local_tile(q_tiles, (ROWS, 64, Q_BOX), (0, 0, None)), 0, 3),
-                cute.group_modes(cute.local_tile(mQ, (ROWS, 64, Q_BOX), (None, 0, None, None)), 0, 3),
-            )
-            tPs, tPg = cpasync.tma_partition(
-                tma_pe,
-                0,
-                one,
-                cute.group_modes(
-                    cute.local_tile(cute.domain_offset((0, 0, V_TILES), q_tiles), (ROWS, 64, 1), (0, 0, 0)), 0, 3
-                ),
-                cute.group_modes(cute.local_tile(mQpe, (ROWS, 64, 1), (None, 0, 0, None)), 0, 3),
-            )
-        tKs, tKg = cpasync.tma_partition(
-            tma_k,
+        # before it is converted
+        q_given = cute.make_tensor(cute.recast_ptr(sQ.iterator, swz(ROWS, WIDTH, SCORE).inner, QUERY), sQ.layout)
+        given_tiles = cute.local_tile(q_given, (ROWS, 64), (0, None))
+        tQs, tQg = cpasync.tma_partition(
+            tma_q,
             0,
             one,
-            cute.group_modes(cute.make_tensor(sK.iterator, ring_boxes(SLOT_TILES, BOXES, RING)), 0, 4),
-            cute.group_modes(cute.local_tile(mK, (8, BOX_GROUPS, 64, SLOT_TILES), (0, None, 0, None, None)), 0, 4),
+            cute.group_modes(cute.local_tile(given_tiles, (ROWS, 64, Q_BOX), (0, 0, None)), 0, 3),
+            cute.group_modes(cute.local_tile(mQ, (ROWS, 64, Q_BOX), (None, 0, None, None)), 0, 3),
         )
+        tPs, tPg = cpasync.tma_partition(
+            tma_pe,
+            0,
+            one,
+            cute.group_modes(
+                cute.local_tile(cute.domain_offset((0, 0, V_TILES), given_tiles), (ROWS, 64, 1), (0, 0, 0)), 0, 3
+            ),
+            cute.group_modes(cute.local_tile(mQpe, (ROWS, 64, 1), (None, 0, 0, None)), 0, 3),
+        )
+        tKs, tKg = self.kv_views(tma_k, mK, sK)
         qk = mma_qk.get_slice(t)
         pv = mma_pv.get_slice(t)
         # P^T leaves the registers transposed: the rows in memory are query rows
@@ -424,15 +412,16 @@ class MlaDecode:
             tma_k=tma_k,
             tKs=tKs,
             tKg=tKg,
+            sK=sK,
             ring=sK.iterator.toint(),
             sQ=sQ,
-            mQ=mQ,
-            mQpe=mQpe,
+            q_given=q_given,
             sX=sX,
             sPart=sPart,
             sM=sM,
             sFactor=sFactor,
             sInv=sInv,
+            sScale=sScale,
             sBack=sBack,
             sAbove=sAbove,
             sAgain=sAgain,
@@ -450,28 +439,22 @@ class MlaDecode:
             part=part,
             row_tile=row_tile,
             row0=row0,
-            rows=s_q * heads,
             lane=lane,
             t=t,
             w=warp_idx % 4,
         )
 
         if warp_idx == 13:
-            touch_table(table, seqlens, batch, part, parts_per_request, requests_per_part, PAGE_SIZE, lane)
+            touch_table(
+                table, seqlens, batch, part, parts_per_request, requests_per_part, PAGE_SIZE or mK.shape[1], lane
+            )
         # everything above overlaps the previous kernel's tail
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()  # all CTAs run: nobody can take the SM of one that others wait for
         if warp_idx == 12:
-            r0, r1, j0, j1, total, unit = interval(
-                seqlens, batch, part, parts, fixed, least, bias, parts_per_request, requests_per_part, lane
+            store_interval(
+                sI, seqlens, batch, part, parts, fixed, least, bias, parts_per_request, requests_per_part, lane
             )
-            if lane == 0:
-                sI[0] = r0
-                sI[1] = r1
-                sI[2] = j0
-                sI[3] = j1
-                sI[4] = total
-                sI[5] = unit
         if const_expr(CAUSAL):
             # not on tid: the compiler would not take the warps for converged, and move descriptors for every MMA
             if warp_idx < (ROWS + 31) // 32:
@@ -479,9 +462,9 @@ class MlaDecode:
                     sBack[tid] = cutlass.max(s_q - 1 - (row0 + tid) // heads, 0)
         cute.arch.sync_threads()
         if wg == 3:
-            cute.arch.setmaxregister_decrease(TMA_REGS)
-            if warp_idx == 12:
-                self.produce(c, table, pages, row_tiles)
+            cute.arch.setmaxregister_decrease(PRODUCER_REGS)
+            if warp_idx < 12 + self.warps:
+                self.fill(c, mK, table, seqlens, warp_idx - 12, pages, row_tiles > 1)
         elif wg == 4:
             if const_expr(HELPER):
                 cute.arch.setmaxregister_increase(SCORE_REGS)
@@ -501,14 +484,7 @@ class MlaDecode:
             cute.arch.setmaxregister_increase(VALUE_REGS)
             # while the first loads are under way; a branch on tid would make the compiler take the warps for diverged
             if warp_idx == 4:
-                p0, n, sharers, started = sharing(seqlens, part, parts_per_request, sI[5], sI[0], sI[1], sI[2], sI[3])
-                if lane == 0:
-                    sShare[0] = p0
-                    sShare[1] = n
-                    sShare[2] = sharers
-                    sShare[3] = started
-                    sShare[4] = sI[0]
-                    sShare[5] = sI[1]
+                store_sharing(sShare, sI, seqlens, part, parts_per_request, lane)
             self.values(c, wg - 1, mO, o_acc)
             # every load into the ring has been waited for; `sums` ordered what warpgroup 0 wrote to lse_acc
             area = cute.recast_ptr(sK.iterator, dtype=Float32)
@@ -518,100 +494,47 @@ class MlaDecode:
             )  # fmt: skip
 
     @cute.jit
-    def piece(self, c, req):
-        """(length, first block, end block, has it the whole request) of a request of this CTA."""
-        seqlen = c.seqlens[req]
-        blocks = n_blocks(seqlen)
-        b0 = c.sI[2] if req == c.sI[0] else Int32(0)
-        b1 = c.sI[3] if (req == c.sI[1] and c.sI[3] > 0) else blocks
-        return seqlen, b0, b1, b0 == 0 and b1 == blocks
-
-    @cute.jit
     def arrive(self, barrier):
         """One arrival of a warp, behind what its lanes have done."""
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(barrier)
 
-    # ------------------------------------------------------------ TMA warp
+    # ------------------------------------------------------------- queries
     @cute.jit
     def load_q(self, c, req):
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(c.q_full, ROWS * WIDTH)
+            cute.arch.mbarrier_arrive_and_expect_tx(c.q_full, ROWS * WIDTH * QUERY.width // 8)
         for i in cutlass.range_constexpr(V_TILES // Q_BOX):
             cute.copy(c.tma_q, c.tQg[None, c.row_tile, i, req], c.tQs[None, i], tma_bar_ptr=c.q_full)
         cute.copy(c.tma_pe, c.tPg[None, c.row_tile, req], c.tPs, tma_bar_ptr=c.q_full)
 
     @cute.jit
-    def produce(self, c, table, pages, row_tiles):
-        lane, sI = c.lane, c.sI
-        slot = Int32(0)
-        phase = Int32(1)
-        phase_q = Int32(0)
-        policy = Int64(EVICT_FIRST) if sI[4] <= FIRST_BLOCKS or row_tiles > 1 else Int64(EVICT_NORMAL)
-        for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
-            seqlen, b0, b1, _ = self.piece(c, req)
-            last = (seqlen + (PAGE_SIZE - 1)) // PAGE_SIZE - 1
-            page = page_of_box(table, req, b0, last, lane, pages, PAGE_SIZE)
-            if const_expr(E4M3_QUERY):
-                if req == sI[0]:
-                    self.load_q(c, req)
-            for j in cutlass.range(b0, b1, unroll=1):
-                following = page_of_box(table, req, cutlass.min(j + 1, b1 - 1), last, lane, pages, PAGE_SIZE)
-                box_pages = [page]
-                if const_expr(BOXES > 1):
-                    box_pages = [cute.arch.shuffle_sync(page, offset=u) for u in range(BOXES)]
-                part_of_page = j % (PAGE_SIZE // BLOCK) if const_expr(PAGE_SIZE > BLOCK) else 0
-                for i in cutlass.range_constexpr(SLOTS):
-                    full = c.full + slot
-                    cute.arch.mbarrier_wait(c.empty + slot, phase)
-                    with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive_and_expect_tx(full, SLOT_BYTES)
-                    for u in cutlass.range_constexpr(BOXES):
-                        cute.copy(
-                            c.tma_k,
-                            c.tKg[None, part_of_page, i, box_pages[u]],
-                            c.tKs[None, u, slot],
-                            tma_bar_ptr=full,
-                            cache_policy=policy,
-                        )
-                    slot = slot + 1
-                    phase = phase ^ 1 if slot == RING else phase
-                    slot = Int32(0) if slot == RING else slot
-                page = following
-                if const_expr(E4M3_QUERY):
-                    if j == b0 and req != sI[0]:
-                        cute.arch.mbarrier_wait(c.q_free, phase_q)  # the last scores of the previous request are there
-                        phase_q = phase_q ^ 1
-                        self.load_q(c, req)
+    def free_q(self, c):
+        """By each warp that has scores, behind the last ones of a request."""
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(c.q_free)
 
-    # -------------------------------------------------------------- queries of 16 bits
     @cute.jit
-    def fetch_query(self, c, req, row, tile):
-        """This thread's 16 columns of a tile of a query row: those of lane % 4."""
+    def given_query(self, c, i):
+        """The i-th 16 columns of this thread's, those of lane % 4 in a tile of a row, and where they are."""
         rX = cute.make_rmem_tensor((16,), QUERY)
-        rX.fill(0.0)
-        if c.row0 + row < c.rows:
-            for e in cutlass.range_constexpr(2):
-                to = cute.local_tile(rX, (8,), (e,))
-                at8 = c.lane % 4 * 2 + e
-                if tile < V_TILES:
-                    cute.autovec_copy(cute.local_tile(c.mQ[c.row0 + row, None, tile, req], (8,), (at8,)), to)
-                else:
-                    cute.autovec_copy(cute.local_tile(c.mQpe[c.row0 + row, None, 0, req], (8,), (at8,)), to)
-        return rX
+        row, at8 = i % ROWS, i // ROWS * 8 + c.lane % 4 * 2
+        for e in cutlass.range_constexpr(2):
+            cute.autovec_copy(cute.local_tile(c.q_given[row, None], (8,), (at8 + e,)), cute.local_tile(rX, (8,), (e,)))
+        return rX, row, at8
 
     @cute.jit
     def sync_query(self):
         cute.arch.barrier(barrier_id=BAR_QUERY, number_of_threads=128 * SCORERS)
 
     @cute.jit
-    def largest(self, c, scorer: cutlass.Constexpr, req):
+    def largest(self, c, scorer: cutlass.Constexpr):
         """The largest finite magnitude in this CTA's rows of Q."""
         sX = c.sX
         top = Float32(0.0)
         for i in cutlass.range(c.t // 4 + 32 * scorer, ROWS * TILES, 32 * SCORERS, unroll=2):
-            rX = self.fetch_query(c, req, i % ROWS, i // ROWS)
+            rX, _, _ = self.given_query(c, i)
             for e in cutlass.range_constexpr(16):
                 x = rX[e].to(Float32)
                 x = cute.arch.fmax(x, -x)
@@ -627,21 +550,20 @@ class MlaDecode:
         return top
 
     @cute.jit
-    def convert_query(self, c, scorer: cutlass.Constexpr, req):
-        """Q as the products want it: fp16, columns permuted in each 16; by the warpgroups that have scores. Returns the
-        factor that makes up for the power of two that Q was multiplied by."""
+    def convert_query(self, c, scorer: cutlass.Constexpr):
+        """Q in its place, as the products want it: fp16, columns permuted in each 16; by the warpgroups that have
+        scores. Returns the factor that makes up for the power of two that Q was multiplied by."""
         sQ = c.sQ
         raise_by = Float32(1.0)
         make_up = Float32(1.0)
-        self.sync_query()  # sX and the Q of the request before may still be read
         if const_expr(DTYPE == "bf16"):
-            exponent = (bits_of(self.largest(c, scorer, req)) >> 23) - 141  # floor(log2) - 14
+            self.sync_query()  # sX may still be read
+            exponent = (bits_of(self.largest(c, scorer)) >> 23) - 141  # floor(log2) - 14
             exponent = cutlass.min(cutlass.max(exponent, -126), 126)
             raise_by = of_bits((127 - exponent) << 23)
             make_up = of_bits((127 + exponent) << 23)
         for i in cutlass.range(c.t // 4 + 32 * scorer, ROWS * TILES, 32 * SCORERS, unroll=2):
-            row, tile = i % ROWS, i // ROWS
-            rX = self.fetch_query(c, req, row, tile)
+            rX, row, at8 = self.given_query(c, i)
             rY = cute.make_rmem_tensor((16,), Float16)
             for e in cutlass.range_constexpr(16):
                 x = rX[e % 8 // 2 * 4 + e // 8 * 2 + e % 2]
@@ -650,7 +572,7 @@ class MlaDecode:
                 else:
                     rY[e] = x
             for e in cutlass.range_constexpr(2):
-                to = cute.local_tile(sQ[row, None], (8,), (tile * 8 + c.lane % 4 * 2 + e,))
+                to = cute.local_tile(sQ[row, None], (8,), (at8 + e,))
                 cute.autovec_copy(cute.local_tile(rY, (8,), (e,)), to)
         cute.arch.fence_view_async_shared()
         self.sync_query()
@@ -683,7 +605,7 @@ class MlaDecode:
         qk.set(warpgroup.Field.ACCUMULATE, False)
         for g in cutlass.range_constexpr(SLOTS):
             s, ph = slot_of(g, slot, phase)
-            cute.arch.mbarrier_wait(c.full + s, ph)
+            self.wait_slot(c.full + s, ph)
             # a shuffle: the descriptors of this slot are then computed here and not moved to and fro before the wait
             s = cute.arch.make_warp_uniform(s)
             warpgroup.fence()
@@ -753,10 +675,13 @@ class MlaDecode:
         number = Int32(0)
         rS = cute.make_rmem_tensor(c.s_shape, Float32)
         for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
-            _, b0, b1, _ = self.piece(c, req)
-            self.convert_query(c, 1, req)
-            for _j in cutlass.range(b0, b1, unroll=1):
+            _, b0, b1, _ = piece_of(c.seqlens, c.sI, req)
+            cute.arch.mbarrier_wait(c.q_full, (req - sI[0]) & 1)
+            self.convert_query(c, 1)
+            for j in cutlass.range(b0, b1, unroll=1):
                 self.dot_converted(c, rS, SHARE, KEY_PIECES, slot, phase, Int32(-1))
+                if j == b1 - 1:
+                    self.free_q(c)
                 buf = number & 1
                 cute.arch.mbarrier_wait(c.s_free + buf, (number >> 1 & 1) ^ 1)
                 for i in cutlass.range_constexpr(ACC // 4):
@@ -779,9 +704,8 @@ class MlaDecode:
         self.arrive(c.s_free + buf)
 
     @cute.jit
-    def score_block(self, c, rM, rL, scale, slot, phase, tok0, seqlen, cut, min_lim, number, is_first, is_last):
-        """Scores and weights of one block. cut: tokens of the piece; min_lim: tokens that every row may see;
-        number: of the block in this CTA; is_first, is_last: of this request."""
+    def score_block(self, c, rM, rL, scale, slot, phase, tok0, seqlen, s_q, number, is_first, is_last):
+        """Scores and weights of one block. number: of the block in this CTA; is_first, is_last: of this piece."""
         lane, w = c.lane, c.w
         sAbove, sAgain = c.sAbove, c.sAgain  # storing through c would make all of it loop-carried
         buf = number & 1
@@ -790,18 +714,17 @@ class MlaDecode:
         rP = cute.make_rmem_tensor(c.s_shape, Float16)
         if const_expr(E4M3_QUERY):
             self.dot(c, rS, slot, phase, held)
-            if is_last:
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(c.q_free)
         else:
             self.dot_converted(c, rS, 0, SHARE, slot, phase, held)
-            if const_expr(HELPER):
-                self.add_help(c, rS, number)
-        if tok0 + BLOCK > min_lim:
+        if is_last:
+            self.free_q(c)
+        if const_expr(HELPER):
+            self.add_help(c, rS, number)
+        if tok0 + BLOCK > (seqlen - (s_q - 1) if const_expr(CAUSAL) else seqlen):
             for h in cutlass.range_constexpr(COLS):
-                lim = cut
+                lim = seqlen
                 if const_expr(CAUSAL):
-                    lim = cutlass.min(cut, seqlen - c.sBack[row_of(h, lane)])
+                    lim = seqlen - c.sBack[row_of(h, lane)]
                 for u in cutlass.range_constexpr(2):
                     tok = tok0 + w * 16 + lane // 4 + 8 * u
                     rS[at(h) + 2 * u] = rS[at(h) + 2 * u] if tok < lim else -Float32(INF)
@@ -825,7 +748,10 @@ class MlaDecode:
             rS[at(h)] = a
             rS[at(h) + 2] = b
             rL[h] = rL[h] + (a + b)
-        rP.store(rS.load().to(Float16))
+            if const_expr(h % 2 == 1):  # four at a time: they need half of the registers from here on
+                of = at(h - 1)
+                four = cute.make_tensor(rS.iterator + of, cute.make_layout(4)).load()
+                cute.make_tensor(rP.iterator + of, cute.make_layout(4)).store(four.to(Float16))
         cute.copy(c.stsm, c.stsm_thr.retile(rP), c.tPst[None, None, None, buf])
         cute.arch.fence_view_async_shared()
         if const_expr(HOLD):
@@ -837,30 +763,28 @@ class MlaDecode:
     @cute.jit
     def scores(self, c, scale, value_scale, lse, lse_acc, sinks, flags, s_q, heads):
         """Warpgroup 0."""
+        sScale = c.sScale
+        if c.t == 0:
+            sScale[0] = scale
+            sScale[1] = value_scale
         lane, t, sX, sM, sInv, sI = c.lane, c.t, c.sX, c.sM, c.sInv, c.sI
         rM = cute.make_rmem_tensor((COLS,), Float32)
         rL = cute.make_rmem_tensor((COLS,), Float32)
         slot = Int32(0)
         phase = Int32(0)
-        phase_q = Int32(0)
         number = Int32(0)
         for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
-            seqlen, b0, b1, whole = self.piece(c, req)
-            cut = cutlass.min(seqlen, b1 * BLOCK)
-            min_lim = cut
-            if const_expr(CAUSAL):
-                min_lim = cutlass.min(cut, seqlen - (s_q - 1))
+            seqlen, b0, b1, whole = piece_of(c.seqlens, sI, req)
             rM.fill(M_INIT)
             rL.fill(0.0)
             q_scale = scale
-            if const_expr(E4M3_QUERY):
-                cute.arch.mbarrier_wait(c.q_full, phase_q)
-                phase_q = phase_q ^ 1
-            else:
-                q_scale = scale * self.convert_query(c, 0, req)
+            cute.arch.mbarrier_wait(c.q_full, (req - sI[0]) & 1)
+            if const_expr(not E4M3_QUERY):
+                q_scale = self.convert_query(c, 0)
+                q_scale = sScale[0] * q_scale
             for j in cutlass.range(b0, b1, unroll=1):
                 self.score_block(
-                    c, rM, rL, q_scale, slot, phase, j * BLOCK, seqlen, cut, min_lim, number, j == b0, j == b1 - 1
+                    c, rM, rL, q_scale, slot, phase, j * BLOCK, seqlen, s_q, number, j == b0, j == b1 - 1
                 )  # fmt: skip
                 number = number + 1
                 slot, phase = slot_of(SLOTS, slot, phase)
@@ -880,7 +804,7 @@ class MlaDecode:
                 weights = total
                 if (flags & HAS_SINKS) != 0 and whole and row < s_q * heads:
                     weights = total + ex2(sinks[row % heads] * LOG2E - sM[t])
-                sInv[t, parity] = cute.arch.rcp_approx(weights) * value_scale if total > 0.0 else Float32(0.0)
+                sInv[t, parity] = cute.arch.rcp_approx(weights) * sScale[1] if total > 0.0 else Float32(0.0)
                 if row < s_q * heads:
                     value = cute.math.log2(total, fastmath=True) + sM[t] if total > 0.0 else -Float32(INF)
                     if not whole:
@@ -944,8 +868,9 @@ class MlaDecode:
                 s = s - RING if s >= RING else s
             within = v * ((other % SLOT_TILES - tile % SLOT_TILES) * 512)
             at_tiles.append(base + s * SLOT_BYTES + within + tile % SLOT_TILES * 512)
-        if valid < BLOCK:
-            self.clear_tail(c, at_tiles, valid)
+        if const_expr(not self.gather):
+            if valid < BLOCK:
+                self.clear_tail(c, at_tiles, valid)
         read = []
         for n, half in pieces[:FRAGMENTS]:
             read.append(load_matrices(at_tiles[n], half * 4 * GROUP_BYTES, True))
@@ -989,7 +914,7 @@ class MlaDecode:
         phase = Int32(0)
         number = Int32(0)
         for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
-            seqlen, b0, b1, whole = self.piece(c, req)
+            seqlen, b0, b1, whole = piece_of(c.seqlens, c.sI, req)
             rO.fill(0.0)
             for j in cutlass.range(b0, b1, unroll=1):
                 self.value_block(c, v, rO, base, slot, phase, seqlen - j * BLOCK, number, j == b1 - 1)
@@ -1034,4 +959,5 @@ class MlaDecode:
 
 def entry():
     """What to compile: the host function and its fake arguments."""
-    return MlaDecode(), mla_decode_arguments(QUERY, LATENT, ROPE, PAGE_SIZE, Float8E4M3FN)
+    kernel = MlaDecode(Float8E4M3FN, LATENT, ROPE, PAGE_SIZE, SLOT_TILES, RING)
+    return kernel, mla_decode_arguments(QUERY, LATENT, ROPE, PAGE_SIZE, Float8E4M3FN)

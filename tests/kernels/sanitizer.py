@@ -49,6 +49,7 @@ from jitmla.testing_o_proj import (
     quant_problem,
 )
 from jitmla.testing_prefill import check_prefill, prefill_problem
+from tests.kernels import test_mla_decode_e4m3 as e4m3
 from tests.keysets import ARCH, CAUSAL, HEAD_DIMS, USUAL_QUANT, covering_choices, decode_tunings, quant_spec
 from tests.support.paged import check_paged
 
@@ -92,6 +93,18 @@ def mla_decode() -> None:
         out, lse = jitmla.mla_decode(*made.args, **made.kwargs, return_lse=True, backend="portable")
         torch.cuda.synchronize()
         print(case, features, made.check(out, lse), flush=True)
+
+
+def mla_decode_e4m3() -> None:
+    """Every variant with latent 512, whole and split requests, pages by TMA and by a gather."""
+    for choice in covering_choices("mla_decode"):
+        if choice.template.name == "sm90_fp8" and choice.spec["kv_lora_rank"] == 512 and choice.spec["rows"] != 64:
+            jitmla.use_tunings(tune.naming(choice.spec, choice.name))
+            for lengths in ([0, 1, 65, 700], [40] * 140):
+                case = e4m3.posed(choice.spec, lengths, sinks="mixed")
+                e4m3.check(case, *e4m3.run(case))
+            print(choice.variant.name, choice.spec, flush=True)
+    jitmla.use_tunings(None)
 
 
 def o_proj() -> None:
@@ -215,8 +228,9 @@ def cached_mla() -> None:
     assert torch.equal(cache.view(15, 320)[slots[kept]], rows[kept])
 
 
-PARTS = {"mla_decode": mla_decode, "o_proj": o_proj, "mla_prefill": mla_prefill, "indexer": indexer,
-         "cached_mla": cached_mla}
+PARTS = {"mla_decode": mla_decode, "mla_decode_e4m3": mla_decode_e4m3, "o_proj": o_proj, "mla_prefill": mla_prefill,
+         "indexer": indexer, "cached_mla": cached_mla}
+
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or PARTS:

@@ -338,6 +338,17 @@ def test_many_calls_in_a_row_are_bitwise_alike(form, captured):
             check_cached(p, jitmla.cached_mla(*p.args, **p.kwargs, form=form))
 
 
+def test_calls_of_as_many_tiles_share_their_launches():
+    """New numbers of tokens do not choose kernels anew, and are still right: other lengths, other places."""
+    import jitmla.ops.cached_launch as launch
+
+    launch._absorbed.clear()
+    for tokens in (193, 200, 207):
+        check(cached_problem([(5, tokens - 90), (0, 90)], [7], heads=32, max_seq_len=256, tail=tokens % 3, **MISTRAL,
+                             device="cuda"), form="absorbed")
+    assert len(launch._absorbed) == 2
+
+
 @pytest.mark.parametrize("form", ["absorbed", "mha"])
 def test_calls_in_and_out_of_inference_mode_share_their_scratch(form):
     problem = cached_problem([(0, 40), (5, 9)], [7], heads=32, max_seq_len=64, **MISTRAL, device="cuda")

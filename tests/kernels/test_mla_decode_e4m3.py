@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import jitmla
-from jitmla import registry
+from jitmla import tune
 from jitmla.spec import mla_decode_spec
 from jitmla.testing import E4M3_DOTS, mla_decode_problem
 from jitmla.testing_features import featured
 
-from ..keysets import E4M3
+from ..keysets import E4M3, covering_choices
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,6 +22,7 @@ pytestmark = [
                        reason="needs a GPU of compute capability 9.0: the kernels under test are for sm_90a"),
 ]
 EDGES = [0, 1, 2, 63, 64, 65, 127, 128, 129, 700, 4096]
+CHOICES = [c for c in covering_choices("mla_decode") if c.template.name == "sm90_fp8"]
 NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "e4m3": torch.bfloat16}
 
 
@@ -31,12 +32,12 @@ def posed(spec, lengths, **options):
     heads = {8: 8, 16: 16, 32: 32, 64: 64, 512: 256}[spec["rows"]] // 2 // (2 if spec["causal"] else 1) + 1
     heads = min(heads, 128)
     which = {"q": "e4m3" if spec["dtype"] == "e4m3" else "plain", "descale": options.pop("descale", "tensor")}
-    plain = mla_decode_problem(lengths, heads=heads, s_q=s_q, page_size=spec["page_size"],
+    plain = mla_decode_problem(lengths, heads=heads, s_q=s_q, page_size=spec["page_size"] or 7,
                                kv_lora_rank=spec["kv_lora_rank"], dtype=NAMES[spec["dtype"]], device="cuda", **options)
     case = featured(plain, kv="e4m3", scales=(0.02, 0.02) if plain.inputs == "usual" else (0.1, 0.1), **which)
     met = mla_decode_spec(arch=spec["arch"], dtype=spec["dtype"], kv_dtype="e4m3", kv_lora_rank=spec["kv_lora_rank"],
-                          qk_rope_head_dim=64, page_size=spec["page_size"], s_q=s_q, heads=heads, causal=True)
-    assert met == spec and registry.choose(met).template.name == "sm90_fp8"
+                          qk_rope_head_dim=64, page_size=plain.kv_cache.shape[1], s_q=s_q, heads=heads, causal=True)
+    assert met == spec
     return case
 
 
@@ -52,8 +53,17 @@ def same(a, b):
     return all(bool((x.view(torch.uint8) == y.view(torch.uint8)).all()) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("spec", E4M3, ids=str)
-def test_every_variant(spec):
+@pytest.fixture
+def only(request):
+    """The Spec of a Choice, which runs it whatever the sizes of a call."""
+    jitmla.use_tunings(tune.naming(request.param.spec, request.param.name))
+    yield request.param.spec
+    jitmla.use_tunings({})
+
+
+@pytest.mark.parametrize("only", CHOICES, ids=lambda c: f"{c.variant.name} {c.spec}", indirect=True)
+def test_every_variant(only):
+    spec = only
     for options in ({"lengths": EDGES}, {"lengths": [9000], "sinks": "mixed", "query": "pair", "descale": "float"},
                     {"lengths": [(i * 37) % 400 for i in range(160)], "query": "views", "sinks": "finite"},
                     {"lengths": [3, 2000, 0, 70], "inputs": "large", "row_pad": 16, "q_pad": 16}):

@@ -28,9 +28,9 @@ CASES = [
     (dict(heads=5, s_q=3, page_size=7, kv_lora_rank=128, qk_rope_head_dim=16, dtype=torch.float16), {}),
     (dict(heads=96, page_size=7, kv_lora_rank=64, qk_rope_head_dim=0), {}),
     (dict(heads=8, s_q=8, page_size=5, kv_lora_rank=256, qk_rope_head_dim=32), {}),
-    (dict(heads=16, page_size=7, sinks="finite"), dict(kv="e4m3")),
+    (dict(heads=16, page_size=7, qk_rope_head_dim=32, sinks="finite"), dict(kv="e4m3")),
     (dict(heads=8, s_q=4, page_size=7, kv_lora_rank=128, qk_rope_head_dim=0, dtype=torch.float16), dict(kv="e4m3")),
-    (dict(heads=64, s_q=2, page_size=24), dict(kv="e4m3", q="e4m3", descale="float")),
+    (dict(heads=64, s_q=2, page_size=24, qk_rope_head_dim=32), dict(kv="e4m3", q="e4m3", descale="float")),
     (dict(heads=8, s_q=3, sinks="mixed"), dict(q_lens=Q_LENS, extra_tokens=3)),
     (dict(heads=16, sinks="finite"), dict(batch_invariant=True)),
     (dict(heads=12, page_size=3, dtype=torch.float16), dict(split=True)),
@@ -39,6 +39,8 @@ CASES = [
     (dict(heads=100, s_q=2, page_size=16, dtype=torch.float16), dict(split=True)),
     (dict(heads=64, s_q=3, page_size=16, sinks="mixed"),
      dict(kv="e4m3", q_lens=Q_LENS, extra_tokens=2, batch_invariant=True)),
+    (dict(heads=16, s_q=3, sinks="mixed"), dict(kv="e4m3", q="e4m3", q_lens=Q_LENS, extra_tokens=2)),
+    (dict(heads=7, kv_lora_rank=64, qk_rope_head_dim=16), dict(kv="e4m3", q="e4m3", batch_invariant=True)),
 ]
 
 
