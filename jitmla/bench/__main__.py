@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     measuring("indexer", "DSA's indexer: prologue, caches, logits, top-k",
               "DeepGEMM, torch and FlashInfer, where they are")
     options = parser.parse_args(argv)
-    command = " ".join(["jitmla bench", *argv])
+    command = " ".join(["jitmla bench", *(Path(word).name for word in argv)])  # where files lay is nobody's business
     try:
         if options.op == "plot":
             from . import plot

@@ -30,7 +30,7 @@ def topk_indices(logits: Tensor, k: int, *, row_start: Tensor | None = None, row
     seq_lens: or [rows / next_n] int32, contiguous: lengths L of requests with next_n rows each; row d of a request
         has the range [0, max(0, L - next_n + d + 1)). For flattened rows: their own lengths, and next_n = 1.
     out: [rows, k] int32, any row stride; allocated otherwise.
-    backend: "auto", a backend of `jitmla kernels` ("sm90"), or "reference".
+    backend: "auto", a backend of `jitmla kernels` ("simt"), or "reference".
 
     Returns out. On a GPU no host synchronisation, and no workspace; the rule by which it picks a kernel is in
     jitmla.pick.

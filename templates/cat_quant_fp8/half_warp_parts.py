@@ -1,4 +1,4 @@
-"""Rows of 128 from two parts, quantised to FP8; sm_89 and newer.
+"""Rows of 128 from two parts, quantised to FP8; any arch from sm_80 on.
 
     v = [pe (pe_dim columns) | nope (128 - pe_dim)]       bf16, of row (token, head)
     scale = max(amax |v|, 1e-4) / 448, with pow2_f32 the power of two above;  fp8 = e4m3(v / scale)

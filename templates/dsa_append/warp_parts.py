@@ -7,11 +7,11 @@
 Pairs (2 i, 2 i + 1) of the 64 columns turn by the angle of the token's position, in float32, and are rounded to bf16
 once. Negative slots are skipped, each in its own cache; q is turned all the same.
 
-A token has 1 + ceil(heads / 16) warps, one behind the other over all blocks:
+A token has 1 + ceil(heads / 8) warps, one behind the other over all blocks:
 
     the first       the rows of both caches: 16 columns of kv_c a lane; k_pe, and the codes of the key, are 16 bytes of
                     each of the lanes 0 .. 7
-    the others      16 heads of q each: lane l has columns 8 (l % 8) .. of heads l / 8 + 4 i
+    the others      8 heads of q each: lane l has columns 8 (l % 8) .. of heads l / 8 and l / 8 + 4
 
 All loads of a warp are issued before the first of its values is worked on.
 
@@ -38,7 +38,7 @@ from common.latent_pack import LATENT, ROPE, ROW_BYTES, load_latent, load_rope, 
 CVT = int(ARCH[3:].rstrip("a")) >= 89  # has the conversion to e4m3
 PDL = int(ARCH[3:].rstrip("a")) >= 90
 BYTES = ROW_BYTES[ROW]
-HEADS = 16  # of a warp
+HEADS = 8  # of a warp
 POSITION = Int32 if POSITIONS == "i32" else Int64
 
 assert POSITIONS in ("i32", "i64")

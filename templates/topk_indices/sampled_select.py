@@ -95,9 +95,10 @@ def higher(a: Uint32, b: Uint32):
 
 @cute.jit
 def load16(pointer):
-    """16 bytes as four floats, past L1."""
+    """16 bytes as four floats, past L1. Relaxed: the load stays where it is written, and the kernel may have been
+    started while the logits were still being computed, which ld.global.nc is not made for."""
     return cute.arch.inline_ptx(
-        "ld.global.nc.L1::no_allocate.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        "ld.relaxed.gpu.global.L1::no_allocate.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
         write_only_types=[Float32] * 4,
         read_only_args=[pointer.to_llvm_ptr()],
     )
@@ -160,6 +161,8 @@ class TopkIndices:
         sm = (sKey, sPos, sAllKey, sAllPos, sHist, sWarp, sFound, sFewKey, sFewBack, sShare)
         for i in cutlass.range_constexpr(BINS // THREADS):
             sHist[tid + i * THREADS] = 0
+        if const_expr(CLUSTER > 1):
+            cute.arch.cluster_arrive_relaxed()  # the shared memory of a CTA that has not begun may not be written
         if const_expr(PDL):
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
@@ -177,6 +180,8 @@ class TopkIndices:
             if rank == 0:
                 for i in cutlass.range(tid, K, THREADS, unroll=1):
                     mOut[r, i] = i if i < n else Int32(-1)
+            if const_expr(CLUSTER > 1):
+                cute.arch.cluster_wait()
         else:
             self.select(sm, mX.iterator + (Int64(r) * mX.stride[0] + start), n, K, mOut, r, rank, tid, w)
 
@@ -206,6 +211,7 @@ class TopkIndices:
         bad = Int32(1) if count > SEGMENT else bad
         before, total, bad = self.block_sum(sWarp, count, bad, w, lane)
         if const_expr(CLUSTER > 1):
+            cute.arch.cluster_wait()
             # all CTAs learn all counts; the first one gets all items
             if tid < CLUSTER:
                 store_remote(sShare.iterator + 2 * rank, tid, total)
