@@ -68,17 +68,25 @@ def best(op: str, variants: Sequence[str], sizes: Mapping[str, int]) -> tuple[st
 
 
 class Rows(NamedTuple):
-    """A variant. heads: of a block. most: (token, head) rows up to which it is the best."""
+    """A variant. tokens, heads: of a block. most: (token, head) rows up to which it is the best."""
 
+    tokens: int
     heads: int
     most: float
 
 
 QUANT = {
-    "warp_rows/t4h1": Rows(1, 24 * 128),
-    "warp_rows/t8h2": Rows(2, 640 * 128),
-    "warp_rows/t8h8": Rows(8, float("inf")),
+    "warp_rows/t4h1": Rows(4, 1, 30 * 128),
+    "warp_rows/t8h2": Rows(8, 2, 64 * 128),
+    "warp_rows/t16h4": Rows(16, 4, 640 * 128),
+    "warp_rows/t8h8": Rows(8, 8, float("inf")),
 }
+RAGGED = 160 * 128  # rows up to which t8h2 is better than t8h8 where t16h4 would have much padding
+
+
+def _padding(variant: str, tokens: int) -> int:
+    """Tokens that the last block has too few."""
+    return -tokens % QUANT[variant].tokens
 
 
 def _quant_fits(variant: str, *, tokens: int, heads: int, heads_per_group: int) -> bool:
@@ -87,9 +95,14 @@ def _quant_fits(variant: str, *, tokens: int, heads: int, heads_per_group: int) 
 
 def _quant_best(variants: tuple[str, ...], *, tokens: int, heads: int, heads_per_group: int) -> tuple[str, str]:
     """Small blocks while they do not fill the GPU; then large ones, which load the sines once for more heads."""
-    chosen = next((v for v in variants if tokens * heads <= QUANT[v].most), variants[-1])
-    limit = "no limit" if chosen == variants[-1] else f"up to {int(QUANT[chosen].most)}"
-    return chosen, f"{tokens * heads} (token, head) rows ({limit}), {heads_per_group} heads per group"
+    rows = tokens * heads
+    chosen = next((v for v in variants if rows <= QUANT[v].most), variants[-1])
+    if chosen == "warp_rows/t8h2" and _padding(chosen, tokens) * 8 > tokens:
+        chosen = variants[0]
+    elif chosen == "warp_rows/t16h4" and _padding(chosen, tokens) * 32 > tokens:
+        chosen = "warp_rows/t8h2" if rows <= RAGGED else variants[-1]
+    padding = _padding(chosen, tokens)
+    return chosen, f"{rows} (token, head) rows, {padding} tokens of padding, {heads_per_group} heads per group"
 
 
 # ---------------------------------------------------------------------------------------------------------- fp8_bmm
@@ -97,21 +110,25 @@ def _quant_best(variants: tuple[str, ...], *, tokens: int, heads: int, heads_per
 
 class Cost(NamedTuple):
     """What a variant with tiles of so many tokens and columns takes: waves times blocks of K times `block` us, plus
-    `fixed` us, plus `token` us for each token of the first tile."""
+    `fixed` us, plus `token` us for each token of the first tile, plus `wave` us for each wave behind the first. again:
+    the share of the weights that a further token tile waits for as if it read them from memory."""
 
     tokens: int
     columns: int
     block: float
     fixed: float
     token: float
+    wave: float
+    again: float
 
 
 BMM = {
-    "sm90_tiles/m128n256": Cost(128, 256, 0.74, 2.5, 0.0),
-    "sm90_tiles/m128n128": Cost(128, 128, 0.405, 4.0, 0.0),
-    "sm90_tiles/m64n128": Cost(64, 128, 0.30, 2.4, 0.016),
-    "sm90_tiles/m64n64": Cost(64, 64, 0.30, 2.93, 0.0),
-    "sm90_stream/t16r64": Cost(16, 64, 0.29, 2.4, 0.0),
+    "sm90_tiles/m128n256": Cost(128, 256, 0.684, 1.2, 0.026, 0.0, 0.0),
+    "sm90_tiles/m128n128": Cost(128, 128, 0.381, 3.8, 0.003, 0.0, 0.0),
+    "sm90_stream/t16r64": Cost(16, 64, 0.181, 3.0, 0.0, 0.7, 0.5),
+    "sm90_stream/t64r64": Cost(64, 64, 0.214, 3.2, 0.007, 0.7, 0.5),
+    "sm90_stream/t64r128": Cost(64, 128, 0.261, 2.6, 0.019, 0.7, 0.5),
+    "sm90_stream/t128r64": Cost(128, 64, 0.271, 3.0, 0.01, 0.7, 0.5),
 }
 BYTES_PER_US = 4.4e6  # what the memory of an H200 gives to a kernel that reads
 
@@ -132,9 +149,10 @@ def _bmm_best(variants: tuple[str, ...], *, groups: int, tokens: int, columns: i
 def _bmm_us(cost: Cost, groups: int, tokens: int, columns: int, k: int, sms: int) -> float:
     tiles_m = -(-tokens // cost.tokens)
     waves = -(-groups * tiles_m * (columns // cost.columns) // sms)
-    moved = groups * (columns * k + tokens * k + 2 * tokens * columns)
-    first = cost.token * min(tokens, cost.tokens)
-    return max(waves * (k // 128) * cost.block, moved / BYTES_PER_US) + cost.fixed + first
+    weights = columns * k * (1 + cost.again * (tiles_m - 1))
+    moved = groups * (weights + tokens * k + 2 * tokens * columns)
+    rest = cost.fixed + cost.token * min(tokens, cost.tokens) + cost.wave * (waves - 1)
+    return max(waves * (k // 128) * cost.block, moved / BYTES_PER_US) + rest
 
 
 def fp8_bmm_ctas(variant: str, groups: int, tokens: int, columns: int, sms: int) -> int:

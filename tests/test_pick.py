@@ -52,16 +52,15 @@ def test_the_rules_are_of_ops():
 
 def test_the_tables_say_what_the_cards_say():
     assert list(pick.QUANT) == [c.name for c in registry.choices(QUANT)]
-    assert all(q.heads == constants(QUANT, name)["HEADS"] for name, q in pick.QUANT.items())
+    for name, q in pick.QUANT.items():
+        c = constants(QUANT, name)
+        assert (q.tokens, q.heads) == (c["TOKENS"], c["HEADS"])
     most = [q.most for q in pick.QUANT.values()]
     assert most == sorted(most) and min(q.heads for q in pick.QUANT.values()) == 1
     assert list(pick.BMM) == [c.name for c in registry.choices(BMM)]
     for name, cost in pick.BMM.items():
         c = constants(BMM, name)
-        if "BLOCKS_N" in c:
-            assert cost[:2] == (64 * c["WARPGROUPS"], c["COLUMNS"] * c["BLOCKS_N"])
-        else:
-            assert cost[:2] == (c["TOKENS"], c["ROWS"])
+        assert cost[:2] == ((128, 128 * c["BLOCKS_N"]) if "BLOCKS_N" in c else (c["TOKENS"], c["ROWS"]))
     assert any(c.columns <= 128 for c in pick.BMM.values()), "some variant takes any N"
 
 
@@ -103,8 +102,8 @@ def test_the_picks_are_the_best_of_what_was_measured():
         else:
             name, _ = picked(BMM, groups=case.groups, tokens=case.tokens, columns=case.rows, k=case.columns, sms=132)
         loss[case] = row["us"][name] / min(row["us"].values()) - 1
-    assert len(loss) == 136 and max(loss.values()) < 0.065
-    assert sum(x > 0.03 for x in loss.values()) <= 7
+    assert len(loss) == 136 and max(loss.values()) < 0.05
+    assert sum(x > 0.03 for x in loss.values()) <= 1
 
 
 @given(st.integers(1, 5000), st.integers(1, 200000), st.sampled_from([78, 114, 132]))
@@ -159,14 +158,14 @@ def test_tunings_go_before_the_rule():
 
 def test_a_variant_for_all_sizes():
     """As benchmarks and tests name one."""
-    jitmla.use_tunings(tune.naming(BMM, "sm90_tiles/m64n64"))
+    jitmla.use_tunings(tune.naming(BMM, "sm90_stream/t64r64"))
     for tokens in (1, 100, 10000):
-        assert picked(BMM, groups=8, tokens=tokens, columns=128, k=128, sms=132) == ("sm90_tiles/m64n64", "tuned")
+        assert picked(BMM, groups=8, tokens=tokens, columns=128, k=128, sms=132) == ("sm90_stream/t64r64", "tuned")
 
 
 @pytest.mark.parametrize("sizes", [{"tokens": [2, 1]}, {"tokens": [1]}, {"tokens": [1, "2"]}, {"tokens": 3}])
 def test_ranges_that_are_none(sizes):
-    document = tune.naming(BMM, "sm90_tiles/m64n64")
+    document = tune.naming(BMM, "sm90_stream/t64r64")
     document["variants"][0]["sizes"] = sizes
     with pytest.raises(InvalidTunings):
         jitmla.use_tunings(document)

@@ -2,21 +2,26 @@
 
     out[g, t, n] = sum over kb of a_scale[g, kb, t] * b_scale[g, n / 128, kb] * (a[g, t, kb] . b[g, n, kb])
 
-Arguments and arithmetic as in sm90_tiles. Operands are swapped: the weights b are the M of the MMA, and TOKENS
-tokens its N.
+Arguments and arithmetic as in sm90_tiles.
 
-Tiling. A CTA takes ROWS weight rows x TOKENS tokens of one group: ROWS / 64 warpgroups of 64 rows, and one warp that
-loads. The blocks of K come in groups of GROUP, GROUPS of which fit in the ring. A group's GROUP * 128 bytes of every
-weight row are requested together (DRAM likes it), and each block has a barrier of its own, so that the mathematics
-starts with the first one and little is left to do when the last one is there. Weights are read once: evict-first in L2.
+Tiling. A CTA takes one tile of TOKENS tokens x ROWS weight rows of a group. With 64 or 128 tokens these are the M of
+the MMA; up to 32 tokens the operands are swapped: the weights are its M. Warpgroups of 64 rows of M do the mathematics,
+one warp asks for the weights and one for the tokens and their scales. Blocks of K come in groups of GROUP, GROUPS of
+which fit in the ring. A group's GROUP * 128 bytes of every weight row are requested together (DRAM likes it), and each
+block has a barrier of its own. Weights are read once: evict-first in L2.
 
-    load warp   W0 W1 W2 W3 X0 X1 X2 X3 | W4 ...          W: 128 bytes of ROWS rows, X: of TOKENS tokens, and scales
+    weights     W0 W1 W2 W3 | W4 ...                      128 bytes of ROWS rows
+    tokens      X0 X1 X2 X3 | X4 ...                      128 bytes of TOKENS tokens, and scales
     math        wait full[j]: rTmp[j % 2] = W_j . X_j (4 wgmma) | rAcc += rTmp[(j - 1) % 2] * scales | ...
-    end         rAcc -> shared memory [ROWS x TOKENS, fp32] -> bf16, 8 bytes a thread
+    end         rAcc -> bf16 -> out; swapped: by way of shared memory [ROWS x TOKENS, fp32]
 
-Blocks of K behind the end of a ragged last group are zeros (TMA), and so are tokens behind M.
-Launched with PDL. With `early` the first weights are loaded before the kernel in front has ended: the caller promises
-that it does not write them.
+Blocks of K behind the end of a ragged last group are zeros (TMA). A SLICE of tokens that is behind M is not loaded: TMA
+takes longer for rows behind the end than for others. What is in shared memory there does not matter, since a token's
+products are only its own.
+
+Launched with PDL. With `early` the first EARLY groups of weights, and b_scale, are loaded before the kernel in front
+has ended: the caller promises that it does not write them. More would delay that end: a grid does not count as finished
+before the loads that its multiprocessors have under way have arrived, be they another kernel's.
 
 Cannot: K that 128 or N that ROWS does not divide; out of another type; packed scales.
 """
@@ -25,7 +30,8 @@ Cannot: K that 128 or N that ROWS does not divide; out of another type; packed s
 TOKENS = 16
 ROWS = 64
 GROUP = 4
-GROUPS = 5
+GROUPS = 3
+EARLY = 2
 # --- end of constants ---
 
 import cutlass
@@ -39,14 +45,19 @@ from common.fp8_tiles import box, ring, tiled_mma
 from common.sm90 import EVICT_FIRST, issue
 
 BLOCK = 128  # of K, and of N for b_scale
-WARPS = ROWS // 16  # that do the mathematics
-BLOCK_BYTES = (ROWS + TOKENS) * BLOCK + 4 * TOKENS
-DEEP = TOKENS <= 64  # two rTmp fit in the registers
+SWAPPED = TOKENS < 64
+WARPS = (ROWS if SWAPPED else TOKENS) // 16  # that do the mathematics
+MMA_N = TOKENS if SWAPPED else ROWS
+SLICE = max(16, TOKENS // 4)  # tokens that one instruction loads: rows behind M would take longer than others
+SLICES = TOKENS // SLICE
 LINE = ROWS + 4  # of the partial sums: no bank conflicts
+WINDOW = 32  # blocks whose b_scale a warp holds
 BAR_MATH, BAR_READY = 1, 2  # named barriers
+READY_THREADS = 32 * WARPS + 64
 
-assert ROWS in (64, 128) and TOKENS in (16, 32, 64, 128)
-assert LINE * TOKENS * 4 <= GROUP * GROUPS * ROWS * BLOCK  # partial sums reuse the memory of the weights
+assert ROWS in (64, 128) and TOKENS in (16, 32, 64, 128) and ROWS * TOKENS < 128 * 128  # registers
+assert WINDOW % GROUP == 0 and 0 < EARLY <= GROUPS
+assert not SWAPPED or LINE * TOKENS * 4 <= GROUP * GROUPS * ROWS * BLOCK  # partial sums reuse the memory of the weights
 
 
 class Fp8Bmm:
@@ -64,14 +75,14 @@ class Fp8Bmm:
         stream,
     ):
         load = cpasync.CopyBulkTensorTileG2SOp()
-        tma_x, mX = cpasync.make_tiled_tma_atom(load, outer_last(a), box(TOKENS, BLOCK), (TOKENS, BLOCK))
+        tma_x, mX = cpasync.make_tiled_tma_atom(load, outer_last(a), box(SLICE, BLOCK), (SLICE, BLOCK))
         tma_w, mW = cpasync.make_tiled_tma_atom(load, outer_last(b), box(ROWS, BLOCK), (ROWS, BLOCK))
         mS = cute.make_tensor(a_scale.iterator, cute.select(a_scale.layout, mode=[2, 1, 0]))
         tma_s, mS = cpasync.make_tiled_tma_atom(load, mS, cute.make_layout((TOKENS, 1)), (TOKENS, 1))
         tiles_m = cute.ceil_div(out.shape[1], TOKENS)
-        self.kernel(tma_x, mX, tma_w, mW, tma_s, mS, b_scale, out, early, tiled_mma(TOKENS)).launch(
+        self.kernel(tma_x, mX, tma_w, mW, tma_s, mS, b_scale, out, early, tiled_mma(MMA_N)).launch(
             grid=[b.shape[1] // ROWS, b.shape[0] * tiles_m, 1],
-            block=[32 * WARPS + 32, 1, 1],
+            block=[32 * WARPS + 64, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
             use_pdl=True,
@@ -110,120 +121,137 @@ class Fp8Bmm:
         m = by - g * tiles_m
         blocks_k = mW.shape[1] // BLOCK
         count = cute.ceil_div(blocks_k, GROUP)  # groups of K
+        slices = cutlass.min(cute.ceil_div(mOut.shape[1] - m * TOKENS, SLICE), SLICES)
 
         if warp_idx == WARPS:
-            self.load(tma_x, mX, tma_w, mW, tma_s, mS, sX, sW, sS, full, empty, early, n, m, g, count)
+            self.load_weights(tma_w, mW, sW, full, empty, early, n, g, count, slices)
+        elif warp_idx == WARPS + 1:
+            for tma in (tma_x, tma_s):
+                cpasync.prefetch_descriptor(tma)
+            cute.arch.barrier(barrier_id=BAR_READY, number_of_threads=READY_THREADS)
+            self.load_tokens(tma_x, mX, tma_s, mS, sX, sS, full, empty, m, g, count, slices)
         else:
-            cute.arch.barrier(barrier_id=BAR_READY, number_of_threads=32 * WARPS + 32)
-            cute.arch.griddepcontrol_wait()
+            cute.arch.barrier(barrier_id=BAR_READY, number_of_threads=READY_THREADS)
             wg = cute.arch.make_warp_uniform(warp_idx // 4)
             t = tid % 128
             thread = mma.get_slice(t)
-            tCsW = thread.make_fragment_A(thread.partition_A(cute.local_tile(sW, (64, BLOCK), (wg, 0, None))))
-            tCsX = thread.make_fragment_B(thread.partition_B(sX))
-            rAcc = cute.make_rmem_tensor(thread.partition_shape_C((64, TOKENS)), Float32)
-            rTmp = [cute.make_rmem_tensor(rAcc.layout, Float32) for _ in range(2 if DEEP else 1)]
+            sM, sN = (sW, sX) if SWAPPED else (sX, sW)
+            tCsM = thread.make_fragment_A(thread.partition_A(cute.local_tile(sM, (64, BLOCK), (wg, 0, None))))
+            tCsN = thread.make_fragment_B(thread.partition_B(sN))
+            rAcc = cute.make_rmem_tensor(thread.partition_shape_C((64, MMA_N)), Float32)
+            rTmp = [cute.make_rmem_tensor(rAcc.layout, Float32) for _ in range(2)]
             rAcc.fill(0.0)
-            token = (t % 4) * 2
-            # lane j has b_scale of block j of the group: in one register of all lanes, ptxas would move it to a uniform
-            # one, and wait for it there
-            scales = mBScale.iterator + (g * mBScale.shape[1] + (n * ROWS + wg * 64) // BLOCK) * blocks_k
-            ahead = cutlass.min(t % 32, GROUP - 1)
-            b_next = (scales + cutlass.min(ahead, blocks_k - 1)).load()
+            row = wg * 64 + (t // 32) * 16 + (t % 32) // 4  # the first of two in the registers, of the tile
+            column = (t % 4) * 2
+            # a lane has b_scale of one of WINDOW blocks, and of one of the WINDOW behind them: a load would take longer
+            # than the mathematics of a group
+            lane = t % WINDOW
+            scales = mBScale.iterator + (
+                (g * mBScale.shape[1] + (n * ROWS + (wg * 64 if SWAPPED else 0)) // BLOCK) * blocks_k
+            )
+            if early == 0:
+                cute.arch.griddepcontrol_wait()
+            b_next = (scales + cutlass.min(lane, blocks_k - 1)).load()
+            b_scale = b_next
+            if early != 0:
+                cute.arch.griddepcontrol_wait()
+            kb = Int32(0)
             slot, phase = Int32(0), Int32(0)
             for _ in cutlass.range(count, unroll=1):
-                b_scale = b_next
-                ahead = ahead + GROUP
-                b_next = (scales + cutlass.min(ahead, blocks_k - 1)).load()
-                if const_expr(DEEP):
-                    self.multiply(mma.op, rTmp[0], tCsW, tCsX, full, slot * GROUP, phase)
+                if kb % WINDOW == 0:
+                    b_scale = b_next
+                    b_next = (scales + cutlass.min(kb + (WINDOW + lane), blocks_k - 1)).load()
+                self.multiply(mma.op, rTmp[0], tCsM, tCsN, full, slot * GROUP, phase)
                 for j in cutlass.range_constexpr(GROUP):
                     at = slot * GROUP + j
-                    if const_expr(not DEEP):
-                        self.multiply(mma.op, rTmp[0], tCsW, tCsX, full, at, phase)
-                        warpgroup.wait_group(0)  # registers: the scales are loaded afterwards
-                    elif const_expr(j + 1 < GROUP):
-                        self.multiply(mma.op, rTmp[(j + 1) % 2], tCsW, tCsX, full, at + 1, phase)
-                    f = cute.arch.shuffle_sync(b_scale, offset=j)
-                    rScale = cute.make_rmem_tensor((2, TOKENS // 8), Float32)
-                    for i in cutlass.range_constexpr(TOKENS // 8):
+                    if const_expr(j + 1 < GROUP):
+                        self.multiply(mma.op, rTmp[(j + 1) % 2], tCsM, tCsN, full, at + 1, phase)
+                    f = cute.arch.shuffle_sync(b_scale, offset=(kb + j) % WINDOW)
+                    rScale = cute.make_rmem_tensor((2, TOKENS // 8 if SWAPPED else 1), Float32)
+                    for i in cutlass.range_constexpr(cute.size(rScale.shape[1])):
                         for e in cutlass.range_constexpr(2):
-                            rScale[e, i] = sS[i * 8 + token + e, 0, at] * f
-                    if const_expr(DEEP):
-                        warpgroup.wait_group(1 if j + 1 < GROUP else 0)
-                    for e in cutlass.range_constexpr(TOKENS // 2):
-                        rAcc[e] = rTmp[j % 2 if DEEP else 0][e] * rScale[e % 2, e // 4] + rAcc[e]
+                            token = i * 8 + column + e if SWAPPED else row + 8 * e
+                            rScale[e, i] = sS[token, 0, at] * f
+                    warpgroup.wait_group(1 if j + 1 < GROUP else 0)
+                    for e in cutlass.range_constexpr(MMA_N // 2):
+                        scale = rScale[e % 2, e // 4] if SWAPPED else rScale[(e // 2) % 2, 0]
+                        rAcc[e] = rTmp[j % 2][e] * scale + rAcc[e]
+                cute.arch.sync_warp()  # all lanes have read their scales
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(empty + slot)
                 slot, phase = self.advance(slot, phase)
-            cute.arch.barrier(barrier_id=BAR_MATH, number_of_threads=32 * WARPS)  # no warp reads the ring any more
-            row = wg * 64 + (t // 32) * 16 + (t % 32) // 4
-            for e in cutlass.range_constexpr(TOKENS // 2):
-                sSum[row + 8 * ((e // 2) % 2), (e // 4) * 8 + token + e % 2] = rAcc[e]
-
-        cute.arch.sync_threads()
-        if warp_idx < WARPS:
-            self.store(sSum, mOut, tid, n, m, g)
+                kb = kb + GROUP
+            if const_expr(SWAPPED):
+                cute.arch.barrier(barrier_id=BAR_MATH, number_of_threads=32 * WARPS)  # no warp reads the ring any more
+                for e in cutlass.range_constexpr(TOKENS // 2):
+                    sSum[row + 8 * ((e // 2) % 2), (e // 4) * 8 + column + e % 2] = rAcc[e]
+                cute.arch.barrier(barrier_id=BAR_MATH, number_of_threads=32 * WARPS)
+                self.store_sums(sSum, mOut, tid, n, m, g)
+            else:
+                self.store(rAcc, mOut, m * TOKENS + row, n * ROWS + column, g)
 
     @cute.jit
-    def load(self, tma_x, mX, tma_w, mW, tma_s, mS, sX, sW, sS, full, empty, early, n, m, g, count):
-        """The load warp."""
-        for tma in (tma_w, tma_x, tma_s):
-            cpasync.prefetch_descriptor(tma)
+    def load_weights(self, tma_w, mW, sW, full, empty, early, n, g, count, slices):
+        """The warp that prepares the barriers and asks for the weights."""
+        cpasync.prefetch_descriptor(tma_w)
         with cute.arch.elect_one():
             for i in cutlass.range_constexpr(GROUP * GROUPS):
                 cute.arch.mbarrier_init(full + i, 1)
             for i in cutlass.range_constexpr(GROUPS):
                 cute.arch.mbarrier_init(empty + i, WARPS)
         cute.arch.mbarrier_init_fence()
-        cute.arch.barrier_arrive(barrier_id=BAR_READY, number_of_threads=32 * WARPS + 32)  # and start to load at once
-
-        def tile_of(x, shape):
-            """Tiles of a global tensor, the coordinates within a tile as one mode."""
-            return cute.group_modes(cute.local_tile(x, shape, (None, None, None)), 0, 2)
-
-        one = cute.make_layout(1)
-        tXsX, tXgX = cpasync.tma_partition(tma_x, 0, one, cute.group_modes(sX, 0, 2), tile_of(mX, (TOKENS, BLOCK)))
-        tWsW, tWgW = cpasync.tma_partition(tma_w, 0, one, cute.group_modes(sW, 0, 2), tile_of(mW, (ROWS, BLOCK)))
-        tSsS, tSgS = cpasync.tma_partition(tma_s, 0, one, cute.group_modes(sS, 0, 2), tile_of(mS, (TOKENS, 1)))
-        if early == 0:
-            cute.arch.griddepcontrol_wait()
-        for i in cutlass.range_constexpr(GROUPS):
-            if i < count:
-                self.load_weights(tma_w, tWgW[None, n, None, g], tWsW, full, i * GROUP, i)
-        if early != 0:
-            cute.arch.griddepcontrol_wait()
+        cute.arch.barrier_arrive(barrier_id=BAR_READY, number_of_threads=READY_THREADS)  # and start to load at once
+        alone = Int32(EARLY) if early != 0 else Int32(0)
+        tWsW, tWgW = self.parts(tma_w, sW, mW, (ROWS, BLOCK))
+        bytes = ROWS * BLOCK + 4 * TOKENS + slices * (SLICE * BLOCK)
         slot, phase = Int32(0), Int32(1)
         for i in cutlass.range(count, unroll=1):
-            if i >= GROUPS:
-                cute.arch.mbarrier_wait(empty + slot, phase)
-                self.load_weights(tma_w, tWgW[None, n, None, g], tWsW, full, i * GROUP, slot)
+            if i == alone:
+                cute.arch.griddepcontrol_wait()
+            cute.arch.mbarrier_wait(empty + slot, phase)
+            with cute.arch.elect_one():
+                for j in cutlass.range_constexpr(GROUP):
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + (slot * GROUP + j), bytes)
             for j in cutlass.range_constexpr(GROUP):
                 at = slot * GROUP + j
-                kb = i * GROUP + j
-                cute.copy(tma_x, tXgX[None, m, kb, g], tXsX[None, at], tma_bar_ptr=full + at)
-                cute.copy(tma_s, tSgS[None, m, kb, g], tSsS[None, at], tma_bar_ptr=full + at)
+                src = tWgW[None, n, i * GROUP + j, g]
+                cute.copy(tma_w, src, tWsW[None, at], tma_bar_ptr=full + at, cache_policy=Int64(EVICT_FIRST))
             slot, phase = self.advance(slot, phase)
         cute.arch.griddepcontrol_launch_dependents()
 
     @cute.jit
-    def load_weights(self, tma_w, tWgW, tWsW, full, kb, slot):
-        """Arm the barriers of a group and ask for its weights."""
-        with cute.arch.elect_one():
+    def load_tokens(self, tma_x, mX, tma_s, mS, sX, sS, full, empty, m, g, count, slices):
+        """The warp that asks for the tokens and their scales."""
+        sliced = cute.local_tile(sX, (SLICE, BLOCK), (None, 0, None))
+        tXsX, tXgX = self.parts(tma_x, sliced, mX, (SLICE, BLOCK))
+        tSsS, tSgS = self.parts(tma_s, sS, mS, (TOKENS, 1))
+        cute.arch.griddepcontrol_wait()
+        slot, phase = Int32(0), Int32(1)
+        for i in cutlass.range(count, unroll=1):
+            cute.arch.mbarrier_wait(empty + slot, phase)
             for j in cutlass.range_constexpr(GROUP):
-                cute.arch.mbarrier_arrive_and_expect_tx(full + (slot * GROUP + j), BLOCK_BYTES)
-        for j in cutlass.range_constexpr(GROUP):
-            at = slot * GROUP + j
-            cute.copy(
-                tma_w, tWgW[None, kb + j], tWsW[None, at], tma_bar_ptr=full + at, cache_policy=Int64(EVICT_FIRST)
-            )
+                at = slot * GROUP + j
+                kb = i * GROUP + j
+                for r in cutlass.range_constexpr(SLICES):
+                    if r < slices:
+                        cute.copy(
+                            tma_x, tXgX[None, m * SLICES + r, kb, g], tXsX[None, r, at], tma_bar_ptr=full + at
+                        )
+                cute.copy(tma_s, tSgS[None, m, kb, g], tSsS[None, at], tma_bar_ptr=full + at)
+            slot, phase = self.advance(slot, phase)
 
     @cute.jit
-    def multiply(self, op: cutlass.Constexpr, rTmp, tCsW, tCsX, full, at, phase):
-        """Start rTmp = W . X of a block as soon as it is there."""
+    def parts(self, tma: cutlass.Constexpr, smem, gmem, shape: cutlass.Constexpr):
+        """What TMA copies, the coordinates within a tile as one mode: (tile, stage), (tile, row, block, group)."""
+        tiles = cute.group_modes(cute.local_tile(gmem, shape, (None, None, None)), 0, 2)
+        return cpasync.tma_partition(tma, 0, cute.make_layout(1), cute.group_modes(smem, 0, 2), tiles)
+
+    @cute.jit
+    def multiply(self, op: cutlass.Constexpr, rTmp, tCsM, tCsN, full, at, phase):
+        """Start the products of a block as soon as it is there."""
         cute.arch.mbarrier_wait(full + at, phase)
         warpgroup.fence()
-        issue(op, rTmp, tCsW[None, None, None, at], tCsX[None, None, None, at], True)
+        issue(op, rTmp, tCsM[None, None, None, at], tCsN[None, None, None, at], True)
         warpgroup.commit_group()
 
     @cute.jit
@@ -233,7 +261,19 @@ class Fp8Bmm:
         return (Int32(0) if wrap else n), (phase ^ 1 if wrap else phase)
 
     @cute.jit
-    def store(self, sSum, mOut, tid, n, m, g):
+    def store(self, rAcc, mOut, token, column, g):
+        """The two rows of a thread: pairs of columns, 16 bytes of the quad."""
+        for h in cutlass.range_constexpr(2):
+            if token + 8 * h < mOut.shape[1]:
+                dst = mOut.iterator + (Int64(g) * mOut.stride[0] + Int64(token + 8 * h) * mOut.stride[1] + column)
+                for i in cutlass.range_constexpr(MMA_N // 8):
+                    rOut = cute.make_rmem_tensor((2,), BFloat16)
+                    for e in cutlass.range_constexpr(2):
+                        rOut[e] = rAcc[4 * i + 2 * h + e].to(BFloat16)
+                    cute.autovec_copy(rOut, cute.make_tensor((dst + 8 * i).align(4), cute.make_layout(2)))
+
+    @cute.jit
+    def store_sums(self, sSum, mOut, tid, n, m, g):
         """4 columns of out per thread."""
         PER_TOKEN = ROWS // 4  # threads
         SIDE = 32 * WARPS // PER_TOKEN  # tokens at a time

@@ -7,9 +7,9 @@
     every such sum is scaled and added in fp32 registers (the tensor core's own fp32 sums are not exact enough), rounded
     once.
 
-Tiling. CTAs are persistent and take tiles of 64 WARPGROUPS tokens x COLUMNS BLOCKS_N columns, columns fastest, then
-tokens, then groups. WARPGROUPS warpgroups do the mathematics (WG0 and WG1), one warp feeds them, one reads b_scale (two
-are idle; with two warpgroups setmaxnreg 240 / 240 / 24). With WARPGROUPS = 2, COLUMNS = 128, BLOCKS_N = 2:
+Tiling. CTAs are persistent and take tiles of 128 tokens x 128 BLOCKS_N columns, columns fastest, then tokens, then
+groups. Two warpgroups do the mathematics (WG0 and WG1). One warp asks for b, one for a and a_scale, one reads b_scale
+(setmaxnreg 240 / 240 / 24). With BLOCKS_N = 2:
 
               n .......... +127 | +128 ...... +255
     tokens  +-------------------+------------------+       stage: A 16 KB, B 32 KB and 128 scales of A by TMA, and
@@ -17,9 +17,7 @@ are idle; with two warpgroups setmaxnreg 240 / 240 / 24). With WARPGROUPS = 2, C
      64-127 | WG1 acc[0]        | WG1 acc[1]       |
             +-------------------+------------------+
 
-Few tokens are limited by reading weights: small tiles, so that every SM reads, and many stages.
-
-Pipeline. A batch is 4 wgmma m64nCOLUMNSk32 into rTmp; then acc[i] += rTmp * scales. What counts is the number of
+Pipeline. A batch is 4 wgmma m64n128k32 into rTmp; then acc[i] += rTmp * scales. What counts is the number of
 instructions beside the wgmma and these FFMA: the warpgroups fall into step by themselves, one promotes while the other
 computes. Whatever is not promotion happens under a running batch: scales, waiting for the next stage, and the stores
 of a finished tile. A block of a tile is stored under the batch behind its last one, which for the last block is the
@@ -30,16 +28,16 @@ first batch of the next tile:
     WG1               |  promote 0 | promote 1 | ...
     end of tile   ... A1(last) [store 0] promote 1 | A0(next tile) [store 1] promote 0 | ...
 
-Stores go through buffers of 64 x 64 (stmatrix, TMA). Rows behind M: loads give zeros, stores are clipped.
-Launched with PDL; it lets the next one start when its last tile is under way. With `early` the first weights and
+Stores go through buffers of 64 x 64 (stmatrix, TMA) and are clipped. A ragged tile loads its tokens by SLICEs, and none
+that is behind M: TMA takes longer for rows behind the end than for others. What the others are in shared memory does
+not matter, since a token's products are only its own.
+Launched with PDL; it lets the next one start when its last weights are under way. With `early` the first weights and
 b_scale are loaded before the kernel in front has ended: the caller promises that it does not write them.
 
-Cannot: K that 128 or N that 128 and COLUMNS BLOCKS_N do not divide; out of another type; packed scales.
+Cannot: K that 128 or N that 128 BLOCKS_N does not divide; out of another type; packed scales.
 """
 
 # --- constants: replaced when rendered ---
-WARPGROUPS = 2
-COLUMNS = 128
 BLOCKS_N = 2
 STAGES = 4
 # --- end of constants ---
@@ -55,15 +53,18 @@ from common.fp8_tiles import box, ring, tiled_mma
 from common.sm90 import issue
 
 BLOCK = 128  # of K, and of N for b_scale
-TILE_M, TILE_N = 64 * WARPGROUPS, COLUMNS * BLOCKS_N
-STAGE_BYTES = (TILE_M + TILE_N) * BLOCK + 4 * TILE_M
-FEEDER = 4 * WARPGROUPS  # the warp that loads; the next one reads b_scale
+WARPGROUPS = 2
+TILE_M, TILE_N = 64 * WARPGROUPS, BLOCK * BLOCKS_N
+SLICE = 32  # tokens that one instruction loads in a ragged tile: rows behind M would take longer than others
+SLICES = TILE_M // SLICE
+FEEDER = 4 * WARPGROUPS  # the first warp behind those that do the mathematics
 REGISTERS_MATH, REGISTERS_FEEDER = 240, 24
 BAR_STORE, BAR_READY = 1, 3  # named barriers: the first two one per warpgroup
-READY_THREADS = 32 * (FEEDER + 2)
-BUFFERS = COLUMNS // 64  # of 64 columns of the result, for each warpgroup
+READY_THREADS = 32 * (FEEDER + 3)
+WINDOW = 32  # blocks of K whose b_scale the warp that reads them holds
+BUFFERS = BLOCK // 64  # of 64 columns of the result, for each warpgroup
 
-assert BLOCKS_N in (1, 2) and WARPGROUPS in (1, 2) and COLUMNS in (64, 128) and (BLOCKS_N == 1 or COLUMNS == BLOCK)
+assert BLOCKS_N in (1, 2)
 
 
 class Fp8Bmm:
@@ -82,12 +83,13 @@ class Fp8Bmm:
     ):
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         tma_a, mA = cpasync.make_tiled_tma_atom(load, outer_last(a), box(TILE_M, BLOCK), (TILE_M, BLOCK))
+        tma_r, mR = cpasync.make_tiled_tma_atom(load, outer_last(a), box(SLICE, BLOCK), (SLICE, BLOCK))
         tma_b, mB = cpasync.make_tiled_tma_atom(load, outer_last(b), box(TILE_N, BLOCK), (TILE_N, BLOCK))
         mS = cute.make_tensor(a_scale.iterator, cute.select(a_scale.layout, mode=[2, 1, 0]))
         tma_s, mS = cpasync.make_tiled_tma_atom(load, mS, cute.make_layout((TILE_M, 1)), (TILE_M, 1))
         tma_o, mO = cpasync.make_tiled_tma_atom(store, outer_last(out), box(64, 64, BFloat16), (64, 64))
-        mma, mma_half = tiled_mma(COLUMNS), tiled_mma(64)
-        self.kernel(tma_a, mA, tma_b, mB, tma_s, mS, tma_o, mO, b_scale, early, mma, mma_half).launch(
+        mma, mma_half = tiled_mma(BLOCK), tiled_mma(64)
+        self.kernel(tma_a, mA, tma_r, mR, tma_b, mB, tma_s, mS, tma_o, mO, b_scale, early, mma, mma_half).launch(
             grid=[ctas, 1, 1], block=[128 * WARPGROUPS + 128, 1, 1], stream=stream, min_blocks_per_mp=1, use_pdl=True
         )
 
@@ -97,6 +99,8 @@ class Fp8Bmm:
         self,
         tma_a: cute.CopyAtom,
         mA: cute.Tensor,
+        tma_r: cute.CopyAtom,
+        mR: cute.Tensor,
         tma_b: cute.CopyAtom,
         mB: cute.Tensor,
         tma_s: cute.CopyAtom,
@@ -131,7 +135,7 @@ class Fp8Bmm:
                     cute.arch.mbarrier_init(empty + i, 4 * WARPGROUPS)
             cute.arch.mbarrier_init_fence()
             cute.arch.barrier_arrive(barrier_id=BAR_READY, number_of_threads=READY_THREADS)  # and start to load at once
-        elif warp_idx < FEEDER + 2:
+        elif warp_idx < FEEDER + 3:
             cute.arch.barrier(barrier_id=BAR_READY, number_of_threads=READY_THREADS)
 
         tiles_n = mB.shape[0] // TILE_N
@@ -147,55 +151,71 @@ class Fp8Bmm:
 
         one = cute.make_layout(1)
         if warp_idx >= FEEDER:
-            if const_expr(WARPGROUPS == 2):
-                cute.arch.setmaxregister_decrease(REGISTERS_FEEDER)
+            cute.arch.setmaxregister_decrease(REGISTERS_FEEDER)
             if warp_idx == FEEDER:
-                gA, gB, gS = tile_of(mA, (TILE_M, BLOCK)), tile_of(mB, (TILE_N, BLOCK)), tile_of(mS, (TILE_M, 1))
-                tAsA, tAgA = cpasync.tma_partition(tma_a, 0, one, cute.group_modes(sA, 0, 2), gA)
+                gB = tile_of(mB, (TILE_N, BLOCK))
                 tBsB, tBgB = cpasync.tma_partition(tma_b, 0, one, cute.group_modes(sB, 0, 2), gB)
-                tSsS, tSgS = cpasync.tma_partition(tma_s, 0, one, cute.group_modes(sS, 0, 2), gS)
                 if early == 0:
                     cute.arch.griddepcontrol_wait()
-                primed = cutlass.min(STAGES, blocks_k) if mine > 0 else 0
-                n, m, g = self.place(first, grid)
-                for kb in cutlass.range(primed, unroll=1):
-                    self.load_b(tma_b, tBgB[None, n, kb, g], tBsB[None, kb], full + kb)
-                if early != 0:
-                    cute.arch.griddepcontrol_wait()
-                s, phase, unit = Int32(0), Int32(1), Int32(0)
-                for tile in cutlass.range(first, total, stride, unroll=1):
-                    n, m, g = self.place(tile, grid)
-                    for kb in cutlass.range(blocks_k, unroll=1):
-                        if unit >= primed:
-                            cute.arch.mbarrier_wait(empty + s, phase)
-                            self.load_b(tma_b, tBgB[None, n, kb, g], tBsB[None, s], full + s)
-                        cute.copy(tma_a, tAgA[None, m, kb, g], tAsA[None, s], tma_bar_ptr=full + s)
-                        cute.copy(tma_s, tSgS[None, m, kb, g], tSsS[None, s], tma_bar_ptr=full + s)
-                        s, phase = self.advance(s, phase)
-                        unit = unit + 1
-                cute.arch.griddepcontrol_launch_dependents()
-            if warp_idx == FEEDER + 1:
-                if early == 0:
-                    cute.arch.griddepcontrol_wait()
-                lane = tid % 32
-                column = cutlass.min(lane, BLOCKS_N - 1)
                 s, phase = Int32(0), Int32(1)
                 for tile in cutlass.range(first, total, stride, unroll=1):
-                    at = mBScale.iterator + (self.first_scale(tile, grid, blocks_k) + column * blocks_k)
-                    b_next = at.load()
+                    n, m, g = self.place(tile, grid)
+                    bytes = TILE_N * BLOCK + 4 * TILE_M + self.slices(m, mO) * (SLICE * BLOCK)
                     for kb in cutlass.range(blocks_k, unroll=1):
-                        b_scale = b_next
-                        b_next = (at + cutlass.min(kb + 1, blocks_k - 1)).load()
                         cute.arch.mbarrier_wait(empty + s, phase)
-                        if lane < BLOCKS_N:
-                            sF[lane, s] = b_scale
-                        cute.arch.sync_warp()
                         with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive(full + s)
+                            cute.arch.mbarrier_arrive_and_expect_tx(full + s, bytes)
+                        cute.copy(tma_b, tBgB[None, n, kb, g], tBsB[None, s], tma_bar_ptr=full + s)
                         s, phase = self.advance(s, phase)
+                cute.arch.griddepcontrol_launch_dependents()
+            if warp_idx == FEEDER + 1:
+                gA, gR, gS = tile_of(mA, (TILE_M, BLOCK)), tile_of(mR, (SLICE, BLOCK)), tile_of(mS, (TILE_M, 1))
+                tAsA, tAgA = cpasync.tma_partition(tma_a, 0, one, cute.group_modes(sA, 0, 2), gA)
+                sR = cute.local_tile(sA, (SLICE, BLOCK), (None, 0, None))
+                tRsR, tRgR = cpasync.tma_partition(tma_r, 0, one, cute.group_modes(sR, 0, 2), gR)
+                tSsS, tSgS = cpasync.tma_partition(tma_s, 0, one, cute.group_modes(sS, 0, 2), gS)
+                cute.arch.griddepcontrol_wait()
+                s, phase = Int32(0), Int32(1)
+                for tile in cutlass.range(first, total, stride, unroll=1):
+                    _, m, g = self.place(tile, grid)
+                    slices = self.slices(m, mO)
+                    for kb in cutlass.range(blocks_k, unroll=1):
+                        cute.arch.mbarrier_wait(empty + s, phase)
+                        if slices == SLICES:
+                            cute.copy(tma_a, tAgA[None, m, kb, g], tAsA[None, s], tma_bar_ptr=full + s)
+                        else:
+                            for r in cutlass.range(slices, unroll=1):
+                                src = tRgR[None, m * SLICES + r, kb, g]
+                                cute.copy(tma_r, src, tRsR[None, r, s], tma_bar_ptr=full + s)
+                        cute.copy(tma_s, tSgS[None, m, kb, g], tSsS[None, s], tma_bar_ptr=full + s)
+                        s, phase = self.advance(s, phase)
+            if warp_idx == FEEDER + 2:
+                if early == 0:
+                    cute.arch.griddepcontrol_wait()
+                lane = tid % WINDOW
+                windows = cute.ceil_div(blocks_k, WINDOW)
+                rScaleB = cute.make_rmem_tensor((BLOCKS_N,), Float32)  # of block `lane` of the window
+                rNext = cute.make_rmem_tensor((BLOCKS_N,), Float32)
+                self.load_scales(rNext, mBScale, first, lane, total, grid, blocks_k)
+                s, phase = Int32(0), Int32(1)
+                for tile in cutlass.range(first, total, stride, unroll=1):
+                    for w in cutlass.range(windows, unroll=1):
+                        for i in cutlass.range_constexpr(BLOCKS_N):
+                            rScaleB[i] = rNext[i]
+                        # those of the next window at once: from DRAM they take longer than a few blocks
+                        last = w == windows - 1
+                        tile_next = tile + stride if last else tile
+                        kb_next = lane if last else (w + 1) * WINDOW + lane
+                        self.load_scales(rNext, mBScale, tile_next, kb_next, total, grid, blocks_k)
+                        for j in cutlass.range(cutlass.min(blocks_k - w * WINDOW, WINDOW), unroll=1):
+                            cute.arch.mbarrier_wait(empty + s, phase)
+                            if lane == j:
+                                for i in cutlass.range_constexpr(BLOCKS_N):
+                                    sF[i, s] = rScaleB[i]
+                                cute.arch.mbarrier_arrive(full + s)
+                            s, phase = self.advance(s, phase)
         else:
-            if const_expr(WARPGROUPS == 2):
-                cute.arch.setmaxregister_increase(REGISTERS_MATH)
+            cute.arch.setmaxregister_increase(REGISTERS_MATH)
             wg = cute.arch.make_warp_uniform(warp_idx // 4)
             t = tid % 128
             sOw = cute.local_tile(sO, (64, 64, BUFFERS), (0, 0, wg))
@@ -203,11 +223,11 @@ class Fp8Bmm:
             thread = mma.get_slice(t)
             tCsA = thread.make_fragment_A(thread.partition_A(cute.local_tile(sA, (64, BLOCK), (wg, 0, None))))
             tCsB = [
-                thread.make_fragment_B(thread.partition_B(cute.local_tile(sB, (COLUMNS, BLOCK), (i, 0, None))))
+                thread.make_fragment_B(thread.partition_B(cute.local_tile(sB, (BLOCK, BLOCK), (i, 0, None))))
                 for i in range(BLOCKS_N)
             ]
-            acc = [cute.make_rmem_tensor(thread.partition_shape_C((64, COLUMNS)), Float32) for _ in range(BLOCKS_N)]
-            rTmp = cute.make_rmem_tensor(thread.partition_shape_C((64, COLUMNS)), Float32)
+            acc = [cute.make_rmem_tensor(thread.partition_shape_C((64, BLOCK)), Float32) for _ in range(BLOCKS_N)]
+            rTmp = cute.make_rmem_tensor(thread.partition_shape_C((64, BLOCK)), Float32)
             stmatrix = cute.make_tiled_copy_C(cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), BFloat16), mma_half)
             c = dict(wg=wg, leader=warp_idx % 4 == 0, op=mma.op, tCsA=tCsA, tCsB=tCsB, grid=grid)
             c.update(tma_o=tma_o, tOsO=tOsO, tOgO=tOgO, sOw=sOw, stmatrix=stmatrix.get_slice(t))
@@ -246,9 +266,10 @@ class Fp8Bmm:
                             cute.arch.mbarrier_wait(full + s, phase)
                     warpgroup.wait_group(0)
                     if const_expr(i == BLOCKS_N - 1):
+                        cute.arch.sync_warp()  # all lanes have read their scales
                         with cute.arch.elect_one():
                             cute.arch.mbarrier_arrive(empty + done)
-                    for e in cutlass.range_constexpr(COLUMNS // 2):
+                    for e in cutlass.range_constexpr(BLOCK // 2):
                         acc[i][e] = rTmp[e] * rScale[(e // 2) % 2, i] + acc[i][e]
                 kb = kb + 1
                 if last:
@@ -260,25 +281,23 @@ class Fp8Bmm:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
-    def load_b(self, tma_b, tBgB, tBsB, bar):
-        """Arm the barrier of a stage and ask for its weights."""
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(bar, STAGE_BYTES)
-        cute.copy(tma_b, tBgB, tBsB, tma_bar_ptr=bar)
-
-    @cute.jit
     def place(self, tile, grid):
         """(column tile, token tile, group)"""
         tiles_n, tiles_m = grid
         return tile % tiles_n, (tile // tiles_n) % tiles_m, tile // (tiles_n * tiles_m)
 
     @cute.jit
-    def first_scale(self, tile, grid, blocks_k):
-        """Where b_scale of a tile begins."""
-        n, _, g = self.place(tile, grid)
-        if const_expr(COLUMNS < BLOCK):
-            return (g * (grid[0] * COLUMNS // BLOCK) + n * COLUMNS // BLOCK) * blocks_k
-        return (g * grid[0] + n) * (BLOCKS_N * blocks_k)
+    def slices(self, m, mO):
+        """Of SLICE tokens, that a token tile has."""
+        return cutlass.min(cute.ceil_div(mO.shape[0] - m * TILE_M, SLICE), SLICES)
+
+    @cute.jit
+    def load_scales(self, rScaleB, mBScale, tile, kb, total, grid, blocks_k):
+        """b_scale of block kb of a tile, each column block; of the last ones where there are no more."""
+        n, _, g = self.place(cutlass.min(tile, total - 1), grid)
+        first = (g * grid[0] + n) * BLOCKS_N
+        for i in cutlass.range_constexpr(BLOCKS_N):
+            rScaleB[i] = (mBScale.iterator + ((first + i) * blocks_k + cutlass.min(kb, blocks_k - 1))).load()
 
     @cute.jit
     def advance(self, s, phase):
@@ -297,20 +316,21 @@ class Fp8Bmm:
     def store(self, c, acc, tile, i: cutlass.Constexpr):
         """Column block i of a finished tile, 64 columns at a time."""
         n, m, g = self.place(tile, c["grid"])
+        if c["leader"]:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)  # the buffers have been read
+        cute.arch.barrier(barrier_id=BAR_STORE + c["wg"], number_of_threads=128)
         for h in cutlass.range_constexpr(BUFFERS):
-            if c["leader"]:
-                cute.arch.cp_async_bulk_wait_group(BUFFERS - 1, read=True)  # this buffer has been read
-            cute.arch.barrier(barrier_id=BAR_STORE + c["wg"], number_of_threads=128)
             rO = cute.make_rmem_tensor(c["half"], BFloat16)
             for e in cutlass.range_constexpr(32):
                 rO[e] = acc[32 * h + e].to(BFloat16)
             cute.copy(c["stmatrix"], c["stmatrix"].retile(rO), c["stmatrix"].partition_D(c["sOw"][None, None, h]))
-            cute.arch.fence_view_async_shared()
-            cute.arch.barrier(barrier_id=BAR_STORE + c["wg"], number_of_threads=128)
-            if c["leader"]:
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier(barrier_id=BAR_STORE + c["wg"], number_of_threads=128)
+        if c["leader"]:
+            for h in cutlass.range_constexpr(BUFFERS):
                 column = (n * BLOCKS_N + i) * BUFFERS + h
                 cute.copy(c["tma_o"], c["tOsO"][None, h], c["tOgO"][None, m * WARPGROUPS + c["wg"], column, g])
-                cute.arch.cp_async_bulk_commit_group()
+            cute.arch.cp_async_bulk_commit_group()
 
 
 def entry():

@@ -30,7 +30,8 @@ Pairs of the rotation. Interleaved pairs (448 + 2 i, 449 + 2 i) are in one lane 
 480 + i). In wide, lanes 28 to 31 then take the pieces [448 + 8 j, ..) and [480 + 8 j, ..), so that these pairs are in
 one lane as well, and store 8 bytes twice. In split, the lane 4 further has the other half (exchanged as packed bf16).
 
-From sm_90 on it is launched with PDL, waits for the kernel before it, and lets the one behind it start at once.
+From sm_90 on it is launched with PDL, waits for the kernel before it, and lets the one behind it start at once. With
+split it asks for little L1, so that there is shared memory for that kernel while this one runs.
 Tokens from M on of o_scale, as far as the tensor has them, are written 0. NaN or infinity in a chunk: no promise for
 that chunk, the others are right.
 
@@ -54,6 +55,8 @@ import cutlass.cute.runtime as rt
 from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.memory import SmemAllocator
 
+from common.launch import smem_carveout
+
 HEAD_DIM, ROPE, CHUNK = 512, 64, 128
 CHUNKS = HEAD_DIM // CHUNK
 FP8_MAX = 448.0
@@ -67,6 +70,7 @@ ROPE_LANE = 24 if SPLIT else 28  # lanes from here on hold columns to be rotated
 PAIRS = 4 if SPLIT and not NEOX else 8  # sines and cosines of a lane
 CVT = int(ARCH[3:].rstrip("a")) >= 89  # has the conversion to e4m3
 PDL = int(ARCH[3:].rstrip("a")) >= 90
+CARVEOUT = 100 if SPLIT and PDL else None  # room for the shared memory of the kernel behind this one
 LOAD = ".nc.L1::no_allocate" if SPLIT else ""
 STORE = "" if SPLIT else ".cs"
 
@@ -137,12 +141,14 @@ class InvRopeFp8Quant:
         o_scale: cute.Tensor,
         stream,
     ):
-        self.kernel(o, positions, cos_sin, o_fp8, o_scale).launch(
-            grid=[o.shape[1] // HEADS, cute.ceil_div(o_scale.shape[2], TOKENS), 1],  # heads fast: neighbours in memory
-            block=[32 * TOKENS, 1, 1],
-            stream=stream,
-            use_pdl=PDL,
-        )
+        with smem_carveout(CARVEOUT):
+            self.kernel(o, positions, cos_sin, o_fp8, o_scale).launch(
+                # heads fast: neighbours in memory
+                grid=[o.shape[1] // HEADS, cute.ceil_div(o_scale.shape[2], TOKENS), 1],
+                block=[32 * TOKENS, 1, 1],
+                stream=stream,
+                use_pdl=PDL,
+            )
 
     # ---------------------------------------------------------------- device
     @cute.kernel
