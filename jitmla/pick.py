@@ -317,4 +317,34 @@ def cached_form(*, heads: int, kv_lora_rank: int, sequences: int, tokens: int, p
     return found, f"{rows} query rows, {each} new tokens a sequence; the MHA form from {least} rows{of_each} on"
 
 
-FORMS = {"cached_mla": Form(("heads", "kv_lora_rank", "sequences", "tokens", "prefix"), cached_form)}
+# -------------------------------------------------------------------------------------------------- mla_prefill_paged
+
+# Microseconds: of 128 query rows and 128 keys of a head with 192 + 128 columns on one multiprocessor; and what the
+# absorbed form's launches take beyond the other's. Products (multiply and add) a microsecond: expanding keys; absorbed.
+MHA_BLOCK_US, ABSORBED_US, EXPANDING, ABSORBING = 1.5, 40.0, 325e6, 305e6
+
+
+def prefill_form(*, heads: int, requests: int, new: int, prefix: int, kv_lora_rank: int, qk_head_dim: int,
+                 qk_nope_head_dim: int, v_head_dim: int, sms: int) -> tuple[str, str]:
+    """For requests with `new` tokens each behind `prefix` cached ones.
+
+    The MHA form expands every key, heads * kv_lora_rank * (qk_nope_head_dim + v_head_dim) products, and attends in
+    tiles of 128 rows, of which a multiprocessor does one at a time. The absorbed form needs heads * (2 * kv_lora_rank +
+    qk_head_dim - qk_nope_head_dim) products for each pair of query and key, and nothing else. Of the products alone the
+    break-even would be 171 new tokens behind a long prefix for DeepSeek-V3, and 154 for Mistral Small 4."""
+    keys, pairs = prefix + new, new * prefix + new * (new + 1) // 2
+    rounds = -(-requests * heads * -(-new // 128) // sms)
+    attending = rounds * -(-keys // 128) * MHA_BLOCK_US * (qk_head_dim + v_head_dim) / 320
+    expanding = requests * heads * keys * kv_lora_rank * (qk_nope_head_dim + v_head_dim) / EXPANDING
+    absorbed = requests * heads * pairs * (2 * kv_lora_rank + qk_head_dim - qk_nope_head_dim) / ABSORBING + ABSORBED_US
+    return ("absorbed" if absorbed < attending + expanding else "mha",
+            f"{new} new tokens behind {prefix}, {requests} requests, {heads} heads: on an H200 about "
+            f"{attending + expanding:.0f} us in the MHA form, of which {expanding:.0f} expand keys, and {absorbed:.0f} "
+            "absorbed, without what both launch")
+
+
+FORMS = {
+    "cached_mla": Form(("heads", "kv_lora_rank", "sequences", "tokens", "prefix"), cached_form),
+    "mla_prefill": Form(("heads", "requests", "new", "prefix", "kv_lora_rank", "qk_head_dim", "qk_nope_head_dim",
+                         "v_head_dim", "sms"), prefill_form),  # of mla_prefill_paged
+}

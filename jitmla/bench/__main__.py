@@ -86,7 +86,13 @@ def mla_prefill(options: argparse.Namespace, command: str) -> None:
               command)
 
 
-OPS = {op.__name__: op for op in (mla_decode, mla_prefill, cached_mla, o_proj, sparse_mla, indexer,
+def mla_prefill_paged(options: argparse.Namespace, command: str) -> None:
+    from . import prefill_paged as ours
+    _measured("mla_prefill_paged", ours.FORMS if options.peers else {}, {}, lambda: ours.host(options.peers),
+              lambda: ours.rows(options.peers), options, command)
+
+
+OPS = {op.__name__: op for op in (mla_decode, mla_prefill, mla_prefill_paged, cached_mla, o_proj, sparse_mla, indexer,
                                    dsa_layer)}
 
 
@@ -121,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     op.add_argument("--sweep", action="store_true", help="all variants over numbers of tokens, and what is picked")
     measuring("mla_prefill", "varlen prefill, keys and values expanded per head",
               "FlashAttention-3 and FlashInfer as well")
+    measuring("mla_prefill_paged", "prefill behind a cached prefix", "each of its two forms as well")
     measuring("cached_mla", "attention over a slot cache, with append and projections", "plain PyTorch as well")
     measuring("sparse_mla", "MLA over lists of rows", "FlashMLA as well, where it is")
     measuring("dsa_layer", "the second op of a DSA layer, in decode",

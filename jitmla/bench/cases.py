@@ -305,6 +305,7 @@ class PrefillCase:
     v_head_dim: int = 128
     causal: bool = True
     ragged: bool = False
+    dtype: str = "bf16"
 
     def lengths(self) -> list[int]:
         if not self.ragged:
@@ -328,5 +329,35 @@ class PrefillCase:
 PREFILL = [PrefillCase(128, 1024), PrefillCase(128, 4096), PrefillCase(128, 16384), PrefillCase(128, 2048, 4),
            PrefillCase(16, 4096, 4), PrefillCase(16, 8192), PrefillCase(16, 8192, 32, ragged=True),
            PrefillCase(128, 1024, causal=False), PrefillCase(128, 4096, causal=False),
-           PrefillCase(32, 4096, 1, 128, 128), PrefillCase(64, 4096, 1, 256, 256)]  # Mistral Small 4, GLM-5
+           PrefillCase(32, 4096, 1, 128, 128), PrefillCase(64, 4096, 1, 256, 256),  # Mistral Small 4, GLM-5
+           PrefillCase(128, 4096, dtype="fp16")]
 PREFILL_HOST = [PrefillCase(16, 128)]
+
+
+@dataclass(frozen=True)
+class PrefillPagedCase:
+    """One mla_prefill_paged call of DeepSeek-V3's dimensions: `new` tokens of each request behind `prefix` others."""
+
+    heads: int
+    new: int
+    prefix: int
+    batch: int = 1
+
+    def flops(self) -> int:
+        """Of the pairs that are seen, in the MHA form; without the products that expand keys."""
+        pairs = self.new * self.prefix + self.new * (self.new + 1) // 2
+        return 2 * self.heads * self.batch * pairs * (192 + 128)
+
+    def bytes(self) -> int:
+        """The cache rows, q, out and kv_b_proj, each once."""
+        rows = self.batch * (self.prefix + self.new) * 576
+        return 2 * (rows + self.batch * self.new * self.heads * 320 + self.heads * 256 * 512)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+PREFILL_PAGED = [PrefillPagedCase(*shape) for shape in (
+    *((128, new, 8192) for new in (16, 64, 128, 192, 256, 512, 2048)), (128, 64, 65536), (128, 256, 65536),
+    (128, 2048, 65536), (128, 64, 1024), (128, 256, 1024), (128, 64, 4096, 8), (128, 192, 4096, 8), (16, 64, 8192),
+    (16, 256, 8192), (16, 1024, 8192), (16, 64, 4096, 8), (16, 256, 4096, 8))]
