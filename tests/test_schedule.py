@@ -385,6 +385,26 @@ def test_launch_args_are_what_the_kernels_can_do(rows, batch, sms, latent, tile)
     assert semaphore_count(launch.parts, rows, tile) == launch.parts * tiles
 
 
+@FAST
+@given(
+    rows=st.integers(1, 512),
+    batch=st.integers(1, 300),
+    tokens=st.integers(1, 70000),
+    sms=st.integers(1, 200),
+    tile=st.sampled_from([8, 16, 32, 64]),
+)
+def test_the_share_of_equal_requests_is_that_of_the_model(rows, batch, tokens, sms, tile):
+    launch = launch_args(rows, batch, sms, tile_rows=schedule.unusual_tile(rows, tile))
+    split = Split([ceil_div(tokens, BLOCK_TOKENS)] * batch, *launch)
+    share = schedule.equal_share(launch, batch, tokens)
+    assert share.even != split.aligned
+    works = [(r0, r1) for r0, r1, _, _ in map(split.interval, range(launch.parts)) if r0 <= r1]
+    if split.aligned:
+        assert share.busy == len(works) and share.pieces * batch == max(len(works), batch)
+        assert share.requests == max(r1 - r0 + 1 for r0, r1 in works)
+        assert share.blocks == (split.k * split.nb[0] if split.s == 0 else min(split.piece, split.nb[0]))
+
+
 @pytest.mark.parametrize(
     ("rows", "batch", "expect"),
     [

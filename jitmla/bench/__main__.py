@@ -34,6 +34,9 @@ def _measured(op: str, peers: dict[str, str], absent: dict[str, str], host: Call
 def mla_decode(options: argparse.Namespace, command: str) -> None:
     from . import mla_decode as plain
     from . import mla_decode_e4m3
+    if options.sweep:
+        plain.sweep(report.environment(command, options.commit), options.json)
+        return
     ours = mla_decode_e4m3 if options.e4m3 else plain
     found, absent = ours.available() if options.peers else ([], {})
     result = _measured("mla_decode", {p.name: p.note for p in found}, absent, lambda: ours.host(found),
@@ -114,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return op
 
     op = measuring("mla_decode", "paged MLA decode", "FlashMLA and FlashInfer as well, where they are")
+    op.add_argument("--sweep", action="store_true", help="all variants over batches and lengths, and what is picked")
     op.add_argument("--e4m3", action="store_true", help="the cases with an e4m3 cache")
     op.add_argument("--plot", type=Path, metavar="PNG", help="draw GB/s and TFLOP/s against the ceilings here")
     picture = commands.add_parser("plot", help="draw results that were measured before, each into a PNG beside it")

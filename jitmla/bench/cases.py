@@ -63,7 +63,32 @@ MLA_DECODE = [DecodeCase(*shape) for shape in (
     DecodeCase(128, 1, 128, 4096, kv_lora_rank=256),
     DecodeCase(8, 1, 128, 8192), DecodeCase(32, 1, 128, 4096), DecodeCase(96, 1, 128, 4096),
     DecodeCase(96, 1, 8, 16384), DecodeCase(16, 4, 64, 2048), DecodeCase(128, 1, 16, 32768),
-    DecodeCase(16, 1, 128, 4096, page_size=1), DecodeCase(128, 1, 128, 4096, page_size=1),  # a gather of single rows
+] + [DecodeCase(*shape) for shape in (  # other numbers of heads, batches and lengths
+    (128, 1, 2, 8192), (128, 1, 4, 4096), (128, 1, 8, 1024), (128, 1, 16, 1024), (128, 1, 16, 4096), (128, 1, 32, 1024),
+    (128, 1, 64, 2048), (96, 1, 1, 8192), (64, 1, 1, 1024), (64, 1, 1, 8192), (64, 1, 1, 65536), (64, 1, 4, 4096),
+    (64, 1, 8, 4096), (64, 1, 16, 4096), (64, 1, 32, 1024), (64, 2, 32, 4096), (32, 1, 1, 8192), (32, 1, 8, 4096),
+    (32, 1, 32, 4096), (8, 1, 1, 8192), (8, 1, 32, 4096),
+)] + [DecodeCase(*shape, page_size=1) for shape in (  # a gather of single rows
+    (128, 1, 1, 1024), (128, 1, 1, 8192), (128, 1, 8, 4096), (128, 1, 32, 4096), (128, 1, 128, 4096), (64, 1, 32, 4096),
+    (64, 1, 128, 4096), (32, 1, 32, 4096), (16, 1, 1, 8192), (16, 1, 32, 4096), (16, 1, 128, 4096), (8, 1, 32, 4096),
+)] + [DecodeCase(*shape, page_size=16) for shape in (
+    (128, 1, 1, 8192), (128, 1, 8, 4096), (128, 1, 32, 4096), (64, 1, 32, 4096), (16, 1, 32, 4096),
+)] + [
+    DecodeCase(128, 1, 32, 4096, page_size=7),
+    DecodeCase(32, 1, 1, 8192, kv_lora_rank=256), DecodeCase(128, 1, 8, 4096, kv_lora_rank=256),
+    DecodeCase(128, 1, 32, 4096, kv_lora_rank=256), DecodeCase(32, 1, 32, 4096, kv_lora_rank=256, page_size=1),
+]
+# all variants of each
+MLA_DECODE_SWEEP = [
+    *(DecodeCase(heads, 1, batch, kv) for heads in (32, 64, 96, 128)
+      for batch, kv in ((1, 1024), (1, 8192), (1, 65536), (4, 4096), (8, 4096), (16, 1024), (32, 1024), (32, 4096),
+                        (128, 1024), (128, 4096))),
+    *(DecodeCase(128, 1, batch, kv) for batch, kv in ((1, 2048), (1, 4096), (1, 16384), (2, 1024), (16, 4096),
+                                                      (64, 2048))),
+    *(DecodeCase(heads, 1, batch, kv, page_size=1) for heads in (64, 128)
+      for batch, kv in ((1, 1024), (1, 8192), (8, 4096), (32, 4096), (128, 4096))),
+    *(DecodeCase(128, 1, batch, kv, kv_lora_rank=256)
+      for batch, kv in ((1, 1024), (1, 8192), (1, 65536), (8, 4096), (32, 4096), (128, 4096))),
 ]
 # the same with an e4m3 cache; queries of e4m3, or of bf16
 MLA_DECODE_E4M3 = [DecodeCase(*shape, dtype="e4m3", kv_dtype="e4m3") for shape in (

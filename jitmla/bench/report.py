@@ -200,6 +200,16 @@ def host_text(result: dict[str, Any]) -> str:
         for h in result["host"]) + "."
 
 
+def ratios_text(result: dict[str, Any]) -> str:
+    """How the times compare with the best peer's, over all cases in which there is one."""
+    found = {case_name(row["case"]): row["ratio"] for row in result["rows"] if row["ratio"] is not None}
+    if not found:
+        return "No peer was measured."
+    least = min(found, key=found.__getitem__)
+    mean = math.exp(sum(map(math.log, found.values())) / len(found))
+    return f"Ratios of {len(found)} cases: geometric mean {mean:.3f}, least {found[least]:.3f} ({least})."
+
+
 def show(result: dict[str, Any]) -> None:
     """Print a result to the terminal."""
     from rich.console import Console
@@ -211,6 +221,7 @@ def show(result: dict[str, Any]) -> None:
     for line in cells(result):
         table.add_row(*line)
     console.print(table)
+    console.print(ratios_text(result))
     console.print(ceilings_text(result))
     console.print(host_text(result))
     for name, reason in result["absent"].items():
@@ -229,13 +240,13 @@ def markdown(result: dict[str, Any]) -> str:
     text += ["| " + " | ".join(line) + " |" for line in lines]
     if "plot" in result:
         text += ["", f"![Plot of {result['op']}]({result['plot']})"]
-    text += ["", ceilings_text(result), "", host_text(result)]
+    text += ["", ratios_text(result), "", ceilings_text(result), "", host_text(result)]
     text += [f"\n{name}: not measured ({reason})." for name, reason in result["absent"].items()]
     return "\n".join(text) + "\n"
 
 
 def sweep_lines(result: dict[str, Any]) -> list[str]:
-    """A markdown table: what is picked for each number of tokens, beside the fastest."""
+    """A markdown table: what is picked at each point, beside the fastest."""
     lines = ["| case | picked | us | fastest | us | loss |", "|---|---|---:|---|---:|---:|"]
     for row in result["rows"]:
         best = min(row["us"], key=row["us"].__getitem__)
@@ -251,7 +262,7 @@ def sweep_markdown(result: dict[str, Any]) -> str:
         f"## {result['op']} on {result['gpu']}, {result['date']}", "",
         f"`{result['command']}` at commit {result['commit'] or 'unknown'}; driver {result['driver'] or 'unknown'}, "
         f"torch {result['torch']}; {result['machine']}.", "",
-        f"Every variant at every number of tokens, in turns in one profile. What is picked is more than 3 % behind the "
+        f"Every variant at every point, in turns in one profile. What is picked is more than 3 % behind the "
         f"fastest at {over} of {len(result['rows'])} points, at most {worst['loss'] * 100:.1f} % "
         f"({case_name(worst['case'])}).", "", *sweep_lines(result)]) + "\n"
 

@@ -51,7 +51,16 @@ from jitmla.testing_o_proj import (
 from jitmla.testing_prefill import check_prefill, prefill_problem
 from jitmla.testing_sparse import sparse_mla_oracle, sparse_mla_problem
 from tests.kernels import test_mla_decode_e4m3 as e4m3
-from tests.keysets import ARCH, CAUSAL, HEAD_DIMS, USUAL_QUANT, covering_choices, quant_spec, sparse_spec
+from tests.keysets import (
+    ARCH,
+    CAUSAL,
+    HEAD_DIMS,
+    USUAL_QUANT,
+    covering_choices,
+    decode_tunings,
+    quant_spec,
+    sparse_spec,
+)
 from tests.support.paged import check_paged
 
 CASES = [
@@ -66,13 +75,14 @@ CASES = [
     dict(lengths=[100, 17, 0], heads=128, kv_lora_rank=256, page_size=32),
     dict(lengths=[100, 17, 0], heads=16, kv_lora_rank=256, page_size=32),
     dict(lengths=[300, 15], heads=20, page_size=16, s_q=2, row_pad=8, page_pad=16, q_pad=8, query="pair"),
+    *(dict(lengths=[0, 1, 65, 300], heads=heads, page_size=page) for heads in (8, 16, 32, 64, 128) for page in (1, 7)),
 ]
 
 
 # (problem, features) for the portable kernel: its Keys are those of PORTABLE_ON_GPU
 PORTABLE = [
-    (dict(lengths=[0, 1, 65, 300], heads=16, page_size=7, sinks="mixed"), {}),
-    (dict(lengths=[700, 2], heads=128, s_q=2, page_size=100), {}),
+    (dict(lengths=[0, 1, 65, 300], heads=16, page_size=7, qk_rope_head_dim=32, sinks="mixed"), {}),
+    (dict(lengths=[700, 2], heads=128, s_q=2, page_size=100, qk_rope_head_dim=32), {}),
     (dict(lengths=[3, 200, 0], heads=8, s_q=3), dict(q_lens=[2, 3, 0], extra_tokens=1)),
     (dict(lengths=[3000, 64], heads=16), dict(batch_invariant=True)),
     (dict(lengths=[130, 40], heads=16, page_size=7), dict(kv="e4m3")),
@@ -82,6 +92,7 @@ PORTABLE = [
 
 
 def mla_decode() -> None:
+    jitmla.use_tunings(decode_tunings())
     for case in CASES:
         problem = mla_decode_problem(device="cuda", **case)
         out, lse = jitmla.mla_decode(*problem.args, **problem.kwargs, return_lse=True, backend="sm90")
