@@ -85,8 +85,8 @@ PORTABLE = [
     (dict(lengths=[700, 2], heads=128, s_q=2, page_size=100, qk_rope_head_dim=32), {}),
     (dict(lengths=[3, 200, 0], heads=8, s_q=3), dict(q_lens=[2, 3, 0], extra_tokens=1)),
     (dict(lengths=[3000, 64], heads=16), dict(batch_invariant=True)),
-    (dict(lengths=[130, 40], heads=16, page_size=7), dict(kv="e4m3")),
-    (dict(lengths=[130, 40], heads=64, s_q=2, page_size=24), dict(kv="e4m3", q="e4m3")),
+    (dict(lengths=[130, 40], heads=16, page_size=7, qk_rope_head_dim=32), dict(kv="e4m3")),
+    (dict(lengths=[130, 40], heads=64, s_q=8, page_size=24, qk_rope_head_dim=32), dict(kv="e4m3", q="e4m3")),
     (dict(lengths=[130, 40], heads=12, page_size=3, dtype=torch.float16), dict(split=True)),
 ]
 
