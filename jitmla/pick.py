@@ -184,50 +184,55 @@ def _topk_best(variants: tuple[str, ...], *, rows: int, columns: int, sms: int) 
 
 
 class DecodeCost(NamedTuple):
-    """What a variant with row tiles of `rows` takes, in us: `fixed`, `block` for each block of a CTA, and `split` where
-    the parts of a request have to be combined; `alone` for a single request. bytes: of an element of the cache."""
+    """What a variant with row tiles of `rows` takes, in us: `fixed`, `block` for each block of a CTA unless the memory
+    takes longer, `split` where pieces of a request have to be combined, `many` from MANY pieces of one on, and `more`
+    where a CTA has more than one request. bytes: of an element of the cache."""
 
     rows: int
     block: float
     fixed: float
     split: float
-    alone: float
+    many: float
+    more: float
     bytes: int = 2
 
 
 DECODE = {
-    "sm90_seesaw/m64n64": DecodeCost(64, 1.72, 17.5, 2.3, 2.3),
-    "sm90_relay/r64_triples6": DecodeCost(64, 1.86, 15.8, 1.5, 1.5),
-    "sm90_relay/r32_triples7": DecodeCost(32, 1.33, 8.0, 3.3, 3.3),
-    "sm90_swap/r16_triples8": DecodeCost(16, 1.19, 8.0, 3.0, 1.0),
-    "sm90_swap/r8_triples8": DecodeCost(8, 1.15, 8.0, 3.0, 1.0),
-    "sm90_relay/r64_triples6_gather": DecodeCost(64, 2.07, 17.3, 1.5, 1.5),
-    "sm90_relay/r32_triples7_gather": DecodeCost(32, 1.515, 9.0, 3.3, 3.3),
-    "sm90_swap/r16_triples8_gather": DecodeCost(16, 1.38, 8.5, 3.0, 1.0),
-    "sm90_swap/r8_triples8_gather": DecodeCost(8, 1.35, 8.5, 3.0, 1.0),
-    "sm90_relay/r64_fives4": DecodeCost(64, 1.20, 11.5, 1.0, 1.0),
-    "sm90_relay/r32_fives5": DecodeCost(32, 0.90, 6.3, 2.4, 2.4),
-    "sm90_swap/r16_fives5": DecodeCost(16, 0.70, 6.3, 1.8, 1.8),
-    "sm90_swap/r8_fives5": DecodeCost(8, 0.66, 6.3, 1.8, 1.8),
-    "sm90_relay/r64_fives4_gather": DecodeCost(64, 1.35, 13.0, 1.0, 1.0),
-    "sm90_relay/r32_fives5_gather": DecodeCost(32, 1.03, 7.3, 2.4, 2.4),
-    "sm90_swap/r16_fives5_gather": DecodeCost(16, 0.81, 6.8, 1.8, 1.8),
-    "sm90_swap/r8_fives5_gather": DecodeCost(8, 0.77, 6.8, 1.8, 1.8),
-    "sm90_fp8/e4m3_64": DecodeCost(64, 1.3, 16.0, 0.0, 0.0, 1),
-    "sm90_fp8/e4m3_32": DecodeCost(32, 0.95, 11.0, 0.0, 0.0, 1),
-    "sm90_fp8/e4m3_16": DecodeCost(16, 0.71, 9.5, 0.0, 0.0, 1),
-    "sm90_fp8/half_64": DecodeCost(64, 1.86, 19.2, 0.0, 0.0, 1),
-    "sm90_fp8/half_32": DecodeCost(32, 1.38, 12.8, 0.0, 0.0, 1),
-    "sm90_fp8/half_16": DecodeCost(16, 1.0, 9.7, 0.0, 0.0, 1),
-    "sm90_fp8/e4m3_64_256": DecodeCost(64, 0.93, 12.6, 0.0, 0.0, 1),
-    "sm90_fp8/e4m3_32_256": DecodeCost(32, 0.62, 10.0, 0.0, 0.0, 1),
-    "sm90_fp8/e4m3_16_256": DecodeCost(16, 0.49, 8.4, 0.0, 0.0, 1),
-    "sm90_fp8/half_64_256": DecodeCost(64, 1.20, 13.7, 0.0, 0.0, 1),
-    "sm90_fp8/half_32_256": DecodeCost(32, 0.88, 10.7, 0.0, 0.0, 1),
-    "sm90_fp8/half_16_256": DecodeCost(16, 0.61, 9.3, 0.0, 0.0, 1),
+    "sm90_seesaw/m64n64": DecodeCost(64, 1.68, 15.0, 3.8, 3.8, 3.8),
+    "sm90_relay/r64_triples6": DecodeCost(64, 1.82, 14.1, 2.4, 2.3, 2.1),
+    "sm90_relay/r32_triples7": DecodeCost(32, 1.30, 7.8, 3.7, 3.6, 2.7),
+    "sm90_swap/r16_triples8": DecodeCost(16, 1.21, 7.3, 3.6, 1.5, 2.3),
+    "sm90_swap/r8_triples8": DecodeCost(8, 1.18, 7.0, 3.6, 1.5, 2.3),
+    "sm90_relay/r64_triples6_gather": DecodeCost(64, 1.85, 17.4, 1.8, 1.5, 0.0),
+    "sm90_relay/r32_triples7_gather": DecodeCost(32, 1.47, 7.5, 3.9, 4.2, 1.6),
+    "sm90_swap/r16_triples8_gather": DecodeCost(16, 1.30, 7.2, 3.8, 2.2, 2.3),
+    "sm90_swap/r8_triples8_gather": DecodeCost(8, 1.27, 6.9, 3.8, 2.2, 2.3),
+    "sm90_relay/r64_fives4": DecodeCost(64, 1.16, 10.3, 2.9, 4.2, 1.3),
+    "sm90_relay/r32_fives5": DecodeCost(32, 0.89, 6.0, 2.6, 2.7, 1.0),
+    "sm90_swap/r16_fives5": DecodeCost(16, 0.67, 6.65, 1.75, 1.5, 1.0),
+    "sm90_swap/r8_fives5": DecodeCost(8, 0.65, 6.4, 1.75, 1.5, 1.0),
+    "sm90_relay/r64_fives4_gather": DecodeCost(64, 1.25, 12.0, 2.9, 4.2, 1.3),
+    "sm90_relay/r32_fives5_gather": DecodeCost(32, 1.00, 6.5, 2.6, 2.7, 1.0),
+    "sm90_swap/r16_fives5_gather": DecodeCost(16, 0.75, 6.65, 1.75, 1.5, 1.0),
+    "sm90_swap/r8_fives5_gather": DecodeCost(8, 0.73, 6.4, 1.75, 1.5, 1.0),
+    "sm90_fp8/e4m3_64": DecodeCost(64, 1.3, 16.0, 0.0, 0.0, 0.0, 1),
+    "sm90_fp8/e4m3_32": DecodeCost(32, 0.95, 11.0, 0.0, 0.0, 0.0, 1),
+    "sm90_fp8/e4m3_16": DecodeCost(16, 0.71, 9.5, 0.0, 0.0, 0.0, 1),
+    "sm90_fp8/half_64": DecodeCost(64, 1.86, 19.2, 0.0, 0.0, 0.0, 1),
+    "sm90_fp8/half_32": DecodeCost(32, 1.38, 12.8, 0.0, 0.0, 0.0, 1),
+    "sm90_fp8/half_16": DecodeCost(16, 1.0, 9.7, 0.0, 0.0, 0.0, 1),
+    "sm90_fp8/e4m3_64_256": DecodeCost(64, 0.93, 12.6, 0.0, 0.0, 0.0, 1),
+    "sm90_fp8/e4m3_32_256": DecodeCost(32, 0.62, 10.0, 0.0, 0.0, 0.0, 1),
+    "sm90_fp8/e4m3_16_256": DecodeCost(16, 0.49, 8.4, 0.0, 0.0, 0.0, 1),
+    "sm90_fp8/half_64_256": DecodeCost(64, 1.20, 13.7, 0.0, 0.0, 0.0, 1),
+    "sm90_fp8/half_32_256": DecodeCost(32, 0.88, 10.7, 0.0, 0.0, 0.0, 1),
+    "sm90_fp8/half_16_256": DecodeCost(16, 0.61, 9.3, 0.0, 0.0, 0.0, 1),
 }
-SEESAW_256 = DecodeCost(64, 1.216, 11.0, 1.0, 1.0)  # a variant of both latent sizes
+SEESAW_256 = DecodeCost(64, 1.20, 9.1, 3.2, 4.9, 0.3)  # a variant of both latent sizes
+MANY = 16  # sm90_swap then has warps that share what they combine
+EVEN = 4.0  # us: of an even split, where a CTA has pieces of two requests
 WIDE_BLOCK, NARROW_BLOCK = 64 * 576, 64 * 320  # elements
+CACHE_BYTES_PER_US = 4.55e6  # bytes of a cache per us, at most
 
 
 def _decode_fits(variant: str, *, rows: int, batch: int, tokens: int, sms: int) -> bool:
@@ -256,12 +261,12 @@ def decode_us(variant: str, rows: int, batch: int, tokens: int, sms: int, narrow
     cost = DECODE[variant]
     if narrow and variant == "sm90_seesaw/m64n64":
         cost = SEESAW_256
-    tile = schedule.unusual_tile(rows, cost.rows)
-    parts = schedule.launch_args(rows, batch, sms, tile_rows=tile).parts
-    blocks = batch * -(-tokens // schedule.BLOCK_TOKENS) / parts
-    block = max(cost.block, parts * (NARROW_BLOCK if narrow else WIDE_BLOCK) * cost.bytes / BYTES_PER_US)
-    combine = cost.alone if batch == 1 else cost.split if batch * 2 <= parts else 0.0
-    return cost.fixed + combine + blocks * block
+    launch = schedule.launch_args(rows, batch, sms, tile_rows=schedule.unusual_tile(rows, cost.rows))
+    share = schedule.equal_share(launch, batch, tokens)
+    block = max(cost.block, share.busy * (NARROW_BLOCK if narrow else WIDE_BLOCK) * cost.bytes / CACHE_BYTES_PER_US)
+    combine = 0.0 if share.pieces == 1 else cost.many if share.pieces >= MANY else cost.split
+    others = cost.more * (share.requests > 1) + EVEN * share.even
+    return cost.fixed + combine + others + share.blocks * block
 
 
 # ------------------------------------------------------------------------------------------------------- sparse_mla
@@ -312,4 +317,34 @@ def cached_form(*, heads: int, kv_lora_rank: int, sequences: int, tokens: int, p
     return found, f"{rows} query rows, {each} new tokens a sequence; the MHA form from {least} rows{of_each} on"
 
 
-FORMS = {"cached_mla": Form(("heads", "kv_lora_rank", "sequences", "tokens", "prefix"), cached_form)}
+# -------------------------------------------------------------------------------------------------- mla_prefill_paged
+
+# Microseconds: of 128 query rows and 128 keys of a head with 192 + 128 columns on one multiprocessor; and what the
+# absorbed form's launches take beyond the other's. Products (multiply and add) a microsecond: expanding keys; absorbed.
+MHA_BLOCK_US, ABSORBED_US, EXPANDING, ABSORBING = 1.5, 40.0, 325e6, 305e6
+
+
+def prefill_form(*, heads: int, requests: int, new: int, prefix: int, kv_lora_rank: int, qk_head_dim: int,
+                 qk_nope_head_dim: int, v_head_dim: int, sms: int) -> tuple[str, str]:
+    """For requests with `new` tokens each behind `prefix` cached ones.
+
+    The MHA form expands every key, heads * kv_lora_rank * (qk_nope_head_dim + v_head_dim) products, and attends in
+    tiles of 128 rows, of which a multiprocessor does one at a time. The absorbed form needs heads * (2 * kv_lora_rank +
+    qk_head_dim - qk_nope_head_dim) products for each pair of query and key, and nothing else. Of the products alone the
+    break-even would be 171 new tokens behind a long prefix for DeepSeek-V3, and 154 for Mistral Small 4."""
+    keys, pairs = prefix + new, new * prefix + new * (new + 1) // 2
+    rounds = -(-requests * heads * -(-new // 128) // sms)
+    attending = rounds * -(-keys // 128) * MHA_BLOCK_US * (qk_head_dim + v_head_dim) / 320
+    expanding = requests * heads * keys * kv_lora_rank * (qk_nope_head_dim + v_head_dim) / EXPANDING
+    absorbed = requests * heads * pairs * (2 * kv_lora_rank + qk_head_dim - qk_nope_head_dim) / ABSORBING + ABSORBED_US
+    return ("absorbed" if absorbed < attending + expanding else "mha",
+            f"{new} new tokens behind {prefix}, {requests} requests, {heads} heads: on an H200 about "
+            f"{attending + expanding:.0f} us in the MHA form, of which {expanding:.0f} expand keys, and {absorbed:.0f} "
+            "absorbed, without what both launch")
+
+
+FORMS = {
+    "cached_mla": Form(("heads", "kv_lora_rank", "sequences", "tokens", "prefix"), cached_form),
+    "mla_prefill": Form(("heads", "requests", "new", "prefix", "kv_lora_rank", "qk_head_dim", "qk_nope_head_dim",
+                         "v_head_dim", "sms"), prefill_form),  # of mla_prefill_paged
+}

@@ -83,6 +83,35 @@ def unusual_tile(rows: int, tile_rows: int) -> int:
     return 0 if row_tiles(rows, tile_rows) == row_tiles(rows) else tile_rows
 
 
+class Share(NamedTuple):
+    """What a part has to do. blocks: of all its requests or pieces. requests: that it starts. pieces: of a request.
+    even: whether its pieces are of an even split. busy: parts that have anything to do."""
+
+    blocks: float
+    requests: int
+    pieces: int
+    even: bool
+    busy: int
+
+
+def equal_share(launch: Launch, batch: int, tokens: int) -> Share:
+    """The share of a part when all requests have `tokens` tokens: the decision of templates/common/mla_split.py."""
+    blocks = max(1, _ceil_div(tokens, BLOCK_TOKENS))
+    parts, fixed, least, bias = launch
+    share = max(_ceil_div(batch * (blocks + fixed), parts), least)
+    if parts < batch:
+        requests = _ceil_div(batch, parts)
+        if requests * (blocks + fixed) <= share + bias:
+            return Share(requests * blocks, requests, 1, False, _ceil_div(batch, requests))
+        return Share(share - fixed * batch / parts, requests, 2, True, parts)
+    piece = max(_ceil_div(blocks, parts // batch), least)
+    piece += piece % 2 if piece > 1 else 0
+    if piece + fixed <= share + bias:
+        pieces = _ceil_div(blocks, piece)
+        return Share(min(piece, blocks), 1, pieces, False, batch * pieces)
+    return Share(share - fixed * batch / parts, 1, 2, True, parts)
+
+
 def workspace_floats(parts: int, rows: int, latent: int, slots: int = 0) -> int:
     """fp32 elements of the workspace: partial outputs (slots, rows, latent), then their log-sum-exps. slots: 2 * parts,
     unless given."""

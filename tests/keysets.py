@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jitmla import registry, schema
+from jitmla import registry, schema, tune
 from jitmla.layouts import SCALE_MODES
 from jitmla.registry import Choice
 from jitmla.spec import (
@@ -145,12 +145,23 @@ def _pairs_of_rows() -> list[tuple[int, ...]]:
 
 
 def decode_wanted(choice: Choice) -> bool:
-    """The usual Choice of each Spec, and of the usual working points all that calls can get (over an e4m3 cache: of
-    those that have all variants)."""
-    spec = choice.spec
-    usual = (spec["dtype"] in ("bf16", "e4m3") and spec["kv_lora_rank"] == 512 and spec["page_size"] in (0, 64)
-             and (spec["kv_dtype"] != "e4m3" or spec["rows"] == 512))
-    return choice.template.backend != "sm90" or usual or choice.name == registry.choose(spec).name
+    """The usual Choice of each Spec, and of the usual working points all that calls can get."""
+    return (choice.template.backend != "sm90" or _usual(choice.spec)
+            or choice.name == registry.choose(choice.spec).name)
+
+
+def _usual(spec: Spec) -> bool:
+    """Over an e4m3 cache: of the rows that have all variants."""
+    if spec["kv_dtype"] == "e4m3":
+        return (spec["dtype"] in ("bf16", "e4m3") and spec["kv_lora_rank"] == 512 and spec["page_size"] in (0, 64)
+                and spec["rows"] == 512)
+    return (spec["dtype"], spec["kv_lora_rank"], spec["page_size"]) in (
+        ("bf16", 512, 64), ("bf16", 512, 0), ("bf16", 256, 64))
+
+
+def decode_tunings() -> list[dict[str, Any]]:
+    """By which calls of the Specs elsewhere get the variant that decode_wanted has of them, whatever their sizes."""
+    return [tune.naming(s, registry.choose(s).name) for s in covering() if not _usual(s)]
 
 
 def e4m3(dtype: str, latent: int, page: int, rows: int, causal: bool) -> Spec:

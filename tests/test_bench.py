@@ -180,6 +180,7 @@ def test_the_table():
     assert f"| h16 B1 kv 1024 | 8.1 | {speeds} | 16.2 | 12.2 | 1.50 | sm90_swap/v |" in text
     assert "| h128 s_q2 B128 kv 1..8192, page 16 | 900.0 |" in text and "| - | 800.0 | 0.89 | sm90_seesaw/w |" in text
     assert "copy 4270 GB/s (read + written), read 4576 GB/s, bf16 matmul 8192 778 TFLOP/s." in text
+    assert f"of 2 cases: geometric mean {(12.2 / 8.123456 * 0.888) ** 0.5:.3f}, least 0.888 (h128 s_q2" in text
     assert "h16 B1 kv 1024: jitmla 9.0 us, flashinfer 20.3 us." in text
     assert "at commit abc; driver 580.1, torch 2.11.0; kernels built by cute_dsl 4.8.1; x86_64." in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
@@ -191,6 +192,7 @@ def test_absent_peers_are_named():
     rows = [{**row, "times": {"jitmla": row["times"]["jitmla"]}, "ratio": None} for row in result()["rows"]]
     text = report.markdown(result(rows=rows, peers={}, absent={"flashmla": "JITMLA_PEERS is not set"}, commit=None))
     assert "flashmla: not measured (JITMLA_PEERS is not set)." in text and "at commit unknown;" in text
+    assert "No peer was measured." in text
     assert "| h16 B1 kv 1024 | 8.1 |" in text and "| - | sm90_swap/v |" in text and "flashmla us" not in text
 
 

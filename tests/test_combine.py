@@ -142,7 +142,7 @@ def combiner(late, yields=frozenset(WARP_WIDE), generators=frozenset({"rows", "w
     )  # fmt: skip
     cute = types.SimpleNamespace(
         arch=arch, copy=unit.copy, autovec_copy=move, make_tensor=Tensor, make_layout=layout, make_rmem_tensor=rmem,
-        make_copy_atom=lambda *a, **k: None, assume=lambda x, divby: assumed(x, divby),
+        make_copy_atom=lambda *a, **k: None, recast_ptr=lambda x, dtype: x, assume=lambda x, divby: assumed(x, divby),
         math=types.SimpleNamespace(log2=lambda x, fastmath: math.log2(x) if x > 0 else -math.inf),
     )  # fmt: skip
     cutlass = types.SimpleNamespace(
@@ -150,11 +150,11 @@ def combiner(late, yields=frozenset(WARP_WIDE), generators=frozenset({"rows", "w
         range_constexpr=range, max=max, min=min, Constexpr=None,
     )  # fmt: skip
     cpasync = types.SimpleNamespace(
-        CopyG2SOp=lambda **k: None, LoadCacheMode=types.SimpleNamespace(GLOBAL=None)
+        CopyG2SOp=lambda **k: None, LoadCacheMode=types.SimpleNamespace(GLOBAL=None, ALWAYS=None)
     )
     names = {
         "cutlass": cutlass, "cute": cute, "cpasync": cpasync, "Int32": int, "Float32": Number, "INF": math.inf,
-        "LOG2E": math.log2(math.e), "cutlass_dtype": lambda x: x,
+        "LOG2E": math.log2(math.e), "cutlass_dtype": lambda x: types.SimpleNamespace(width=16 if x == "fp16" else 32),
         "ex2": lambda x: Number(2.0**x if x < 1000 else math.inf),
         "const_expr": lambda x: x,
     }  # fmt: skip
@@ -210,6 +210,11 @@ def swap_column(lane, e):
     return e // 2 * 64 + lane // 8 * 16 + lane % 8 + e % 2 * 8
 
 
+def half_column(lane, e):
+    return lane // 8 * 32 + lane % 2 * 16 + lane // 2 % 4 * 2 + e % 2 + e // 2 * 8
+
+
+COLUMNS = [(swap_column, False, "fp32"), (see_column, True, "fp32"), (half_column, True, "fp16")]
 CASES = [
     # latent, rows, first row, heads, parts of the request, sharers, first part
     (128, 3, 0, 3, 2, 2, 0),
@@ -297,12 +302,11 @@ class Partials:
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
-@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize(("column", "pairs", "partial"), COLUMNS)
 @pytest.mark.parametrize(("latent", "rows", "row0", "heads", "n", "sharers", "p0"), CASES)
-def test_every_row_is_combined_once(latent, rows, row0, heads, n, sharers, p0, pairs, late):
+def test_every_row_is_combined_once(latent, rows, row0, heads, n, sharers, p0, column, pairs, partial, late):
     module, unit = combiner(late)
-    column = see_column if pairs else swap_column
-    combine = module.MlaCombine(latent, "fp32", column, pairs, 1)
+    combine = module.MlaCombine(latent, "fp32", column, pairs, 1, partial=partial)
     partials = Partials(latent, rows, row0, heads, n, [p0], column)
     for index in range(sharers):
         args = partials.arguments(Pointer([NAN] * combine.area_floats()), 0, module.HAS_SINKS | module.WANTS_LSE)

@@ -1,8 +1,10 @@
 """FlashMLA's sparse calls over jitmla: the same results under its names, and what it refuses."""
 
 import pytest
+import torch
 
 import jitmla
+from jitmla.compat import flash_mla_sparse
 from jitmla.compat.flash_mla import flash_mla_with_kvcache, get_mla_metadata
 from jitmla.compat.flash_mla_sparse import flash_mla_sparse_fwd, sparse_with_kvcache
 from jitmla.errors import InvalidArgument
@@ -26,6 +28,18 @@ def test_through_its_one_decode_function():
                                       is_fp8_kvcache=True, indices=p.indices, attn_sink=p.attn_sink,
                                       topk_length=p.topk_length)
     sparse_mla_oracle(p).check(out, lse)
+
+
+def test_lists_with_gaps_are_copied(monkeypatch):
+    """FlashMLA takes any strides, the kernels evenly spaced query tokens."""
+    p = sparse_mla_problem(batch=3, s_q=2, topk=9, rows=100, heads=4)
+    apart = torch.cat([p.indices] * 2, 1)[:, :2]
+    given = []
+    monkeypatch.setattr(flash_mla_sparse, "sparse_mla_decode",
+                        lambda *args, **kwargs: given.append(args[2]) or jitmla.sparse_mla_decode(*args, **kwargs))
+    out, lse = sparse_with_kvcache(p.q, p.kv, apart, 512, p.sm_scale, False, True)
+    sparse_mla_oracle(p).check(out, lse)
+    assert apart.stride(0) != given[0].stride(0) == 2 * given[0].stride(1)
 
 
 def test_its_default_scale():

@@ -1,13 +1,18 @@
 """The prefill ops on CPU tensors against float64: the references, the absorbed form, and any chunking of a prefix."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jitmla
+from jitmla import pick
+from jitmla.bench.cases import PREFILL_PAGED
 from jitmla.ops.mla_prefill_absorbed import group_size
-from jitmla.ops.mla_prefill_paged import choose_form
+from jitmla.spec import mla_prefill_spec
 from jitmla.testing import mla_decode_problem
 from jitmla.testing_prefill import check_prefill, exact_attention, offsets, prefill_problem
 
@@ -138,10 +143,45 @@ def test_paged_is_right_in_both_forms_and_for_any_chunking(new, prefixes, heads,
     check_paged(new, prefixes, heads=heads, nope=nope, v_dim=128, rank=rank, device="cpu", page=page)
 
 
-def test_form(seen):
-    deepseek = dict(kv_lora_rank=512, qk_head_dim=192, qk_nope_head_dim=128, v_head_dim=128)
-    mistral = dict(kv_lora_rank=256, qk_head_dim=128, qk_nope_head_dim=64, v_head_dim=128)
-    for dims, even in ((deepseek, 171), (mistral, 154)):  # behind a long prefix
-        assert choose_form(even - 1, 10**7, **dims) == "absorbed" and choose_form(even + 1, 10**7, **dims) == "mha"
-    assert choose_form(1000, 0, **deepseek) == "mha" and choose_form(1, 100, **deepseek) == "absorbed"
-    assert "new tokens behind" in [e for e in seen if e.kind == "choose"][0].fields["why"]
+DEEPSEEK = dict(kv_lora_rank=512, qk_head_dim=192, qk_nope_head_dim=128, v_head_dim=128, sms=132)
+
+
+def test_form():
+    def even(**options):
+        """The first number of new tokens that the MHA form takes."""
+        sizes = {**DEEPSEEK, "heads": 128, "requests": 1, "prefix": 10**6, **options}
+        return next(n for n in range(1, 4096) if pick.prefill_form(new=n, **sizes)[0] == "mha")
+
+    assert 100 < even() <= 171, "the products alone come to 171"
+    mistral = dict(kv_lora_rank=256, qk_head_dim=128, qk_nope_head_dim=64)
+    assert 100 < even(**mistral) <= 154
+    assert even(prefix=1000) < even(prefix=10000) and even(prefix=0) < 8, "launches count where little else does"
+    assert even(heads=16, prefix=8192) > even(heads=128, prefix=8192), "few heads leave multiprocessors idle"
+
+
+def test_what_is_chosen_is_what_was_faster():
+    """The figures of the benchmark: a form that was more than 5 % slower is never taken."""
+    path = Path(__file__).parents[1] / "docs" / "benchmarks" / "mla_prefill_paged_h200.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert len(rows) == len(PREFILL_PAGED)
+    for row in rows:
+        case = row["case"]
+        form, why = pick.prefill_form(heads=case["heads"], requests=case["batch"], new=case["new"],
+                                      prefix=case["prefix"], **DEEPSEEK)
+        times = {name: row["times"][name]["us"] for name in ("mha", "absorbed")}
+        assert times[form] <= 1.05 * min(times.values()), (case, times, why)
+
+
+def test_the_form_is_said(seen):
+    base = mla_decode_problem([12005], heads=1, kv_lora_rank=512, page_size=64)
+    jitmla.mla_prefill_paged(torch.zeros(5, 16, 192).bfloat16(), base.kv_cache, base.block_table, base.seq_lens,
+                             offsets([5], "cpu"), torch.zeros(16 * 256, 512).bfloat16(), max_seqlen_q=5,
+                             max_prefix=12000, v_head_dim=128, sm_scale=0.2)
+    chosen = next(e for e in seen if e.kind == "choose" and e.fields["op"] == "mla_prefill_paged")
+    assert chosen.fields["backend"] == "absorbed" and "5 new tokens behind 12000" in chosen.fields["why"]
+    spec = mla_prefill_spec(arch="sm_90a", dtype="bf16", qk_head_dim=192, v_head_dim=128, qk_rope_head_dim=64,
+                            causal=True)
+    found = jitmla.explain(spec, **DEEPSEEK, heads=16, requests=1, new=5, prefix=12000)
+    assert found["form"] == f"absorbed: {chosen.fields['why']}"
+    assert jitmla.explain(spec)["form"].startswith("by heads, requests, new, prefix")
+

@@ -196,8 +196,8 @@ def device():
         return range(lo, hi, step)
 
     cutlass = types.SimpleNamespace(range=span, range_constexpr=range, max=max, min=min, Constexpr=None)
-    names = {"cutlass": cutlass, "cute": types.SimpleNamespace(arch=arch), "Int32": _int, "prefetched": prefetched,
-             "const_expr": bool}
+    names = {"cutlass": cutlass, "cute": types.SimpleNamespace(arch=arch), "Int32": _int, "Float32": float,
+             "prefetched": prefetched, "const_expr": bool}
     exec(compile(ast.fix_missing_locations(tree), "mla_split.py", "exec"), names)  # noqa: S102
     return types.SimpleNamespace(**names)
 
@@ -383,6 +383,26 @@ def test_launch_args_are_what_the_kernels_can_do(rows, batch, sms, latent, tile)
     assert launch.parts * tiles <= sms or launch.parts == 1  # CTAs that wait for each other all run
     assert launch.fixed >= 0 and launch.least >= 1
     assert semaphore_count(launch.parts, rows, tile) == launch.parts * tiles
+
+
+@FAST
+@given(
+    rows=st.integers(1, 512),
+    batch=st.integers(1, 300),
+    tokens=st.integers(1, 70000),
+    sms=st.integers(1, 200),
+    tile=st.sampled_from([8, 16, 32, 64]),
+)
+def test_the_share_of_equal_requests_is_that_of_the_model(rows, batch, tokens, sms, tile):
+    launch = launch_args(rows, batch, sms, tile_rows=schedule.unusual_tile(rows, tile))
+    split = Split([ceil_div(tokens, BLOCK_TOKENS)] * batch, *launch)
+    share = schedule.equal_share(launch, batch, tokens)
+    assert share.even != split.aligned
+    works = [(r0, r1) for r0, r1, _, _ in map(split.interval, range(launch.parts)) if r0 <= r1]
+    if split.aligned:
+        assert share.busy == len(works) and share.pieces * batch == max(len(works), batch)
+        assert share.requests == max(r1 - r0 + 1 for r0, r1 in works)
+        assert share.blocks == (split.k * split.nb[0] if split.s == 0 else min(split.piece, split.nb[0]))
 
 
 @pytest.mark.parametrize(

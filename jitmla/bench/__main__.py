@@ -34,6 +34,9 @@ def _measured(op: str, peers: dict[str, str], absent: dict[str, str], host: Call
 def mla_decode(options: argparse.Namespace, command: str) -> None:
     from . import mla_decode as plain
     from . import mla_decode_e4m3
+    if options.sweep:
+        plain.sweep(report.environment(command, options.commit), options.json)
+        return
     ours = mla_decode_e4m3 if options.e4m3 else plain
     found, absent = ours.available() if options.peers else ([], {})
     result = _measured("mla_decode", {p.name: p.note for p in found}, absent, lambda: ours.host(found),
@@ -83,7 +86,13 @@ def mla_prefill(options: argparse.Namespace, command: str) -> None:
               command)
 
 
-OPS = {op.__name__: op for op in (mla_decode, mla_prefill, cached_mla, o_proj, sparse_mla, indexer,
+def mla_prefill_paged(options: argparse.Namespace, command: str) -> None:
+    from . import prefill_paged as ours
+    _measured("mla_prefill_paged", ours.FORMS if options.peers else {}, {}, lambda: ours.host(options.peers),
+              lambda: ours.rows(options.peers), options, command)
+
+
+OPS = {op.__name__: op for op in (mla_decode, mla_prefill, mla_prefill_paged, cached_mla, o_proj, sparse_mla, indexer,
                                    dsa_layer)}
 
 
@@ -108,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return op
 
     op = measuring("mla_decode", "paged MLA decode", "FlashMLA and FlashInfer as well, where they are")
+    op.add_argument("--sweep", action="store_true", help="all variants over batches and lengths, and what is picked")
     op.add_argument("--e4m3", action="store_true", help="the cases with an e4m3 cache")
     op.add_argument("--plot", type=Path, metavar="PNG", help="draw GB/s and TFLOP/s against the ceilings here")
     picture = commands.add_parser("plot", help="draw results that were measured before, each into a PNG beside it")
@@ -117,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     op.add_argument("--sweep", action="store_true", help="all variants over numbers of tokens, and what is picked")
     measuring("mla_prefill", "varlen prefill, keys and values expanded per head",
               "FlashAttention-3 and FlashInfer as well")
+    measuring("mla_prefill_paged", "prefill behind a cached prefix", "each of its two forms as well")
     measuring("cached_mla", "attention over a slot cache, with append and projections", "plain PyTorch as well")
     measuring("sparse_mla", "MLA over lists of rows", "FlashMLA as well, where it is")
     measuring("dsa_layer", "the second op of a DSA layer, in decode",

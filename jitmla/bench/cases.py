@@ -63,7 +63,32 @@ MLA_DECODE = [DecodeCase(*shape) for shape in (
     DecodeCase(128, 1, 128, 4096, kv_lora_rank=256),
     DecodeCase(8, 1, 128, 8192), DecodeCase(32, 1, 128, 4096), DecodeCase(96, 1, 128, 4096),
     DecodeCase(96, 1, 8, 16384), DecodeCase(16, 4, 64, 2048), DecodeCase(128, 1, 16, 32768),
-    DecodeCase(16, 1, 128, 4096, page_size=1), DecodeCase(128, 1, 128, 4096, page_size=1),  # a gather of single rows
+] + [DecodeCase(*shape) for shape in (  # other numbers of heads, batches and lengths
+    (128, 1, 2, 8192), (128, 1, 4, 4096), (128, 1, 8, 1024), (128, 1, 16, 1024), (128, 1, 16, 4096), (128, 1, 32, 1024),
+    (128, 1, 64, 2048), (96, 1, 1, 8192), (64, 1, 1, 1024), (64, 1, 1, 8192), (64, 1, 1, 65536), (64, 1, 4, 4096),
+    (64, 1, 8, 4096), (64, 1, 16, 4096), (64, 1, 32, 1024), (64, 2, 32, 4096), (32, 1, 1, 8192), (32, 1, 8, 4096),
+    (32, 1, 32, 4096), (8, 1, 1, 8192), (8, 1, 32, 4096),
+)] + [DecodeCase(*shape, page_size=1) for shape in (  # a gather of single rows
+    (128, 1, 1, 1024), (128, 1, 1, 8192), (128, 1, 8, 4096), (128, 1, 32, 4096), (128, 1, 128, 4096), (64, 1, 32, 4096),
+    (64, 1, 128, 4096), (32, 1, 32, 4096), (16, 1, 1, 8192), (16, 1, 32, 4096), (16, 1, 128, 4096), (8, 1, 32, 4096),
+)] + [DecodeCase(*shape, page_size=16) for shape in (
+    (128, 1, 1, 8192), (128, 1, 8, 4096), (128, 1, 32, 4096), (64, 1, 32, 4096), (16, 1, 32, 4096),
+)] + [
+    DecodeCase(128, 1, 32, 4096, page_size=7),
+    DecodeCase(32, 1, 1, 8192, kv_lora_rank=256), DecodeCase(128, 1, 8, 4096, kv_lora_rank=256),
+    DecodeCase(128, 1, 32, 4096, kv_lora_rank=256), DecodeCase(32, 1, 32, 4096, kv_lora_rank=256, page_size=1),
+]
+# all variants of each
+MLA_DECODE_SWEEP = [
+    *(DecodeCase(heads, 1, batch, kv) for heads in (32, 64, 96, 128)
+      for batch, kv in ((1, 1024), (1, 8192), (1, 65536), (4, 4096), (8, 4096), (16, 1024), (32, 1024), (32, 4096),
+                        (128, 1024), (128, 4096))),
+    *(DecodeCase(128, 1, batch, kv) for batch, kv in ((1, 2048), (1, 4096), (1, 16384), (2, 1024), (16, 4096),
+                                                      (64, 2048))),
+    *(DecodeCase(heads, 1, batch, kv, page_size=1) for heads in (64, 128)
+      for batch, kv in ((1, 1024), (1, 8192), (8, 4096), (32, 4096), (128, 4096))),
+    *(DecodeCase(128, 1, batch, kv, kv_lora_rank=256)
+      for batch, kv in ((1, 1024), (1, 8192), (1, 65536), (8, 4096), (32, 4096), (128, 4096))),
 ]
 # the same with an e4m3 cache; queries of e4m3, or of bf16
 MLA_DECODE_E4M3 = [DecodeCase(*shape, dtype="e4m3", kv_dtype="e4m3") for shape in (
@@ -280,6 +305,7 @@ class PrefillCase:
     v_head_dim: int = 128
     causal: bool = True
     ragged: bool = False
+    dtype: str = "bf16"
 
     def lengths(self) -> list[int]:
         if not self.ragged:
@@ -303,5 +329,35 @@ class PrefillCase:
 PREFILL = [PrefillCase(128, 1024), PrefillCase(128, 4096), PrefillCase(128, 16384), PrefillCase(128, 2048, 4),
            PrefillCase(16, 4096, 4), PrefillCase(16, 8192), PrefillCase(16, 8192, 32, ragged=True),
            PrefillCase(128, 1024, causal=False), PrefillCase(128, 4096, causal=False),
-           PrefillCase(32, 4096, 1, 128, 128), PrefillCase(64, 4096, 1, 256, 256)]  # Mistral Small 4, GLM-5
+           PrefillCase(32, 4096, 1, 128, 128), PrefillCase(64, 4096, 1, 256, 256),  # Mistral Small 4, GLM-5
+           PrefillCase(128, 4096, dtype="fp16")]
 PREFILL_HOST = [PrefillCase(16, 128)]
+
+
+@dataclass(frozen=True)
+class PrefillPagedCase:
+    """One mla_prefill_paged call of DeepSeek-V3's dimensions: `new` tokens of each request behind `prefix` others."""
+
+    heads: int
+    new: int
+    prefix: int
+    batch: int = 1
+
+    def flops(self) -> int:
+        """Of the pairs that are seen, in the MHA form; without the products that expand keys."""
+        pairs = self.new * self.prefix + self.new * (self.new + 1) // 2
+        return 2 * self.heads * self.batch * pairs * (192 + 128)
+
+    def bytes(self) -> int:
+        """The cache rows, q, out and kv_b_proj, each once."""
+        rows = self.batch * (self.prefix + self.new) * 576
+        return 2 * (rows + self.batch * self.new * self.heads * 320 + self.heads * 256 * 512)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+PREFILL_PAGED = [PrefillPagedCase(*shape) for shape in (
+    *((128, new, 8192) for new in (16, 64, 128, 192, 256, 512, 2048)), (128, 64, 65536), (128, 256, 65536),
+    (128, 2048, 65536), (128, 64, 1024), (128, 256, 1024), (128, 64, 4096, 8), (128, 192, 4096, 8), (16, 64, 8192),
+    (16, 256, 8192), (16, 1024, 8192), (16, 64, 4096, 8), (16, 256, 4096, 8))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,14 +11,15 @@ from torch import Tensor
 
 import jitmla
 
-from .. import dispatch, registry
+from .. import dispatch, registry, tune
 from ..spec import Spec, mla_decode_spec
 from ..store import Store
 from ..testing import Problem, mla_decode_oracle, mla_decode_problem
-from .cases import HOST, MLA_DECODE, DecodeCase
+from .cases import HOST, MLA_DECODE, MLA_DECODE_SWEEP, DecodeCase
 from .peers import Peer
 from .peers import available as available
-from .timing import Timing, gpu_times, host_us
+from .report import sweep_lines, write
+from .timing import Timing, captured, gpu_times, host_us
 
 OURS = "jitmla"
 CHECKED = 4  # requests of each case that are compared with float64
@@ -96,6 +98,29 @@ def rows(peers: Sequence[Peer], cases: Sequence[DecodeCase] = tuple(MLA_DECODE),
         yield {"case": case.as_dict(), "kernel": kernel, "toolchain": toolchain, "refused": refused,
                "times": {name: rates(case, timing) for name, timing in times.items()},
                "ratio": min(others) / times[OURS].us if others else None}
+
+
+def sweep(result: dict[str, Any], json_file: Path | None, cases: Sequence[DecodeCase] = tuple(MLA_DECODE_SWEEP),
+          iters: int = 8) -> dict[str, Any]:
+    """Time every variant that serves a case, and show what is picked beside the best. Those of a case take turns."""
+    result |= {"op": "mla_decode sweep", "rows": []}
+    for case in cases:
+        problem, spec = problem_of(case), spec_of(case)
+        out = torch.empty(problem.out_shape, dtype=problem.dtype, device=problem.device)
+        calls = {}
+        for choice in registry.choices(spec):
+            tune.use_tunings(tune.naming(spec, choice.name))
+            calls[choice.name] = captured(lambda p=problem, out=out: jitmla.mla_decode(*p.args, **p.kwargs, out=out))
+        tune.use_tunings(None)
+        us = {name: timing.us for name, timing in gpu_times(calls, iters=iters, graph=False).items()}
+        mine = registry.choose(spec, "auto", sizes_of(case)).name
+        loss = us[mine] / min(us.values()) - 1
+        result["rows"].append({"case": case.as_dict(), "us": us, "picked": mine, "loss": loss})
+    if json_file:
+        write(result, json_file)
+    for line in sweep_lines(result):
+        print(line)
+    return result
 
 
 def host(peers: Sequence[Peer]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from .timing import gpu_times, host_us
 OURS, FA3, FLASHINFER = "jitmla", "flash-attn 3", "flashinfer"
 NOTES = {FA3: "as built in vLLM; allocates its outputs", FLASHINFER: "fa3 backend, out given; its plan() is not timed"}
 WORKSPACE = 512 * 2**20
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKED_ROWS, CHECKED_HEADS = 64, 3  # of the first and of the last request that are compared with float64
 BUSY = 5e13  # products of all contenders of a case, about: what the samples of a case may take
 
@@ -49,7 +50,8 @@ def _load_fa3() -> None:
 
 def problem_of(case: PrefillCase) -> PrefillProblem:
     return prefill_problem(case.lengths(), heads=case.heads, qk_head_dim=case.qk_head_dim, v_head_dim=case.v_head_dim,
-                           causal=case.causal, keys="joined", pad=0, device="cuda")
+                           causal=case.causal, keys="joined", pad=0, dtype=DTYPES[case.dtype],
+                           device="cuda")
 
 
 def contenders(problem: PrefillProblem, peers: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
@@ -98,7 +100,7 @@ def verify(problem: PrefillProblem, calls: dict[str, Callable[[], Tensor]]) -> N
 
 def kernel_of(case: PrefillCase) -> tuple[str, dict[str, Any]]:
     """Name of the Key that serves the case, and the toolchain that built what is in the cache."""
-    spec = mla_prefill_spec(arch=dispatch.arch_of(torch.device("cuda", torch.cuda.current_device())), dtype="bf16",
+    spec = mla_prefill_spec(arch=dispatch.arch_of(torch.device("cuda", torch.cuda.current_device())), dtype=case.dtype,
                             qk_head_dim=case.qk_head_dim, v_head_dim=case.v_head_dim, qk_rope_head_dim=64,
                             causal=case.causal)
     choice = registry.choose(spec)

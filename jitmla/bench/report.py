@@ -38,9 +38,15 @@ indexer. In the peers' chains DeepGEMM's paged logits, torch's or FlashInfer's t
 jitmla's kernels, and the rest is the same. TFLOP/s and GB/s count logits and attention."""
 
 PREFILL_METHOD = """\
-Prefill (`mla_prefill`): the same method, median of 5 to 20; bf16, keys in one tensor, log-sum-exp written. S tokens of
+Prefill (`mla_prefill`): the same method, median of 5 to 20; keys in one tensor, log-sum-exp written. S tokens of
 each of B requests. TFLOP/s count 2 * heads * (qk + v) for each pair of query and key that is seen; GB/s count q, k, v
 and out once. The last rows of the first and last request are compared with float64."""
+
+PREFILL_PAGED_METHOD = """\
+Prefill behind a cached prefix (`mla_prefill_paged`): the same method for a whole call with 128 + 64 and 512 columns,
+pages of 64, all that it launches and kv_b_proj included; the contenders are its two forms, and ratio is the better
+form over what "auto" takes. TFLOP/s count the MHA form's products for each pair that is seen, GB/s the cache rows, q,
+out and kv_b_proj once. The last rows of the first request are compared with float64."""
 
 CACHED_METHOD = """\
 Attention over a slot cache (`cached_mla`): the same method for GPU times. Eager us is a whole call without a graph,
@@ -123,7 +129,10 @@ def case_name(case: dict[str, Any]) -> str:
         name = f"h{case['heads']} S {'1..' if case['ragged'] else ''}{case['tokens']}"
         name += f" B{case['batch']}" * (case["batch"] > 1) + ", full" * (not case["causal"])
         dims = case["qk_head_dim"], case["v_head_dim"]
-        return name + f", {dims[0]}/{dims[1]}" * (dims != (192, 128))
+        name += f", {dims[0]}/{dims[1]}" * (dims != (192, 128))
+        return name + ", fp16" * (case.get("dtype") == "fp16")
+    if "prefix" in case:
+        return f"h{case['heads']} B{case['batch']} new {case['new']} prefix {case['prefix']}"
     name = f"h{case['heads']}" + (f" s_q{case['s_q']}" if case["s_q"] > 1 else "") + f" B{case['batch']}"
     name += f" kv {'1..' if case['ragged'] else ''}{case['kv']}"
     usual = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "page_size": 64, "dtype": "bf16"}
@@ -191,6 +200,16 @@ def host_text(result: dict[str, Any]) -> str:
         for h in result["host"]) + "."
 
 
+def ratios_text(result: dict[str, Any]) -> str:
+    """How the times compare with the best peer's, over all cases in which there is one."""
+    found = {case_name(row["case"]): row["ratio"] for row in result["rows"] if row["ratio"] is not None}
+    if not found:
+        return "No peer was measured."
+    least = min(found, key=found.__getitem__)
+    mean = math.exp(sum(map(math.log, found.values())) / len(found))
+    return f"Ratios of {len(found)} cases: geometric mean {mean:.3f}, least {found[least]:.3f} ({least})."
+
+
 def show(result: dict[str, Any]) -> None:
     """Print a result to the terminal."""
     from rich.console import Console
@@ -202,6 +221,7 @@ def show(result: dict[str, Any]) -> None:
     for line in cells(result):
         table.add_row(*line)
     console.print(table)
+    console.print(ratios_text(result))
     console.print(ceilings_text(result))
     console.print(host_text(result))
     for name, reason in result["absent"].items():
@@ -220,13 +240,13 @@ def markdown(result: dict[str, Any]) -> str:
     text += ["| " + " | ".join(line) + " |" for line in lines]
     if "plot" in result:
         text += ["", f"![Plot of {result['op']}]({result['plot']})"]
-    text += ["", ceilings_text(result), "", host_text(result)]
+    text += ["", ratios_text(result), "", ceilings_text(result), "", host_text(result)]
     text += [f"\n{name}: not measured ({reason})." for name, reason in result["absent"].items()]
     return "\n".join(text) + "\n"
 
 
 def sweep_lines(result: dict[str, Any]) -> list[str]:
-    """A markdown table: what is picked for each number of tokens, beside the fastest."""
+    """A markdown table: what is picked at each point, beside the fastest."""
     lines = ["| case | picked | us | fastest | us | loss |", "|---|---|---:|---|---:|---:|"]
     for row in result["rows"]:
         best = min(row["us"], key=row["us"].__getitem__)
@@ -242,7 +262,7 @@ def sweep_markdown(result: dict[str, Any]) -> str:
         f"## {result['op']} on {result['gpu']}, {result['date']}", "",
         f"`{result['command']}` at commit {result['commit'] or 'unknown'}; driver {result['driver'] or 'unknown'}, "
         f"torch {result['torch']}; {result['machine']}.", "",
-        f"Every variant at every number of tokens, in turns in one profile. What is picked is more than 3 % behind the "
+        f"Every variant at every point, in turns in one profile. What is picked is more than 3 % behind the "
         f"fastest at {over} of {len(result['rows'])} points, at most {worst['loss'] * 100:.1f} % "
         f"({case_name(worst['case'])}).", "", *sweep_lines(result)]) + "\n"
 
@@ -275,7 +295,7 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     sections = [(sweep_markdown if r["op"].endswith("sweep") else markdown)(r) for r in newest]
     sections = sections or ["There are no results yet.\n"]
     more = {"o_proj": O_PROJ_METHOD, "sparse_mla": SPARSE_METHOD, "dsa_layer": DSA_METHOD, "cached_mla": CACHED_METHOD,
-            "mla_prefill": PREFILL_METHOD, "indexer": INDEXER_METHOD}
+            "mla_prefill": PREFILL_METHOD, "mla_prefill_paged": PREFILL_PAGED_METHOD, "indexer": INDEXER_METHOD}
     methods = [METHOD, *(text for op, text in more.items() if any(r["op"] == op for r in results))]
     return "\n".join(["# Benchmarks", "", INTRODUCTION, "", "\n\n".join(methods), "", *sections])
 

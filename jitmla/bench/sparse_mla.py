@@ -120,9 +120,12 @@ def rows(peers: dict[str, str], cases: tuple[SparseCase, ...] = SPARSE_MLA, iter
 
 
 def result_of(case: SparseCase, times: dict[str, Timing]) -> dict[str, Any]:
-    spec = sparse_mla_spec(arch=dispatch.arch_of(torch.device("cuda", torch.cuda.current_device())),
-                           kv_format=case.kv_format, kv_lora_rank=512, qk_rope_head_dim=64, heads=case.heads)
-    key = registry.choose(spec).key
+    device = torch.device("cuda", torch.cuda.current_device())
+    spec = sparse_mla_spec(arch=dispatch.arch_of(device), kv_format=case.kv_format, kv_lora_rank=512,
+                           qk_rope_head_dim=64, heads=case.heads)
+    sizes = {"tokens": case.batch * case.s_q, "heads": case.heads, "whole": int(case.part == "prefill"),
+             "sms": dispatch.sm_count(device)}
+    key = registry.choose(spec, sizes=sizes).key
     entry = Store().find(key)
     others = [t.us for name, t in times.items() if name != OURS]
     return {"case": case.as_dict(), "kernel": key.name, "refused": {},

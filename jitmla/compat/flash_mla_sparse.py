@@ -1,7 +1,8 @@
 """FlashMLA's sparse calls (flash_mla, as of April 2026) over jitmla.sparse_mla_decode and jitmla.sparse_mla_prefill.
 
 What differs: any number of heads up to 128 without padding, any topk and page size, topk_length with rows of 656 bytes,
-bf16 rows in decode. Not served: rows of the later format with 448 + 64 columns, and a second cache.
+bf16 rows in decode. Lists whose query tokens are not evenly spaced are copied first. Not served: rows of the later
+format with 448 + 64 columns, and a second cache.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..errors import InvalidArgument, JitmlaError
+from ..ops.sparse_mla_arguments import even_tokens
 from ..ops.sparse_mla_decode import sparse_mla_decode
 from ..ops.sparse_mla_prefill import sparse_mla_prefill
 
@@ -35,6 +37,8 @@ def sparse_with_kvcache(q: Tensor, k_cache: Tensor, indices: Tensor, head_dim_v:
                        "True for rows of 656 bytes, False for bf16 rows")
     _check_width(head_dim_v)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if indices.ndim == 3 and not even_tokens(indices):
+        indices = indices.contiguous()
     try:
         return sparse_mla_decode(q, k_cache, indices, sm_scale=scale, topk_length=topk_length, attn_sink=attn_sink,
                                  return_lse=True)

@@ -19,7 +19,7 @@ from .prefill_arguments import check_prefill, check_prefill_layout
 OP = "mla_prefill"
 PE = 64  # columns of k_pe in the kernels
 WANTS_LSE = 2  # bit of the kernels' flags
-L2_GROUP, L2_GROUP_LONG, LONG_HEAD = 42_000_000, 21_000_000, 8_000_000  # bytes, measured on an H200 (50 MB of L2)
+GROUP_KEYS = 65536  # of all heads whose tiles are worked on at a time, measured on an H200 (50 MB of L2)
 INF = float("inf")
 
 Keys = Tensor | tuple[Tensor, Tensor]
@@ -98,11 +98,9 @@ def empty_lse(q: Tensor) -> Tensor:
     return torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device).t()
 
 
-@functools.lru_cache(maxsize=4096)
-def heads_per_group(heads: int, max_seqlen_k: int, width: int) -> int:
-    """Heads whose keys and values, `width` columns together, stay in L2 while their query tiles are worked on."""
-    head = 2 * max(max_seqlen_k, 1) * width
-    return max(1, min(heads, (L2_GROUP_LONG if head > LONG_HEAD else L2_GROUP) // head))
+def heads_per_group(heads: int, max_seqlen_k: int) -> int:
+    """Heads whose keys and values stay in L2 while their query tiles are worked on."""
+    return max(1, min(heads, GROUP_KEYS // max(max_seqlen_k, 1)))
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,6 @@ class OnGpu:
     device: int
     ctas: int
     pe_offset: int
-    width: int
     no_lse: Tensor  # stands in where none is wanted; not written
 
     def run(self, q: Tensor, k: Tensor, k_pe: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
@@ -131,7 +128,7 @@ class OnGpu:
             k_pe = checks.usual_strides(k_pe)
         _, counters = scratch(self.device, 1, 2)
         flags = WANTS_LSE if lse is not None else 0
-        group = heads_per_group(heads, max_seqlen_k, self.width)
+        group = heads_per_group(heads, max_seqlen_k)
         self.plan(q, k, k_pe, v, cu_seqlens_q, cu_seqlens_k, out, self.no_lse if lse is None else lse, counters,
                   sm_scale, self.pe_offset, flags, group, self.ctas)
 
@@ -174,7 +171,7 @@ def _prepare(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_s
         return Empty()
     plan = dispatch.plan_for(spec, backend, q.device)
     prepared = OnGpu(plan, q.get_device(), dispatch.sm_count(q.device), 0 if k_pe is not k_nope else width - PE,
-                     width + v.shape[2], _no_lse(q.device))
+                     _no_lse(q.device))
     _prepared[q.shape[1:], v.shape[2], k_nope.shape[2], k_pe.shape[2], q.dtype, q.get_device(), causal,
               backend] = prepared
     return prepared

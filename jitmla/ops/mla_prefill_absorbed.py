@@ -48,9 +48,9 @@ def mla_prefill_absorbed(q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_l
                                       kv_lora_rank=kv_lora_rank, sm_scale=sm_scale, causal=causal, return_lse=True,
                                       backend=backend)
         real = groups.real[:, None]
-        out.copy_(torch.where(real[..., None], found.flatten(0, 1)[groups.row], out))
+        torch.where(real[..., None], found.flatten(0, 1)[groups.row], out, out=out)
         if lse is not None:
-            lse.copy_(torch.where(real, found_lse.flatten(0, 1)[groups.row], lse))
+            torch.where(real, found_lse.flatten(0, 1)[groups.row], lse, out=lse)
     return (out, lse) if return_lse else out
 
 
@@ -62,8 +62,8 @@ def group_size(heads: int, max_seqlen_q: int) -> int:
 
 
 class Groups(NamedTuple):
-    """Tokens in groups of `size`, each of one request. A group ends with its last token: its first tokens may be those
-    of the group before it once more, or, of a request that is too short, some that do not matter."""
+    """Tokens in groups of `size`, each of one request; they end with the request's last token, so that the first group
+    of a request may begin with tokens that are not its own, and do not matter."""
 
     token: Tensor  # [groups, size] int64
     request: Tensor  # [groups] int64
@@ -73,29 +73,24 @@ class Groups(NamedTuple):
 
 
 def _groups(seq_lens: Tensor, cu_seqlens_q: Tensor, tokens: int, size: int, causal: bool) -> Groups:
-    batch = seq_lens.shape[0]
+    batch, device = seq_lens.shape[0], seq_lens.device
     most = (tokens + batch * (size - 1)) // size  # of the sum of ceil(count / size)
-    starts = cu_seqlens_q.long()
-    counts = starts[1:] - starts[:-1]
-    ends = ((counts + size - 1) // size).cumsum(0)  # groups up to and with each request
-    first = ends - (counts + size - 1) // size
+    begins, stops = cu_seqlens_q[:-1], cu_seqlens_q[1:]
+    ends = ((stops - begins + (size - 1)) // size).cumsum(0)  # groups up to and with each request
+    shift = ends * size - stops  # from a token to its row
 
-    group = torch.arange(most, device=seq_lens.device)
-    request = torch.searchsorted(ends, group, right=True).clamp_max(batch - 1)
-    last = torch.minimum((group - first[request] + 1) * size, counts[request])  # within the request, exclusive
-    inside = last[:, None] - size + torch.arange(size, device=seq_lens.device)
-    token = (starts[:-1][request][:, None] + inside.clamp_min(0)).clamp(0, tokens - 1)
-    seen = seq_lens[request] - counts[request] + last if causal else seq_lens[request].long()
-    length = torch.where(group < ends[-1], seen, 0).clamp_min(0)
+    group = torch.arange(most, device=device)
+    request = torch.searchsorted(ends, group, right=True).clamp_(max=batch - 1)
+    token = (torch.arange(most * size, device=device).view(most, size) - shift[request][:, None]).clamp_(0, tokens - 1)
+    length = seq_lens[request]
+    if causal:
+        length = length - (ends[request] - 1 - group) * size
+    length = (length.clamp(min=0) * (group < ends[-1])).int()
 
-    position = torch.arange(tokens, device=seq_lens.device)
-    real = position < starts[-1]
-    owner = torch.searchsorted(starts[1:], position, right=True).clamp_max(batch - 1)
-    within = position - starts[:-1][owner]
-    mine = first[owner] + within // size
-    end = torch.minimum((within // size + 1) * size, counts[owner])
-    row = (mine * size + within - (end - size)).clamp(0, most * size - 1)
-    return Groups(token, request, length.int(), row, real)
+    position = torch.arange(tokens, dtype=torch.int32, device=device)
+    owner = torch.searchsorted(stops, position, right=True).clamp_(max=batch - 1)
+    row = (position + shift[owner]).clamp_(0, most * size - 1)
+    return Groups(token, request, length, row, position < stops[-1])
 
 
 def _check(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, cu_seqlens_q: Any, max_seqlen_q: Any,

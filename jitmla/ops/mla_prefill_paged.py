@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import events
+from .. import dispatch, events, pick
 from ..errors import InvalidArgument
 from . import checks
 from .gather_latent import gather_latent
@@ -23,6 +23,7 @@ from .prefill_arguments import (
 
 OP = "mla_prefill_paged"
 FORMS = ("auto", "mha", "absorbed")
+SMS = 132  # of an H200: without a GPU the form is the one that it would be there
 
 
 def mla_prefill_paged(q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor,
@@ -35,8 +36,8 @@ def mla_prefill_paged(q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens
     form "mha": the rows are gathered, expanded per head by kv_b_proj (torch), and attended by mla_prefill: the new
     tokens causally, the prefix in chunks, whose results merge_attn_states joins in float32. Any chunking gives the same
     up to rounding. "absorbed": kv_b_proj goes into the query and the output, and mla_prefill_absorbed reads the cache
-    as it is. "auto" takes the one with fewer products (jitmla.ops.mla_prefill_paged.choose_form), and says so in an
-    event; it does not depend on lengths that only the device knows.
+    as it is. "auto" takes the one that should be faster (jitmla.pick.prefill_form; jitmla.explain of a mla_prefill Spec
+    says which, and why), and says so in an event; it does not depend on lengths that only the device knows.
 
     q: [tokens, heads, qk_nope_head_dim + qk_rope_head_dim], bf16 or fp16; the requests one behind the other.
     kv_cache: [pages, page_size, kv_lora_rank + qk_rope_head_dim]; block_table: [batch, max_pages] int32.
@@ -59,8 +60,12 @@ def mla_prefill_paged(q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens
                         v_head_dim, sm_scale, form, chunk_tokens, out, lse)
     tokens, heads, width = q.shape
     if form == "auto":
-        form = choose_form(max_seqlen_q, max_prefix, kv_lora_rank=rank, qk_head_dim=width, qk_nope_head_dim=nope,
-                           v_head_dim=v_head_dim)
+        sms = dispatch.sm_count(q.device) if q.is_cuda else SMS
+        form, why = pick.prefill_form(heads=heads, requests=max(block_table.shape[0], 1), new=max_seqlen_q,
+                                      prefix=max_prefix, kv_lora_rank=rank, qk_head_dim=width, qk_nope_head_dim=nope,
+                                      v_head_dim=v_head_dim, sms=sms)
+        if not torch.compiler.is_compiling():
+            _say(form, why)
     if out is None:
         out = torch.empty((tokens, heads, v_head_dim), dtype=q.dtype, device=q.device)
     if tokens == 0:
@@ -74,7 +79,7 @@ def mla_prefill_paged(q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens
                                                  max_seqlen_q=max_seqlen_q, kv_lora_rank=rank, sm_scale=sm_scale,
                                                  lse=lse, return_lse=True, backend=backend)
         projected = torch.bmm(latent.transpose(0, 1), weight[:, nope:].transpose(1, 2)).transpose(0, 1)
-        out.copy_(torch.where(real[..., None], projected, out))
+        torch.where(real[..., None], projected, out, out=out)
         return (out, found_lse) if return_lse else out
 
     def attend(starts: Tensor, cu_rows: Tensor, rows: int, longest: int, causal: bool, into: Tensor | None
@@ -101,27 +106,9 @@ def mla_prefill_paged(q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens
             merge_attn_states(found, found_lse, *part, out=found, lse=found_lse, backend=backend)
         out.copy_(torch.where(real[..., None], found, out))
     if lse is not None:
-        lse.copy_(torch.where(real, found_lse, lse))
+        torch.where(real, found_lse, lse, out=lse)
         found_lse = lse
     return (out, found_lse) if return_lse else out
-
-
-def choose_form(new: int, prefix: int, *, kv_lora_rank: int, qk_head_dim: int, qk_nope_head_dim: int, v_head_dim: int
-                ) -> str:
-    """"absorbed" or "mha", whichever needs fewer products for a request of `new` tokens behind `prefix` cached ones.
-
-    Per head, a (query, key) pair costs qk_head_dim + v_head_dim products in the MHA form and kv_lora_rank more of each
-    kind in the other; expanding a key costs kv_lora_rank * (qk_nope_head_dim + v_head_dim). With a long prefix the
-    break-even is at 171 new tokens for DeepSeek-V3 and at 154 for Mistral Small 4.
-    """
-    keys = prefix + new
-    pairs = new * prefix + new * (new + 1) // 2
-    mha = pairs * (qk_head_dim + v_head_dim) + keys * kv_lora_rank * (qk_nope_head_dim + v_head_dim)
-    absorbed = pairs * (2 * kv_lora_rank + qk_head_dim - qk_nope_head_dim)
-    form = "absorbed" if absorbed < mha else "mha"
-    if not torch.compiler.is_compiling():
-        _say(form, f"{new} new tokens behind {prefix}: products per head, MHA form {mha:.3g}, absorbed {absorbed:.3g}")
-    return form
 
 
 @functools.lru_cache(maxsize=4096)

@@ -8,9 +8,9 @@ most two: one that it continues, one that it starts). Then it waits for the othe
     part p0 + 1  pieces ...    | arrive | wait             | units 1, S + 1, ...     | leave
     ...                                                      (S sharers, n <= S of them with a piece)
 
-A unit is 128 columns of one row: one float4 per lane and part. Unit k * 8 S + w * S + i belongs to warp w of the i-th
-sharer, so that units spread over the CTAs before they spread over the warps of one. A warp has at most 32 / S + 1
-units, and reads the parts of one after the other:
+A unit is 128 columns of one row: one float4 per lane and part, or four fp16. Unit k * 8 S + w * S + i belongs to warp
+w of the i-th sharer, so that units spread over the CTAs before they spread over the warps of one. A warp has at most
+32 / S + 1 units, and reads the parts of one after the other:
 
     cp.async   log-sum-exps of all its units, 4 bytes a lane; then 32 float4 of each lane in flight (latent 512)
     weights    a segment of 2^ceil(log2 n) lanes reduces one unit: maximum, sum, sink; weights / sum to shared memory
@@ -59,10 +59,11 @@ HAS_SINKS, WANTS_LSE, COOPERATIVE = 1, 2, 4  # bits of the flags
 
 
 class MlaCombine:
-    def __init__(self, latent, dtype, column, pairs, barrier, teams=True, empty_lse=-INF):
+    def __init__(self, latent, dtype, column, pairs, barrier, teams=True, empty_lse=-INF, partial="fp32"):
         """column, pairs: see above; barrier: a named barrier for the 8 warps; teams: whether warps may share a unit;
-        empty_lse: the log-sum-exp of a row without a key."""
+        empty_lse: the log-sum-exp of a row without a key; partial: "fp32" or "fp16", what partial outputs are in."""
         assert latent in (128, 256, 512)
+        self.partial = cutlass_dtype(partial)
         self.latent, self.dtype, self.column, self.pairs = latent, cutlass_dtype(dtype), column, pairs
         self.barrier, self.teams, self.empty_lse = barrier, teams, empty_lse
         self.log_slices = (latent // 128).bit_length() - 1
@@ -197,7 +198,7 @@ class MlaCombine:
         rO.fill(0.0)
         self.sync()  # the area may still be read for the request before
         if unit < units:
-            rX = cute.make_rmem_tensor((4, COMBINE_TEAM_LOADS), Float32)
+            rX = cute.make_rmem_tensor((4, COMBINE_TEAM_LOADS), self.partial)
             at = row * self.latent + (unit & ((1 << log_slices) - 1)) * 128 + lane * 4
             self.fetch(rX, o_acc, p0, n, at, member, team)
             for e in cutlass.range(lane, n, 32, unroll=1):
@@ -213,7 +214,7 @@ class MlaCombine:
                     i = first + (u << log_team)
                     weight = sW[i, w] if i < n else Float32(0.0)
                     for x in cutlass.range_constexpr(4):
-                        rO[x] = rO[x] + weight * rX[x, u]
+                        rO[x] = rO[x] + weight * rX[x, u].to(Float32)
                 following = first + (COMBINE_TEAM_LOADS << log_team)
                 if following < n:
                     self.fetch(rX, o_acc, p0, n, at, following, team)
@@ -259,15 +260,18 @@ class MlaCombine:
     ):
         """Combine the units first, first + step, ... of the rows row0 .. of a request of parts p0 .. p0 + n - 1."""
         log_slices, ring = self.log_slices, self.ring
-        sX = cute.make_tensor(area, cute.make_layout((4, 32, ring, COMBINE_WARPS)))
+        sX = cute.make_tensor(cute.recast_ptr(area, dtype=self.partial), cute.make_layout((4, 32, ring, COMBINE_WARPS)))
         sW = cute.make_tensor(
             area + 128 * ring * COMBINE_WARPS, cute.make_layout((COMBINE_ENTRIES, COMBINE_WARPS))
         )
         units = cutlass.max(((rows << log_slices) - first + step - 1) // step, 0)
         loads = units * n  # of each lane, and so many weights
         slot = o_acc.stride[0]
+        # 8 bytes pass through the L1, which has none of them from before: every row is read once
+        modes = cpasync.LoadCacheMode
+        mode = modes.GLOBAL if const_expr(self.partial.width == 32) else modes.ALWAYS
         get4 = cute.make_copy_atom(
-            cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL), Float32, num_bits_per_copy=128
+            cpasync.CopyG2SOp(cache_mode=mode), self.partial, num_bits_per_copy=4 * self.partial.width
         )
         get1 = cute.make_copy_atom(cpasync.CopyG2SOp(), Float32, num_bits_per_copy=32)
 
@@ -298,7 +302,7 @@ class MlaCombine:
         cute.arch.sync_warp()
 
         rO = cute.make_rmem_tensor((4,), Float32)
-        rX = cute.make_rmem_tensor((4, 4), Float32)
+        rX = cute.make_rmem_tensor((4, 4), self.partial)
         rW = cute.make_rmem_tensor((4,), Float32)
         rO.fill(0.0)
         done = Int32(0)  # parts of the unit
@@ -311,7 +315,7 @@ class MlaCombine:
             cute.autovec_copy(cute.make_tensor(sW.iterator + at_weight, cute.make_layout(4)), rW)
             for u in cutlass.range_constexpr(4):
                 for x in cutlass.range_constexpr(4):
-                    rO[x] = rO[x] + rW[u] * rX[x, u]
+                    rO[x] = rO[x] + rW[u] * rX[x, u].to(Float32)
                 done = done + 1
                 if done == n:
                     if e + u < loads:  # what is added after the last unit is garbage

@@ -26,7 +26,7 @@ converged warp; every lane gets the answer. Sums of blocks are 32-bit: up to 2^3
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Float32, Int32, const_expr
 
 SPLIT_TOKENS = 64  # tokens of a block
 
@@ -38,13 +38,15 @@ def n_blocks(seqlen):
 
 
 @cute.jit
-def partials(workspace: cute.Tensor, parts: Int32, rows: Int32, latent: cutlass.Constexpr):
-    """The workspace as (o_acc (2 * parts, rows, latent), lse_acc (2 * parts, rows)), fp32. 32-bit offsets: 160 parts of
-    512 rows of 512 columns are 84 million floats."""
+def partials(
+    workspace: cute.Tensor, parts: Int32, rows: Int32, latent: cutlass.Constexpr, dtype: cutlass.Constexpr = Float32
+):
+    """The workspace as (o_acc (2 * parts, rows, latent), lse_acc (2 * parts, rows)), fp32, o_acc of `dtype`. 32-bit
+    offsets: 160 parts of 512 rows of 512 columns are 84 million floats."""
     o_acc = cute.make_layout((2 * parts, rows, latent), stride=(rows * latent, latent, 1))
     lse_acc = cute.make_layout((2 * parts, rows), stride=(rows, 1))
     after = workspace.iterator + cute.assume(2 * parts * rows * latent, divby=latent)
-    return cute.make_tensor(workspace.iterator, o_acc), cute.make_tensor(after, lse_acc)
+    return cute.make_tensor(cute.recast_ptr(workspace.iterator, dtype=dtype), o_acc), cute.make_tensor(after, lse_acc)
 
 
 @cute.jit

@@ -33,6 +33,15 @@ BAR_SPLIT, BAR_ORDER = 1, 3  # named barriers; from BAR_ORDER on one for each ma
 REGISTERS = {2: (232, 40), 4: (112, 32)}  # of math and other warps, by math warpgroups
 
 
+@cute.jit
+def landed(x: Float32):
+    """Wait until x has come from shared memory: mbarrier_arrive does not, and its buffer may then be loaded anew."""
+    cute.arch.inline_ptx(
+        "{{ .reg .pred never; setp.eq.b32 never, {$r0}, -1; @never fence.proxy.async.shared::cta; }}",
+        read_only_args=[x],
+    )
+
+
 class MqaLogits:
     """heads: of q. tokens: query rows of a tile. groups: math warpgroups. stages, q_stages: of the rings. store: which
     cells are written: "tiles" (whole blocks of K), "clean" (all columns, -inf outside of the windows) or "compressed"
@@ -380,6 +389,8 @@ class MqaLogits:
                 if it + 1 < steps:
                     cute.arch.mbarrier_wait(full + s, phase)
                 warpgroup.wait_group(0)
+                for r in cutlass.range_constexpr(min(PER_LANE, 2)):
+                    landed(rScale[r])
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(empty + now)
                 self.sum_heads(rAcc, rW, rSum)

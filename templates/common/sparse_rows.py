@@ -208,9 +208,13 @@ class RowGather:
     A block there: latent / 64 tiles of 64 rows x 128 bytes (128-byte swizzle), one behind the other, then or elsewhere
     a rope tile. A thread has four entries of a block, 16 rows apart, and an eighth of each row. fp8: `load` fetches
     its part of all four rows into 84 registers, `store` converts them; so the rows of the next block are on their way
-    while the block before waits for room. A quarter of a warp stores 2 rows x 4 chunks of 16 bytes, which hits every
-    bank once.
+    while the block before waits for room. Once the first two are stored, their successors are loaded while the
+    others are converted; a warp-wide barrier on both sides keeps the compiler from moving those loads to the end, and
+    the readers have the fence of the async proxy, in which a gathering thread would wait for them. A quarter of a warp
+    stores 2 rows x 4 chunks of 16 bytes, which hits every bank once.
     """
+
+    EARLY = 2  # rows that are loaded again before all four are stored
 
     def __init__(self, fmt, latent, rope, tile_stride):
         """tile_stride: bytes from one tile of a block to the next."""
@@ -315,7 +319,8 @@ class RowGather:
         rRow = cute.make_rmem_tensor((4,), Int32)
         rX = cute.make_rmem_tensor((84,), Int32)  # fp8
         self.entries(rNext, list_at, block * 64 + row, length)
-        self.fetch(rX, rRow, rNext, address, chunk, rope_chunk)
+        for p in cutlass.range_constexpr(4):
+            self.fetch(rX, rRow, rNext, address, p, chunk, rope_chunk)
         for _ in cutlass.range_constexpr(step):
             token, block, end, length, list_at = self.following(
                 mList, lengths, sI, token, block, end, length, list_at, last
@@ -330,16 +335,19 @@ class RowGather:
                 if const_expr(self.fp8):
                     latent = buffer * latent_bytes
                     self.store(rX, p, to + latent, odd + latent, rope + buffer * rope_bytes, lane)
+                    if const_expr(p < self.EARLY):
+                        cute.arch.sync_warp()
+                        self.fetch(rX, rRow, rNext, address, p, chunk, rope_chunk)
+                        cute.arch.sync_warp()
                 else:
                     self.copy(address, rRow[p], p, chunk, to + buffer * latent_bytes, rope + buffer * rope_bytes)
-            if const_expr(self.fp8):
-                cute.arch.fence_view_async_shared()  # waits for every load of this thread: hence the next ones below
-            else:
+            if const_expr(not self.fp8):
                 cute.arch.cp_async_mbarrier_arrive_noinc(full + buffer)
             cute.arch.sync_warp()
             if lane == 0:
                 cute.arch.mbarrier_arrive(full + buffer)
-            self.fetch(rX, rRow, rNext, address, chunk, rope_chunk)
+            for p in cutlass.range_constexpr(self.EARLY if self.fp8 else 0, 4):
+                self.fetch(rX, rRow, rNext, address, p, chunk, rope_chunk)
             for _ in cutlass.range_constexpr(step):
                 token, block, end, length, list_at = self.following(
                     mList, lengths, sI, token, block, end, length, list_at, last
@@ -347,12 +355,11 @@ class RowGather:
             self.entries(rNext, list_at, block * 64 + row, length)
 
     @cute.jit
-    def fetch(self, rX, rRow, rNext, address, chunk, rope_chunk):
-        """Check the entries of a block; fp8: and load its rows."""
-        for p in cutlass.range_constexpr(4):
-            rRow[p] = rNext[p] if rNext[p] >= 0 and rNext[p] < address.rows else Int32(-1)
-            if const_expr(self.fp8):
-                self.load(rX, address, rRow[p], p, chunk, rope_chunk)
+    def fetch(self, rX, rRow, rNext, address, p: cutlass.Constexpr, chunk, rope_chunk):
+        """Check the entry of row p of a block; fp8: and load the row."""
+        rRow[p] = rNext[p] if rNext[p] >= 0 and rNext[p] < address.rows else Int32(-1)
+        if const_expr(self.fp8):
+            self.load(rX, address, rRow[p], p, chunk, rope_chunk)
 
     @cute.jit
     def following(self, mList, lengths, sI, token, block, end, length, list_at, last):

@@ -895,7 +895,7 @@ class MlaDecode(KvProducer):
                 if const_expr(i > 0):
                     warpgroup.wait_group(1)
                 self.convert_values(rA[ahead % FRAGMENTS], read[ahead])
-            if const_expr(ahead == len(pieces) - 1):
+            if const_expr(i == len(pieces) - 1):  # products have been issued with all registers that were read
                 cute.arch.sync_warp()
                 for g in cutlass.range_constexpr(SLOTS):
                     with cute.arch.elect_one():

@@ -22,7 +22,7 @@ Barriers. mbarriers: full and empty of each buffer, one for Q. Named barriers of
 in shared memory), FREE (warpgroup 1 has read them), SUMS (1 / sum is there), Q_READY (Q is converted).
 
 Cannot: more than 128 heads, sm_scale <= 0, latent sizes other than 512. Fewer than 64 heads cost as much as 64.
-fp8: |q| above 65504 is infinite in fp16.
+fp8: |q| above 65504 is infinite in fp16, in which partial results are as well.
 """
 
 # --- constants: replaced when rendered ---
@@ -73,11 +73,17 @@ def buffers(columns, dtype):
 
 
 def partial_column(lane, e):
-    """Column of element e of the lane-th float4 of 128 columns in a partial result: as the accumulators have them."""
+    """Column of element e of the lane-th four of 128 columns in a partial result: as the accumulators have them, 16
+    bytes of a thread one behind the other."""
+    if const_expr(FP8):
+        return (lane >> 3) * 32 + (lane & 1) * 16 + e // 2 * 8 + ((lane >> 1) & 3) * 2 + e % 2
     return (lane >> 2) * 16 + (lane & 3) * 2 + e % 2 + e // 2 * 8
 
 
-COMBINE = MlaCombine(LATENT, "bf16", partial_column, True, BAR_END, teams=False, empty_lse=INF)
+PARTIAL = Float16 if FP8 else Float32  # a mean of fp16 rows is no larger than they are
+COMBINE = MlaCombine(
+    LATENT, "bf16", partial_column, True, BAR_END, teams=False, empty_lse=INF, partial="fp16" if FP8 else "fp32"
+)
 assert COMBINE.area_floats() * 4 <= 2 * LATENT_BYTES + TILE_BYTES
 
 
@@ -116,7 +122,7 @@ class SparseMla:
         split; parts * ceil(H / 64) is at most the number of SMs."""
         batch, s_q, heads = q.shape[0], q.shape[1], q.shape[2]
         tokens = batch * s_q
-        o_acc, lse_acc = partials(workspace, parts, heads, LATENT)
+        o_acc, lse_acc = partials(workspace, parts, heads, LATENT, PARTIAL)
         tile = swz(ROWS, 64, BFloat16)
         # the stride of a mode of size 1 may be anything, also none that TMA accepts
         head = q.stride[2] if heads > 1 else Int64(64)
@@ -455,8 +461,8 @@ class SparseMla:
     def issue_scores(self, c, S, number):
         buffer = number & 1
         cute.arch.mbarrier_wait(c.bars + (FULL + buffer), (number >> 1) & 1)
-        if const_expr(not FP8):
-            cute.arch.fence_view_async_shared()  # cp.async has no fence of its own on the writer's side
+        # on the readers' side: gathering threads would wait for the rows that they are loading
+        cute.arch.fence_view_async_shared()
         warpgroup.fence()
         issue(c.op_qk, S, c.tQ, c.tK[None, None, None, buffer], True)
         if const_expr(ROPE > 0):
@@ -572,12 +578,13 @@ class SparseMla:
                         at = half * (HALF // 2) + j * 4 + c.lane % 4
                         cute.autovec_copy(v2, cute.local_tile(c.mO[token, head, None], (2,), (at,)))
                 else:
-                    for j in cutlass.range_constexpr(HALF // 16):
-                        v4 = cute.make_rmem_tensor((4,), Float32)
-                        for e in cutlass.range_constexpr(4):
-                            v4[e] = O[8 * j + e // 2 * 4 + 2 * r + e % 2] * inv[r]
-                        at = half * (HALF // 4) + j * 4 + c.lane % 4
-                        cute.autovec_copy(v4, cute.local_tile(c.o_acc[slot, head, None], (4,), (at,)))
+                    n = const_expr(128 // PARTIAL.width)  # 16 bytes
+                    for j in cutlass.range_constexpr(HALF // (4 * n)):
+                        v = cute.make_rmem_tensor((n,), PARTIAL)
+                        for e in cutlass.range_constexpr(n):
+                            v[e] = (O[2 * n * j + e // 2 * 4 + 2 * r + e % 2] * inv[r]).to(PARTIAL)
+                        at = half * (HALF // n) + j * 4 + c.lane % 4
+                        cute.autovec_copy(v, cute.local_tile(c.o_acc[slot, head, None], (n,), (at,)))
 
 
 def entry():

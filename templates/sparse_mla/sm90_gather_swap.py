@@ -389,8 +389,8 @@ class SparseMla:
         lane, w, wg, sP, sMx = c.lane, c.w, c.wg, c.sP, c.sMx
         buffer = number & 1
         cute.arch.mbarrier_wait(c.bars + (FULL + buffer), (number >> 1) & 1)
-        if const_expr(not FP8):
-            cute.arch.fence_view_async_shared()  # cp.async has no fence of its own on the writer's side
+        # on the readers' side: gathering threads would wait for the rows that they are loading
+        cute.arch.fence_view_async_shared()
         # S^T = K Q^T
         warpgroup.fence()
         issue(c.op_qk, rS, c.tK[None, None, None, buffer], c.tQ[None, None, None, stage], True)

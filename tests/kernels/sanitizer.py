@@ -8,7 +8,7 @@
 Results are checked as well. The shapes of mla_decode meet all kernels, whole and split requests, the causal limit,
 sinks, several row tiles, small and large pages; those of the output path every variant, ragged tiles, and the chain;
 those of `indexer` each kernel around DSA's indexer, every variant of top-k on values of every kind, and both ops of a
-layer; those of `cached_mla` both its forms, and append_latent.
+layer; those of `cached_mla` both its forms, and append_latent; those of sparse_mla each of its kernels.
 JITMLA_CACHE_DIR should hold what `python -m tests.keysets` puts there.
 """
 
@@ -20,7 +20,7 @@ import sys
 import torch
 
 import jitmla
-from jitmla import dsa, pick, tune
+from jitmla import dsa, pick, registry, tune
 from jitmla.ops import topk_indices as topk_op
 from jitmla.spec_indexer import topk_indices_spec
 from jitmla.testing import mla_decode_oracle, mla_decode_problem
@@ -49,8 +49,18 @@ from jitmla.testing_o_proj import (
     quant_problem,
 )
 from jitmla.testing_prefill import check_prefill, prefill_problem
+from jitmla.testing_sparse import sparse_mla_oracle, sparse_mla_problem
 from tests.kernels import test_mla_decode_e4m3 as e4m3
-from tests.keysets import ARCH, CAUSAL, HEAD_DIMS, USUAL_QUANT, covering_choices, quant_spec
+from tests.keysets import (
+    ARCH,
+    CAUSAL,
+    HEAD_DIMS,
+    USUAL_QUANT,
+    covering_choices,
+    decode_tunings,
+    quant_spec,
+    sparse_spec,
+)
 from tests.support.paged import check_paged
 
 CASES = [
@@ -65,22 +75,24 @@ CASES = [
     dict(lengths=[100, 17, 0], heads=128, kv_lora_rank=256, page_size=32),
     dict(lengths=[100, 17, 0], heads=16, kv_lora_rank=256, page_size=32),
     dict(lengths=[300, 15], heads=20, page_size=16, s_q=2, row_pad=8, page_pad=16, q_pad=8, query="pair"),
+    *(dict(lengths=[0, 1, 65, 300], heads=heads, page_size=page) for heads in (8, 16, 32, 64, 128) for page in (1, 7)),
 ]
 
 
 # (problem, features) for the portable kernel: its Keys are those of PORTABLE_ON_GPU
 PORTABLE = [
-    (dict(lengths=[0, 1, 65, 300], heads=16, page_size=7, sinks="mixed"), {}),
-    (dict(lengths=[700, 2], heads=128, s_q=2, page_size=100), {}),
+    (dict(lengths=[0, 1, 65, 300], heads=16, page_size=7, qk_rope_head_dim=32, sinks="mixed"), {}),
+    (dict(lengths=[700, 2], heads=128, s_q=2, page_size=100, qk_rope_head_dim=32), {}),
     (dict(lengths=[3, 200, 0], heads=8, s_q=3), dict(q_lens=[2, 3, 0], extra_tokens=1)),
     (dict(lengths=[3000, 64], heads=16), dict(batch_invariant=True)),
-    (dict(lengths=[130, 40], heads=16, page_size=7), dict(kv="e4m3")),
-    (dict(lengths=[130, 40], heads=64, s_q=2, page_size=24), dict(kv="e4m3", q="e4m3")),
+    (dict(lengths=[130, 40], heads=16, page_size=7, qk_rope_head_dim=32), dict(kv="e4m3")),
+    (dict(lengths=[130, 40], heads=64, s_q=8, page_size=24, qk_rope_head_dim=32), dict(kv="e4m3", q="e4m3")),
     (dict(lengths=[130, 40], heads=12, page_size=3, dtype=torch.float16), dict(split=True)),
 ]
 
 
 def mla_decode() -> None:
+    jitmla.use_tunings(decode_tunings())
     for case in CASES:
         problem = mla_decode_problem(device="cuda", **case)
         out, lse = jitmla.mla_decode(*problem.args, **problem.kwargs, return_lse=True, backend="sm90")
@@ -206,6 +218,25 @@ def indexer() -> None:
     print("layer", flush=True)
 
 
+SPARSE = [dict(batch=1, topk=100, invalid=0.5),
+          dict(batch=3, topk=300, lengths=[0, 1, 257], sinks="mixed", invalid=0.2),
+          dict(batch=70, topk=65, s_q=2, page_size=53, page_pad=48, q_pad=8)]
+
+
+def sparse_mla() -> None:
+    """Every kernel: lists with holes, lengths within a block, split and whole tokens, NaN in what must not be read."""
+    for fmt, heads in (("fp8", 8), ("fp8", 12), ("fp8", 65), ("bf16", 8), ("bf16", 65), ("bf16", 33)):
+        spec = sparse_spec(fmt, 64, heads)
+        for choice in registry.choices(spec):
+            jitmla.use_tunings(tune.naming(spec, choice.name))
+            for case in SPARSE:
+                p = sparse_mla_problem(rows=400, heads=heads, fmt=fmt, columns=576, device="cuda", **case)
+                found = jitmla.sparse_mla_decode(*p.args, **p.kwargs, return_lse=True, backend="sm90")
+                sparse_mla_oracle(p, sorted({0, 1 % case["batch"], case["batch"] - 1})).check(*found)
+            print(fmt, heads, choice.name, flush=True)
+    jitmla.use_tunings({})
+
+
 def cached_mla() -> None:
     """Both forms and all stages: prefixes, gaps, skipped sequences, ends of slots, e4m3, half precision; append."""
     common = dict(heads=32, max_seq_len=256, device="cuda")
@@ -227,7 +258,7 @@ def cached_mla() -> None:
 
 
 PARTS = {"mla_decode": mla_decode, "mla_decode_e4m3": mla_decode_e4m3, "o_proj": o_proj, "mla_prefill": mla_prefill,
-         "indexer": indexer, "cached_mla": cached_mla}
+         "indexer": indexer, "cached_mla": cached_mla, "sparse_mla": sparse_mla}
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from jitmla.testing import (
     poisoned_empty,
 )
 
-from ..keysets import ROWS, covering, product
+from ..keysets import ROWS, covering, decode_tunings, product
 from ..support.mistakes import MISTAKES, arguments, call, check_refused
 
 pytestmark = [
@@ -63,6 +63,13 @@ def summary(request):
             print(f"\nmla_decode: {len(WORST)} comparisons with float64; worst out: {worst_out.out}; worst lse: "
                   f"{worst_lse.lse}; worst cosine difference {max(r.cosine for r in WORST):.1e}; examples: "
                   f"derandomized, {DRAWN.max_examples}; {torch.cuda.get_device_name()}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_compiled():
+    jitmla.use_tunings(decode_tunings())
+    yield
+    jitmla.use_tunings(None)
 
 
 @contextlib.contextmanager
@@ -142,7 +149,8 @@ def calls(draw, specs):
     usual = [h for h in (1, 2, 3, 4, 6, 8, 12, 16, 32, 33, 48, 63, 64, 65, 96, 126, 127, 128) if low <= h <= high]
     heads = draw(st.one_of(st.sampled_from(usual), st.integers(low, high)))
     arguments = dict(
-        lengths=draw(batches()), heads=heads, s_q=s_q, page_size=spec["page_size"], kv_lora_rank=spec["kv_lora_rank"],
+        lengths=draw(batches()), heads=heads, s_q=s_q, kv_lora_rank=spec["kv_lora_rank"],
+        page_size=spec["page_size"] or draw(st.sampled_from([1, 7, 100])),
         dtype=DTYPES[spec["dtype"]], causal=spec["causal"] or (s_q == 1 and draw(st.booleans())),
         sinks=draw(st.sampled_from([None, None, "finite", "mixed"])), inputs=draw(st.sampled_from(["usual", "large"])),
         query=draw(st.sampled_from(["joined", "pair", "views"])), q_pad=draw(st.sampled_from([0, 8, 64])),
@@ -185,7 +193,8 @@ def test_every_key(spec):
     lo = max((r for r in ROWS if r < hi), default=0) + 1
     s_q = 4 if spec["causal"] else 1
     for i, heads in enumerate((min(128, hi // s_q), -(-lo // s_q))):
-        problem = mla_decode_problem([0, 1, 700, 64, 2, 129], heads=heads, s_q=s_q, page_size=spec["page_size"],
+        problem = mla_decode_problem([0, 1, 700, 64, 2, 129], heads=heads, s_q=s_q,
+                                     page_size=spec["page_size"] or (1, 7)[i],
                                      kv_lora_rank=spec["kv_lora_rank"], dtype=DTYPES[spec["dtype"]], device="cuda",
                                      seed=i, inputs=("usual", "large")[i], sinks=(None, "mixed")[i])
         check(problem, *run(problem))
@@ -215,7 +224,7 @@ def test_every_split_of_the_work(monkeypatch, heads, s_q, name):
     oracle = mla_decode_oracle(problem, some)
     rule = schedule.launch_args
     for split in SPLITS.values():
-        monkeypatch.setattr(schedule, "launch_args", lambda *a, split=split: rule(*a)._replace(**split))
+        monkeypatch.setattr(schedule, "launch_args", lambda *a, split=split, **k: rule(*a, **k)._replace(**split))
         monkeypatch.setattr(op, "_prepared", {})
         out, lse = run(problem)
         WORST.append(oracle.check(out, lse))
@@ -229,8 +238,8 @@ def test_combine_of_few_and_of_many_parts(monkeypatch, parts, bias):
     """Also row tiles that are not full, and parts that help to combine a request without having a piece of it."""
     rule = schedule.launch_args
 
-    def forced(*args):
-        launch = rule(*args)
+    def forced(*args, **options):
+        launch = rule(*args, **options)
         return launch._replace(parts=min(parts, launch.parts), least=1, fixed=1, bias=bias)
 
     monkeypatch.setattr(schedule, "launch_args", forced)
@@ -523,9 +532,10 @@ def test_layouts_that_the_kernels_cannot_read():
 
 
 def test_what_no_template_serves():
-    refused(mla_decode_problem([300], heads=16, page_size=7, device="cuda"), NoTemplate, "page_size=7", "reference")
-    refused(mla_decode_problem([300], heads=16, kv_lora_rank=128, device="cuda"), NoTemplate, "kv_lora_rank=128")
-    refused(mla_decode_problem([300], heads=16, qk_rope_head_dim=32, device="cuda"), NoTemplate, "qk_rope_head_dim=32")
+    refused(mla_decode_problem([300], heads=16, kv_lora_rank=128, device="cuda"), NoTemplate, "kv_lora_rank=128",
+            backend="sm90")
+    refused(mla_decode_problem([300], heads=16, qk_rope_head_dim=32, device="cuda"), NoTemplate, "qk_rope_head_dim=32",
+            backend="sm90")
 
 
 @pytest.mark.parametrize("name", MISTAKES)

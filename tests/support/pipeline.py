@@ -1,9 +1,10 @@
 """A model of warps that hand shared memory to one another: mbarriers, named barriers, and who may touch what when.
 
 An actor (a warp) is a generator of steps: ("wait", barrier, parity), ("arrive", barrier), ("sync", name, warps),
-("read", place), ("write", place). `run` takes them in a random order, with the phases of real mbarriers (a wait for a
-parity passes when the current phase has the other one, so that a phase too early or too late shows), and keeps vector
-clocks: an access that is not ordered behind every access it conflicts with is a race.
+("signal", name, warps), which arrives at a named barrier and does not wait, ("read", place), ("write", place). `run`
+takes them in a random order, with the phases of real mbarriers (a wait for a parity passes when the current phase has
+the other one, so that a phase too early or too late shows), and keeps vector clocks: an access that is not ordered
+behind every access it conflicts with is a race.
 """
 
 import random
@@ -84,11 +85,47 @@ def run(counts, actors, seed):
         kind, what = at[name][:2]
         if kind == "arrive":
             arrive(name, barriers[what])
+        elif kind == "signal":
+            arrive(name, named.setdefault(what, Barrier(at[name][2])))
         elif kind == "wait":
             clocks[name] = joined(clocks[name], barriers[what].published)
+        elif kind == "signal":
+            arrive(name, named.setdefault(what, Barrier(at[name][2])))
         elif kind == "until":
             clocks[name] = joined(clocks[name], what.published)
         else:
             access(name, kind, what)
         advance(name)
     return barriers
+
+
+def links(actors):
+    """(kind of step, barrier, first letter of the actors) of all that orders anything."""
+    return sorted({(step[0], barrier_name(step[1]), name[0]) for name, steps in actors.items() for step in steps
+                   if step[0] in ("wait", "arrive", "sync", "signal")})
+
+
+def without(actors, link):
+    """The actors but for the steps of one link."""
+    def left(name, steps):
+        return (step for step in steps if (step[0], barrier_name(step[1]), name[0]) != link)
+
+    return {name: left(name, steps) for name, steps in actors.items()}
+
+
+def barrier_name(barrier):
+    return barrier if isinstance(barrier, str) else barrier[0]
+
+
+def seen(make, link, seeds=60):
+    """Whether leaving out a link shows: a race, a deadlock or a barrier left in the middle. make(rng) -> (counts,
+    actors)."""
+    for seed in range(seeds):
+        counts, actors = make(random.Random(seed))
+        try:
+            barriers = run(counts, without(actors, link), seed)
+        except (Race, Deadlock):
+            return True
+        if any(b.pending != b.count for b in barriers.values()):
+            return True
+    return False
