@@ -1,4 +1,4 @@
-"""vLLM's quantiser and DeepGEMM's product in jitmla.compat, as their own tests ask (test_fused_inv_rope_fp8_quant.py and
+"""vLLM's quantiser and DeepGEMM's product in jitmla.compat, as their tests ask (test_fused_inv_rope_fp8_quant.py and
 test_einsum.py), with their parameters and tighter bounds. Here in small sizes on CPU tensors;
 tests/kernels/test_compat_o_proj.py has theirs on a GPU."""
 
