@@ -23,7 +23,7 @@ coverage: $(READY) ## the lines of rings 1 and 2 that these tests run: 90 % at l
 	$(BIN)/python .ci/coverage -n $(JOBS)
 
 budget: $(READY) ## the times that are promised, on a machine that does nothing else (FIGURES=file writes them)
-	$(BIN)/python -m pytest -m "budget and not gpu" $(if $(FIGURES),--figures $(FIGURES))
+	$(BIN)/python -m pytest -m "budget and not gpu" $(if $(FIGURES),--figures=$(FIGURES))
 
 test-gpu: $(READY) ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu
