@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# contenders that are no other library: this one, its other forms, and a copy of as many bytes
+NO_OTHER_LIBRARY = ("jitmla", "bf16_cache", "mha", "absorbed", "copy")
+
 METHOD = """\
 GPU time from the start of a call's first kernel to the end of its last one, from the profiler; CUDA graph replay; cold
 and clean L2 (256 MB of something else are read before each call); the contenders of a case take turns inside one
@@ -269,12 +272,12 @@ def sweep_markdown(result: dict[str, Any]) -> str:
 
 def summary(results: Sequence[dict[str, Any]]) -> str:
     """A markdown table: for each op (or part of one), how its times compare with the best other library's, over all
-    cases. What stands beside a copy of as many bytes, or beside nothing, is left out."""
+    cases. What stands beside another form of this library, a copy of as many bytes, or nothing is left out."""
     ratios: dict[tuple[str, str], list[float]] = {}
     beside: dict[tuple[str, str], dict[str, None]] = {}
     for result in results:
         for row in result["rows"] if not result["op"].endswith("sweep") else ():
-            others = [name for name in row["times"] if name not in ("jitmla", "copy")]
+            others = [name for name in row["times"] if name not in NO_OTHER_LIBRARY]
             if not others or row["ratio"] is None:
                 continue
             case = row["case"]
