@@ -249,7 +249,8 @@ def test_the_summary():
         return {"case": case, "ratio": ratio, "times": dict.fromkeys(("jitmla", *others))}
 
     results = [{"op": "x", "gpu": "G", "rows": [row(2.0, "a"), row(0.5, "b"), row(None)]},
-               {"op": "x", "gpu": "G", "rows": [row(8.0, "a"), row(0.1, "copy"), row(0.2, "mha"), row(3.0, "c", op="y")]},
+               {"op": "x", "gpu": "G", "rows": [row(8.0, "a"), row(0.1, "copy"), row(0.2, "mha")]},
+               {"op": "x", "gpu": "G", "rows": [row(3.0, "c", op="y")]},
                {"op": "z", "gpu": "G", "rows": [row(1.0, "d", part="p")]}, {"op": "x sweep", "rows": [{}]}]
     assert report.summary(results).splitlines()[2:] == [
         "| x | G | a, b | 3 | 2.00 | 0.50 | 8.00 |", "| y | G | c | 1 | 3.00 | 3.00 | 3.00 |",
