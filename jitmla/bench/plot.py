@@ -34,7 +34,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def _bars(result: dict[str, Any], new: Any) -> Any:
     rows = result["rows"][::-1]
     names = [report.case_name(row["case"]) for row in rows]
-    figure = new(figsize=(13, 1.5 + 0.3 * len(rows)), layout="constrained")
+    figure = new(figsize=(13, 2.5 + 0.3 * len(rows)), layout="constrained")
     for axis, (unit, field, bound, ceiling) in zip(figure.subplots(1, 2, sharey=True), (
             ("GB/s", "gbps", "read", result["ceilings"]["read"]["gbps"]),
             ("TFLOP/s", "tflops", "bf16 matmul", result["ceilings"]["matmul"]["tflops"])), strict=True):
@@ -46,7 +46,8 @@ def _bars(result: dict[str, Any], new: Any) -> Any:
                 axis.scatter(*zip(*points, strict=True), marker=marker, s=22, color="black", label=peer, zorder=3)
         axis.axvline(ceiling, color="#e45756", label=f"{bound}: {ceiling:.0f} {unit}")
         axis.set_xlabel(unit)
-        axis.legend(loc="lower right", fontsize="small")
+        axis.margins(y=0.01)
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=1, frameon=False, fontsize="small")
     return figure
 
 
