@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from .support.pipeline import links, run, seen
+from .support.pipeline import links, ring_blocks, run, seen
 
 W = 2  # warps of a warpgroup
 RAISES = 3  # the reference of the relay's exponents is set again in every third block
@@ -23,13 +23,7 @@ class Ring:
         self.producers = W if gather else 1
 
     def blocks(self):
-        """(number, request, is it the first, the last of it, slots as (slot, parity))."""
-        number = position = 0
-        for req, n in enumerate(self.pieces):
-            for j in range(n):
-                where = [((position + i) % self.ring, (position + i) // self.ring & 1) for i in range(self.slots)]
-                yield number, req, j == 0, j == n - 1, where
-                number, position = number + 1, position + self.slots
+        return ring_blocks(self.pieces, self.ring, self.slots)
 
     def counts(self, readers, query_readers):
         """Arrivals of the mbarriers: `readers` warps free a slot, `query_readers` the query."""

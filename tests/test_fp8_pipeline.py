@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from .support.pipeline import Deadlock, Race, run
+from .support.pipeline import Deadlock, Race, ring_blocks, run
 
 RAISES = 3  # the reference of the exponents is set again in every third block
 
@@ -32,13 +32,7 @@ class Kernel:
         self.query_parts = ["Q"] if e4m3 else [("Q", *scorer) for scorer in scorers]
 
     def blocks(self):
-        """(number, request, is it the first, the last of it, slots as (slot, parity))."""
-        number = position = 0
-        for req, n in enumerate(self.pieces):
-            for j in range(n):
-                where = [((position + i) % self.ring, (position + i) // self.ring & 1) for i in range(self.slots)]
-                yield number, req, j == 0, j == n - 1, where
-                number, position = number + 1, position + self.slots
+        return ring_blocks(self.pieces, self.ring, self.slots)
 
     def actors(self):
         found = {f"p{w}": self.produce(w) for w in range(self.producers)}

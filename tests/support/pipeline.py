@@ -10,6 +10,17 @@ behind every access it conflicts with is a race.
 import random
 
 
+def ring_blocks(pieces, ring, slots):
+    """What a ring of `ring` slots carries, `slots` for a block: (number, request, is it the first, the last of it,
+    slots as (slot, parity)). pieces: blocks of each request."""
+    number = position = 0
+    for req, n in enumerate(pieces):
+        for j in range(n):
+            where = [((position + i) % ring, (position + i) // ring & 1) for i in range(slots)]
+            yield number, req, j == 0, j == n - 1, where
+            number, position = number + 1, position + slots
+
+
 class Race(AssertionError):
     pass
 
