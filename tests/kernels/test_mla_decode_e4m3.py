@@ -14,6 +14,7 @@ from jitmla.testing import E4M3_DOTS, mla_decode_problem
 from jitmla.testing_features import featured
 
 from ..keysets import E4M3, covering_choices
+from ..support.replay import BATCH, MOST, over_ragged_batches
 
 pytestmark = [
     pytest.mark.gpu,
@@ -125,24 +126,6 @@ def test_hundred_runs_give_the_same_bits(spec):
 @pytest.mark.parametrize("spec", KINDS, ids=str)
 def test_one_graph_for_a_thousand_batches(spec):
     """Captured once with short lengths; then random ragged lengths, each replay bit for bit as an eager call."""
-    most, batch, rounds = 3000, 6, 1000
-    case = posed(spec, [most] * batch, seed=4, poison=False)
-    rng = torch.Generator(device="cuda").manual_seed(3)
-    lengths = torch.randint(0, most + 1, (rounds, batch), generator=rng, device="cuda", dtype=torch.int32)
-    lengths[::7, 1::2] = 0
-    lengths[::5] %= 70
-    seq_lens = case.args[3]
-    seq_lens.fill_(3)
-    run(case)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        replayed = run(case)
-    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
-    for row in lengths:
-        seq_lens.copy_(row)
-        graph.replay()
-        for a, b in zip(replayed, run(case), strict=True):
-            wrong += (a.view(torch.uint8) != b.view(torch.uint8)).any()
-    assert int(wrong) == 0
-    check(dataclasses.replace(case, exact=dataclasses.replace(case.exact, lengths=tuple(lengths[-1].tolist()))),
-          *replayed)
+    case = posed(spec, [MOST] * BATCH, seed=4, poison=False)
+    replayed, lengths = over_ragged_batches(lambda: run(case), case.args[3], seed=3)
+    check(dataclasses.replace(case, exact=dataclasses.replace(case.exact, lengths=lengths)), *replayed)

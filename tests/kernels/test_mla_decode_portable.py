@@ -14,6 +14,7 @@ from jitmla.testing import mla_decode_oracle, mla_decode_problem, poisoned_empty
 from jitmla.testing_features import featured
 
 from ..keysets import PORTABLE_ON_GPU
+from ..support.replay import BATCH, MOST, over_ragged_batches
 
 pytestmark = pytest.mark.gpu
 RAGGED = [0, 1, 63, 64, 65, 511, 2500, 4096, 130, 17]
@@ -124,31 +125,13 @@ def test_batch_invariant():
     (16, 64, "sm90"), (128, 64, "sm90"), (16, 1, "sm90"), (64, 1, "sm90"), (16, 7, "portable"), (100, 7, "portable")])
 def test_one_graph_for_a_thousand_batches(heads, page_size, backend):
     """Captured once with short lengths; then random ragged lengths, each replay bit for bit as an eager call."""
-    most, batch, rounds = 3000, 6, 1000
     s_q = 2 if backend == "portable" and heads > 16 else 1
-    problem = mla_decode_problem([most] * batch, heads=heads, s_q=s_q, page_size=page_size, device="cuda", poison=False,
+    problem = mla_decode_problem([MOST] * BATCH, heads=heads, s_q=s_q, page_size=page_size, device="cuda", poison=False,
                                  qk_rope_head_dim=32 if backend == "portable" else 64)
-    rng = torch.Generator(device="cuda").manual_seed(3)
-    lengths = torch.randint(0, most + 1, (rounds, batch), generator=rng, device="cuda", dtype=torch.int32)
-    lengths[::7, 1::2] = 0
-    lengths[::5] %= 70
-    problem.seq_lens.fill_(3)
-
-    def call():
-        return jitmla.mla_decode(*problem.args, **problem.kwargs, backend=backend, return_lse=True)
-
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        replayed = call()
-    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
-    for i in range(rounds):
-        problem.seq_lens.copy_(lengths[i])
-        graph.replay()
-        for a, b in zip(replayed, call(), strict=True):
-            wrong += (a.view(torch.uint8) != b.view(torch.uint8)).any()
-    assert int(wrong) == 0
-    mla_decode_oracle(type(problem)(**{**vars(problem), "lengths": tuple(lengths[-1].tolist())})).check(*replayed)
+    replayed, lengths = over_ragged_batches(
+        lambda: jitmla.mla_decode(*problem.args, **problem.kwargs, backend=backend, return_lse=True), problem.seq_lens,
+        seed=3)
+    mla_decode_oracle(type(problem)(**{**vars(problem), "lengths": lengths})).check(*replayed)
 
 
 def test_who_is_taken():

@@ -11,6 +11,7 @@ from jitmla import registry, tune
 from jitmla.spec import mla_decode_spec
 from jitmla.testing import mla_decode_oracle, mla_decode_problem
 
+from ..support.replay import BATCH, MOST, over_ragged_batches
 from .test_mla_decode import pytestmark, run, same  # noqa: F401
 
 LENGTHS = [0, 5000, 1, 64, 700, 3, 2500, 65, 127, 17]
@@ -49,26 +50,7 @@ def test_a_hundred_runs_give_the_right_bits(each, lengths):
 def test_one_graph_for_a_thousand_batches(each):
     """Captured once with short lengths; then random ragged lengths, each replay bit for bit as an eager call."""
     page_size, heads = each
-    most, batch, rounds = 3000, 6, 1000
-    problem = mla_decode_problem([most] * batch, heads=heads, page_size=page_size, device="cuda", poison=False)
-    rng = torch.Generator(device="cuda").manual_seed(heads)
-    lengths = torch.randint(0, most + 1, (rounds, batch), generator=rng, device="cuda", dtype=torch.int32)
-    lengths[::7, 1::2] = 0
-    lengths[::5] %= 70
-    problem.seq_lens.fill_(3)
-
-    def call():
-        return jitmla.mla_decode(*problem.args, **problem.kwargs, return_lse=True)
-
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        replayed = call()
-    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
-    for i in range(rounds):
-        problem.seq_lens.copy_(lengths[i])
-        graph.replay()
-        for a, b in zip(replayed, call(), strict=True):
-            wrong += (a.view(torch.uint8) != b.view(torch.uint8)).any()
-    assert int(wrong) == 0
-    mla_decode_oracle(type(problem)(**{**vars(problem), "lengths": tuple(lengths[-1].tolist())})).check(*replayed)
+    problem = mla_decode_problem([MOST] * BATCH, heads=heads, page_size=page_size, device="cuda", poison=False)
+    replayed, lengths = over_ragged_batches(
+        lambda: jitmla.mla_decode(*problem.args, **problem.kwargs, return_lse=True), problem.seq_lens, seed=heads)
+    mla_decode_oracle(type(problem)(**{**vars(problem), "lengths": lengths})).check(*replayed)
