@@ -22,12 +22,11 @@ from ..workspace import kept_bytes
 from . import checks
 from . import mla_decode as decode
 from . import mla_prefill as prefill
-from .cached_mla_arguments import Sizes
+from .cached_mla_arguments import E4M3, Sizes
 from .mla_decode_arguments import PLAIN, Features
 
 GENERATE, COPY_PE, PREFIX = 1, 2, 4  # bits of the kernels' flags (templates/common/cached_rows.py)
 LAUNCH_BYTES = 1 << 28  # of absorbed queries, or of expanded keys and values, in one launch: more go in several
-E4M3 = torch.float8_e4m3fn
 
 
 class Pages(NamedTuple):
