@@ -257,6 +257,20 @@ def test_the_summary():
         "| z p | G | d | 1 | 1.00 | 1.00 | 1.00 |"]
 
 
+def test_where_another_library_is_faster():
+    """The worst first; what stands beside a copy or another form is not compared with a library."""
+    def row(heads, ratio, *others):
+        case = {"heads": heads, "tokens": 64, "batch": 1, "qk_head_dim": 192, "v_head_dim": 128, "causal": True,
+                "ragged": False}
+        return {"case": case, "ratio": ratio, "times": {name: {"us": 10.0} for name in ("jitmla", *others)}}
+
+    rows = [row(1, 0.97, "a"), row(2, 1.0, "a"), row(3, 0.5, "a", "b"), row(4, 0.1, "copy"), row(5, None)]
+    said = report.behind({"rows": rows, "gpu": "G", "date": "D"}).splitlines()
+    assert said[0] == "Behind another library in 2 of 3 cases on G, D:"
+    assert said[-2:] == ["| h3 S 64 | 10.0 | 5.0 | 0.50 |", "| h1 S 64 | 10.0 | 9.7 | 0.97 |"]
+    assert report.behind({"rows": rows[1:2], "gpu": "G", "date": "D"}) == "Behind another library in none of 1 cases on G, D."
+
+
 def test_the_page_of_the_docs_is_up_to_date():
     """`make docs` writes it."""
     folder = ROOT / "docs" / "benchmarks"
@@ -280,11 +294,11 @@ def test_the_commit_of_a_checkout(monkeypatch, tmp_path):
         return answers[command[3]]
 
     monkeypatch.setattr(report, "output", output)
-    assert report._commit() == "f" * 40
+    assert report.commit_here() == "f" * 40
     answers["status"] = " M file"
-    assert report._commit() == "f" * 40 + " with changes"
+    assert report.commit_here() == "f" * 40 + " with changes"
     answers["rev-parse"] = None
-    assert report._commit() is None
+    assert report.commit_here() is None
     assert all(command[:2] == ("git", "-C") and Path(command[2]) == ROOT for command in asked)
 
 
