@@ -297,7 +297,7 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
 
 
 def behind(result: dict[str, Any]) -> str:
-    """A markdown table: the cases in which another library is faster, the worst first. Or a line that there are none."""
+    """A markdown table: the cases in which another library is faster, the worst first; or that there is none."""
     compared = [row for row in result["rows"] if others(row)]
     slower = sorted((row for row in compared if row["ratio"] < 1), key=lambda row: row["ratio"])
     of = f"of {len(compared)} cases on {result['gpu']}, {result['date']}"
