@@ -235,6 +235,15 @@ def test_without_matplotlib(monkeypatch, tmp_path, capsys):
     assert "jitmla[bench]" in capsys.readouterr().err and not (tmp_path / "r.png").exists()
 
 
+@pytest.mark.parametrize("text", [None, "no JSON", "[]", '{"rows": [{"us": {}}]}'], ids=str)
+def test_what_is_no_result_is_not_drawn(tmp_path, capsys, text):
+    file = tmp_path / "r.json"
+    if text is not None:
+        file.write_text(text)
+    assert __main__.main(["plot", str(file)]) == 1
+    assert f"to draw {file}" in capsys.readouterr().err and not (tmp_path / "r.png").exists()
+
+
 def test_the_page():
     older = result(date="2029-12-31")
     text = report.page([older, result()])

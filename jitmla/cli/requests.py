@@ -66,7 +66,8 @@ def of_assignments(op: str, arch: str, assignments: list[str]) -> Spec:
             name, equals, text = assignment.partition("=")
             if not equals or name not in fields or name in ("op", "arch"):
                 raise SchemaViolation("", supported=", ".join(f"{n}=..." for n in fields if n not in ("op", "arch")),
-                                      differs=f"{op} has no such field: {assignment!r}")
+                                      differs=f"{name!r} has no value" if name in fields and not equals else
+                                      f"{op} has no field {name!r} that --spec sets")
             facts[name] = _value(fields[name], text)
         return Spec.of(op, arch=arch, **facts)
     except SchemaViolation as error:
