@@ -1,8 +1,7 @@
-"""What sm90_relay and sm90_trio share: decode kernels in which one warpgroup has the scores of a block and hands its
-weights to two others, which have half of the 64-column tiles of the output each.
+"""What sm90_relay and sm90_trio share: one warpgroup hands the weights of a block to two that have the values.
 
-Both warpgroups of the values run the same code: which tiles are theirs is a matter of addresses. A slot of the ring is
-free when both have read what it holds of the values.
+Each of the two has half of the 64-column tiles of the output. Both run the same code: which tiles are theirs is a
+matter of addresses. A slot of the ring is free when both have read what it holds of the values.
 """
 
 import cutlass
@@ -73,7 +72,7 @@ class KvHandover(KvProducer):
 
     @cute.jit
     def copy_out(self, c, v, mO, req, slot):
-        """To `out` what both halves of a warpgroup have left in its tiles of a block; then frees the slots."""
+        """To `out` what the threads of a warpgroup have left in its tiles of a block; then frees the slots."""
         rY = cute.make_rmem_tensor((8,), self.dtype)
         a, b = (sum(tile << 4 * i for i, tile in enumerate(own)) for own in self.tiles_of)
         words = a + (b - a) * v  # 4 bits for each tile: the loop is not unrolled
