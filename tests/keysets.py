@@ -295,7 +295,6 @@ class CachedPoint(NamedTuple):
                 for c in registry.choices(spec, self.backend if spec.op == "mla_decode" else "auto")]
 
 
-
 MISTRAL_4 = CachedPoint(64, 256, 64, 128, 32)
 DEEPSEEK_V3 = CachedPoint(128, 512, 64, 128, 128)
 CACHED = (MISTRAL_4, DEEPSEEK_V3)
