@@ -198,7 +198,7 @@ class DecodeCost(NamedTuple):
 
 
 DECODE = {
-    "sm90_seesaw/m64n64": DecodeCost(64, 1.68, 15.0, 3.8, 3.8, 3.8),
+    "sm90_seesaw/m64n64": DecodeCost(64, 1.71, 9.5, 4.5, 4.6, 5.5),
     "sm90_trio/r64_triples6": DecodeCost(64, 1.68, 10.3, 2.6, 3.2, 1.5),
     "sm90_relay/r32_triples7": DecodeCost(32, 1.32, 7.4, 3.7, 3.7, 2.7),
     "sm90_swap/r16_triples8": DecodeCost(16, 1.21, 7.3, 3.6, 1.5, 2.3),
