@@ -46,6 +46,7 @@ from common.mla_split import store_sharing
 from common.sm90 import INF, ex2, issue, smem_atom
 from common.sparse_kernel import SparseKernel, queries_to_fp16
 from common.sparse_rows import FP8_BYTES, RowGather, load_shared1, sparse_mla_arguments
+from common.transposed import over_tokens, row_of
 
 FP8 = FORMAT == "fp8"
 ELEMENT = Float16 if FP8 else BFloat16  # of the latent columns
@@ -71,21 +72,6 @@ GATHER = RowGather(FORMAT, LATENT, ROPE, TILE_BYTES)
 def two(rows, columns, dtype):
     """Shared-memory layout (rows, columns, 2), swizzled: tiles of 128 bytes x rows one behind the other."""
     return cute.tile_to_shape(smem_atom(dtype), (rows, columns, 2), order=(0, 1, 2))
-
-
-@cute.jit
-def over_entries(x: Float32, is_max: cutlass.Constexpr):
-    """Reduce over the 8 lanes that hold the same heads (lane % 4)."""
-    for k in cutlass.range_constexpr(3):
-        y = cute.arch.shuffle_sync_bfly(x, offset=4 << k)
-        x = cute.arch.fmax(x, y) if const_expr(is_max) else x + y
-    return x
-
-
-@cute.jit
-def row_of(h: cutlass.Constexpr, lane):
-    """The head that a thread holds as its h-th."""
-    return (h // 2) * 8 + (lane % 4) * 2 + h % 2
 
 
 def partial_column(lane, e):
@@ -232,7 +218,7 @@ class SparseMla(SparseKernel):
         # maximum over the 64 entries: two registers, 8 lanes, 4 warps
         for h in cutlass.range_constexpr(COLS):
             i = (h // 2) * 4 + h % 2
-            top = over_entries(cute.arch.fmax(rS[i], rS[i + 2]), True)
+            top = over_tokens(cute.arch.fmax(rS[i], rS[i + 2]), True)
             if lane < 4:
                 sMx[row_of(h, lane), w, wg] = top
         cute.arch.barrier(barrier_id=BAR_GROUP + wg, number_of_threads=128)
@@ -297,7 +283,7 @@ class SparseMla(SparseKernel):
 
             # merge the two warpgroups
             for h in cutlass.range_constexpr(COLS):
-                rL[h] = over_entries(rL[h], False)
+                rL[h] = over_tokens(rL[h], False)
                 if lane < 4:
                     sL[row_of(h, lane), w, wg] = rL[h]
                     if w == 0:
