@@ -1,5 +1,6 @@
 """Writes the pages that are generated: docs/kernels.md, docs/env.md, docs/schema.md, docs/benchmarks/README.md, the
-support matrix and the speed in README.md, the figures in docs/cache.md, and the calls in docs/coming_from.md.
+support matrix and the speed in README.md, the figures in docs/cache.md, the calls in docs/coming_from.md, and in the
+notes the cases in which another library is faster.
 
 `make docs` runs it; tests/test_docs.py fails when a page differs from what this would write.
 """
@@ -28,6 +29,11 @@ ORIGINS = {"flash_mla": ("FlashMLA", "flash_mla"), "flashinfer": ("FlashInfer", 
 CACHES_BEGIN, CACHES_END = "<!-- caches: written by `make docs` -->", "<!-- end of caches -->"
 CALLS_BEGIN, CALLS_END = "<!-- calls: written by `make docs` -->", "<!-- end of calls -->"
 SPEED_BEGIN, SPEED_END = "<!-- speed: written by `make docs` -->", "<!-- end of speed -->"
+BEHIND_BEGIN, BEHIND_END = "<!-- behind: written by `make docs` -->", "<!-- end of behind -->"
+# the notes that list where another library is faster, and the results that say so
+NOTES = {"mla_decode_sm90": "mla_decode_h200", "mla_decode_e4m3": "mla_decode_e4m3_h200",
+         "mla_prefill_sm90": "mla_prefill_h200", "o_proj_sm90": "o_proj_h200", "sparse_mla_sm90": "sparse_mla_h200",
+         "dsa_indexer": "indexer_h200"}
 FIGURES_BEGIN, FIGURES_END = "<!-- figures: written by `make docs` -->", "<!-- end of figures -->"
 
 
@@ -42,7 +48,10 @@ def pages() -> dict[Path, str]:
             ROOT / "docs" / "schema.md": schema_page(), ROOT / "docs" / "kernels.md": kernels_page(),
             readme: _filled(readme, (BEGIN, END, matrix()), (SPEED_BEGIN, SPEED_END, report.summary(measured))),
             cache: _filled(cache, (FIGURES_BEGIN, FIGURES_END, figures()), (CACHES_BEGIN, CACHES_END, caches())),
-            coming_from: _filled(coming_from, (CALLS_BEGIN, CALLS_END, calls()))}
+            coming_from: _filled(coming_from, (CALLS_BEGIN, CALLS_END, calls())),
+            **{ROOT / "docs" / "notes" / f"{note}.md": behind(ROOT / "docs" / "notes" / f"{note}.md",
+                                                              benchmarks / f"{result}.json")
+               for note, result in NOTES.items()}}
 
 
 def _filled(page: Path, *parts: tuple[str, str, str]) -> str:
@@ -54,6 +63,11 @@ def _filled(page: Path, *parts: tuple[str, str, str]) -> str:
     return found
 
 
+def behind(note: Path, result: Path) -> str:
+    measured = json.loads(result.read_text(encoding="utf-8"))
+    return _filled(note, (BEHIND_BEGIN, BEHIND_END, report.behind(measured)))
+
+
 def figures() -> str:
     """What `make budget` measured, beside what is promised."""
     measured = json.loads(FIGURES.read_text(encoding="utf-8"))
@@ -62,7 +76,8 @@ def figures() -> str:
     rows += [[f["promise"], f"{f['limit']:g}", f"{f['value']:.2f}", f["unit"]] for f in measured["figures"]]
     return _markdown(rows) + (
         f"\n\n{machine['cores']} cores ({machine['processor']}) with a load of {machine['load']:.1f}, Python "
-        f"{machine['python']}, CuTe DSL {dict(machine['toolchain'])['cute_dsl']}, {machine['date']}.")
+        f"{machine['python']}, CuTe DSL {dict(machine['toolchain'])['cute_dsl']}, {machine['date']}; "
+        f"`{measured['command']}` at commit {measured['commit'] or 'unknown'}.")
 
 
 def caches() -> str:

@@ -25,7 +25,11 @@ def canonical(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Key:
-    """`toolchain` is None where no compiler is installed: such a Key finds entries of any toolchain and names none."""
+    """What one binary was made from, all of it: equal Keys name the same kernel. `digest` is its name on disk.
+
+    constants: of the template, with their values. template_digest: sha256 of its code, all that it inlines included.
+    toolchain: versions and options of the compiler; None where none is installed: such a Key finds entries of any
+    toolchain and names none."""
 
     spec: Spec
     template: str

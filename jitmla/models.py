@@ -95,11 +95,13 @@ def model(name_or_path: str | Path, dtype: str | None = None) -> MlaModel:
         known = KNOWN[str(name_or_path)]
         return replace(known, dtype=dtype or known.dtype)
     path = Path(name_or_path)
-    path = path / "config.json" if path.is_dir() else path
+    if folder := path.is_dir():
+        path = path / "config.json"
     if not path.is_file():
         raise UnknownModel(f"model {str(name_or_path)!r}",
                            supported=", ".join(KNOWN) + ", or the path of a config.json",
-                           differs="it is neither a known name nor a file",
+                           differs="the folder has no config.json" if folder else
+                           "it is neither a known name nor a file",
                            remedy="save the model's config.json and name its path")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -150,7 +152,11 @@ def specs_for(name_or_path: str | Path, *, tp: int, arch: str, page_sizes: Itera
     if not used <= USES.keys():
         raise InvalidArgument(f"the kernels for {', '.join(sorted(used - USES.keys()))}", supported=", ".join(USES),
                               differs="there is no such use", remedy="`jitmla prewarm --help` lists them")
-    serving = Serving(dims, dims.num_attention_heads // tp, tp, arch, tuple(page_sizes), max_s_q, used)
+    sizes = tuple(page_sizes)
+    if min(*sizes, max_s_q) < 1:
+        raise InvalidArgument(f"page sizes {sizes} and up to {max_s_q} query tokens", supported="1 and more",
+                              differs=f"{min(*sizes, max_s_q)}", remedy="choose another --page-size or --max-s-q")
+    serving = Serving(dims, dims.num_attention_heads // tp, tp, arch, sizes, max_s_q, used)
     return list(dict.fromkeys(spec for part in PARTS for spec in part(serving)))
 
 

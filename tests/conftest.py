@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import signal
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from jitmla import bounds, compile, events, layers, registry, toolchain
+from jitmla.bench.report import commit_here
 from jitmla.store import Store
 
 from .support.keys import make_key, publish
@@ -27,13 +29,15 @@ def pytest_addoption(parser):
 
 
 def pytest_sessionfinish(session):
-    """Beside the figures: what they were measured on, and how busy that was."""
+    """Beside the figures: what was measured, on what, and how busy that was."""
     file = session.config.getoption("--figures")
     if file:
         machine = {"processor": platform.machine(), "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[1],
                    "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),
                    "toolchain": toolchain.current()}
-        document = {"machine": machine, "figures": session.config.stash[FIGURES]}
+        command = shlex.join(["python", "-m", "pytest", *session.config.invocation_params.args])
+        document = {"commit": commit_here(), "command": command, "machine": machine,
+                    "figures": session.config.stash[FIGURES]}
         Path(file).write_text(json.dumps(document, indent=1) + "\n")
 
 

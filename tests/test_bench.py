@@ -235,6 +235,15 @@ def test_without_matplotlib(monkeypatch, tmp_path, capsys):
     assert "jitmla[bench]" in capsys.readouterr().err and not (tmp_path / "r.png").exists()
 
 
+@pytest.mark.parametrize("text", [None, "no JSON", "[]", '{"rows": [{"us": {}}]}'], ids=str)
+def test_what_is_no_result_is_not_drawn(tmp_path, capsys, text):
+    file = tmp_path / "r.json"
+    if text is not None:
+        file.write_text(text)
+    assert __main__.main(["plot", str(file)]) == 1
+    assert f"to draw {file}" in capsys.readouterr().err and not (tmp_path / "r.png").exists()
+
+
 def test_the_page():
     older = result(date="2029-12-31")
     text = report.page([older, result()])
@@ -255,6 +264,21 @@ def test_the_summary():
     assert report.summary(results).splitlines()[2:] == [
         "| x | G | a, b | 3 | 2.00 | 0.50 | 8.00 |", "| y | G | c | 1 | 3.00 | 3.00 | 3.00 |",
         "| z p | G | d | 1 | 1.00 | 1.00 | 1.00 |"]
+
+
+def test_where_another_library_is_faster():
+    """The worst first; what stands beside a copy or another form is not compared with a library."""
+    def row(heads, ratio, *others):
+        case = {"heads": heads, "tokens": 64, "batch": 1, "qk_head_dim": 192, "v_head_dim": 128, "causal": True,
+                "ragged": False}
+        return {"case": case, "ratio": ratio, "times": {name: {"us": 10.0} for name in ("jitmla", *others)}}
+
+    rows = [row(1, 0.97, "a"), row(2, 1.0, "a"), row(3, 0.5, "a", "b"), row(4, 0.1, "copy"), row(5, None)]
+    said = report.behind({"rows": rows, "gpu": "G", "date": "D"}).splitlines()
+    assert said[0] == "Behind another library in 2 of 3 cases on G, D:"
+    assert said[-2:] == ["| h3 S 64 | 10.0 | 5.0 | 0.50 |", "| h1 S 64 | 10.0 | 9.7 | 0.97 |"]
+    said = report.behind({"rows": rows[1:2], "gpu": "G", "date": "D"})
+    assert said == "Behind another library in none of 1 cases on G, D."
 
 
 def test_the_page_of_the_docs_is_up_to_date():
@@ -280,11 +304,11 @@ def test_the_commit_of_a_checkout(monkeypatch, tmp_path):
         return answers[command[3]]
 
     monkeypatch.setattr(report, "output", output)
-    assert report._commit() == "f" * 40
+    assert report.commit_here() == "f" * 40
     answers["status"] = " M file"
-    assert report._commit() == "f" * 40 + " with changes"
+    assert report.commit_here() == "f" * 40 + " with changes"
     answers["rev-parse"] = None
-    assert report._commit() is None
+    assert report.commit_here() is None
     assert all(command[:2] == ("git", "-C") and Path(command[2]) == ROOT for command in asked)
 
 

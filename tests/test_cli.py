@@ -23,6 +23,7 @@ from jitmla.compile import Built
 from jitmla.errors import CompileFailed
 from jitmla.store import Store
 
+from .conftest import REPOSITORY
 from .support.keys import KERNELS, SO_BYTES, make_key, publish
 from .support.processes import PATIENCE, alive, program, wait_until
 
@@ -117,6 +118,7 @@ def test_kernels_of_one_op_on_one_arch():
              if "sm_89" in t.archs and "sm_89" in v.when.get("arch", t.archs)}
     assert {r["variant"] for r in listed} == names
     assert cli("kernels", "fp8_bmm", "--arch", "sm_80", "--json").stdout == ""
+    assert cli("kernels", "fp8_bmm", "--arch", "sm_80").stdout == "no kernels of fp8_bmm for sm_80\n"
     for wrong, told in ((["mla_encode"], "no such op"), (["--arch", "sm_90"], "did you mean 'sm_90a'")):
         done = CliRunner().invoke(app, ["kernels", *wrong])
         assert done.exit_code == 2 and told in done.stderr
@@ -300,6 +302,7 @@ def test_interrupt_stops_the_compilers_and_keeps_what_is_done(python_env, store,
     (["prewarm", *SPEC, "--spec", "causal=maybe"], "InvalidArgument"),
     (["prewarm", *SPEC, "--spec", "colour=blue"], "InvalidArgument"),
     (["prewarm", *SPEC[:-2]], "InvalidArgument"),
+    (["prewarm", *MODEL, "--tunings", "/nothing.json"], "InvalidTunings"),
     (["cache", "show", "abc"], "InvalidArgument"),
 ])
 def test_a_request_that_cannot_be_served(without_portable, args, error):
@@ -317,10 +320,25 @@ def test_a_request_that_cannot_be_served(without_portable, args, error):
 @pytest.mark.parametrize("args", [
     ["prewarm", "--arch", "sm_90a"], ["prewarm", "--model", "deepseek-v3"],
     ["prewarm", *SPEC, "--model", "deepseek-v3"], ["prewarm", *MODEL, "--spec", "rows=8"],
-    ["prewarm", *SPEC, "--page-size", "64"], ["prewarm", *MODEL, "--jobs", "0"], ["cache", "show"], ["bake"],
+    ["prewarm", *SPEC, "--page-size", "64"], ["prewarm", *MODEL, "--jobs", "0"],
+    ["prewarm", *MODEL, "--page-size", "0"], ["cache", "show"], ["bake"],
 ])
 def test_a_command_line_that_makes_no_sense(args):
     assert cli(*args).exit_code == 2
+
+
+@pytest.mark.parametrize("args, told", [
+    (["prewarm", "--op", "mla_decode", "--arch", "sm_90a", "--spec", "colour=blue"], "no field 'colour'"),
+    (["prewarm", "--op", "mla_decode", "--arch", "sm_90a", "--spec", "dtype"], "'dtype' has no value"),
+    (["prewarm", "--op", "mla_decode", "--arch", "sm_90a", "--spec", "arch=sm_80"], "no field 'arch' that --spec sets"),
+    (["prewarm", "--arch", "sm_90a", "--model", "tests"], "the folder has no config.json"),
+    (["tune", "mla_prefill", "--model", "deepseek-v3"], "to tune 'mla_prefill'"),
+])
+def test_what_was_wrong_with_an_option(args, told, monkeypatch):
+    """The option itself, not what follows from it."""
+    monkeypatch.chdir(REPOSITORY)
+    done = cli(*args)
+    assert done.exit_code == 2 and told in done.stderr
 
 
 def test_errors_of_the_real_process_have_no_traceback(python_env):

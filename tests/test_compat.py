@@ -6,7 +6,8 @@ import torch
 import jitmla
 from jitmla.compat import deep_gemm, vllm
 from jitmla.errors import InvalidArgument, JitmlaError
-from jitmla.testing_indexer import DIM, PAGE, exact_logits, index_pool, logits_problem, windows
+from jitmla.testing_indexer import DIM, PAGE, index_pool
+from jitmla.testing_logits import exact_logits, logits_problem, windows
 from jitmla.testing_o_proj import (
     CHAIN_DIFF,
     FP8,

@@ -7,7 +7,8 @@ import torch
 import jitmla
 from jitmla.compat import deep_gemm
 from jitmla.errors import InvalidArgument
-from jitmla.testing_indexer import PAGE, exact_logits, index_pool, logits_problem
+from jitmla.testing_indexer import PAGE, index_pool
+from jitmla.testing_logits import exact_logits, logits_problem
 from jitmla.testing_o_proj import calc_diff
 
 I32 = torch.int32

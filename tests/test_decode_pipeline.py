@@ -139,12 +139,68 @@ class Relay(Ring):
                 yield "read", ("inverse", i)
             if req < len(self.pieces) - 1:
                 yield "signal", "p_free", 3 * W
-            yield "write", ("O", v, w)  # through tiles of this warpgroup, which no other reads any more
-            yield "sync", f"values{v}", W
-            for i in range(W):
-                yield "read", ("O", v, i)
+            yield from self.store(v, w, where)
+
+    def store(self, v, w, where):
+        """The output of a request through tiles of this warpgroup, which no other reads any more."""
+        yield "write", ("O", v, w)
+        yield "sync", f"values{v}", W
+        for i in range(W):
+            yield "read", ("O", v, i)
+        for slot, _ in where:
+            yield "arrive", ("empty", slot)
+
+
+class Trio(Relay):
+    """The same for 64 rows: a warp of the scores hands its rows to the same warp of the values, who take the weights
+    into registers and hand their memory back before they use them."""
+
+    def scores(self, w):
+        for number, req, first, last, where in self.blocks():
+            if first:
+                yield "wait", "q_full", req & 1
+            for slot, parity in where:
+                yield "wait", ("full", slot), parity
+                yield from self.read_slot(slot)
+            yield from self.read_query()
+            if last:
+                yield "arrive", "q_free"
+            if number > 0:
+                yield "sync", "p_free", 3 * W
+            if number % RAISES == 0:
+                yield "write", ("factor", w)
+            yield "write", ("again", w)
+            yield "write", ("P", w)
+            if last and not self.gather:
+                yield "sync", "scores", W
+                if w == 0:
+                    yield from self.clear_tail(where)
+            yield "signal", "p_full", 3 * W
+            if last:
+                yield "write", ("inverse", w)
+                yield "signal", "sums", 3 * W
+
+    def values(self, v, w):
+        for number, req, _, last, where in self.blocks():
+            for slot, parity in where if not self.gather else ():
+                yield "wait", ("full", slot), parity
+            yield "sync", "p_full", 3 * W
+            yield "read", ("P", w)
+            yield "read", ("again", w)
+            if number % RAISES == 0:
+                yield "read", ("factor", w)
+            if not last:
+                yield "signal", "p_free", 3 * W
             for slot, _ in where:
-                yield "arrive", ("empty", slot)
+                yield from self.read_slot(slot)
+                if not last:
+                    yield "arrive", ("empty", slot)
+            if last:
+                yield "sync", "sums", 3 * W
+                yield "read", ("inverse", w)
+                if req < len(self.pieces) - 1:
+                    yield "signal", "p_free", 3 * W
+                yield from self.store(v, w, where)
 
 
 class Swap(Ring):
@@ -318,10 +374,10 @@ class Seesaw:
             yield from self.load(1, half)
 
 
-def relay(gather):
+def relay(gather, kind=Relay):
     def make(rng, pieces=LONG):
         slots = rng.choice([1, 3])
-        return Relay(rng.choice(pieces), rng.choice([2 * slots, 2 * slots + 1]), slots, gather)
+        return kind(rng.choice(pieces), rng.choice([2 * slots, 2 * slots + 1]), slots, gather)
     return make
 
 
@@ -336,8 +392,8 @@ def seesaw(rng, pieces=LONG):
     return Seesaw(rng.choice(pieces))
 
 
-KINDS = {"relay": relay(False), "relay, gather": relay(True), "swap": swap(False), "swap, gather": swap(True),
-         "seesaw": seesaw}
+KINDS = {"relay": relay(False), "relay, gather": relay(True), "trio": relay(False, Trio),
+         "trio, gather": relay(True, Trio), "swap": swap(False), "swap, gather": swap(True), "seesaw": seesaw}
 
 
 @pytest.mark.parametrize("kind", KINDS)

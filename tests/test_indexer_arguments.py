@@ -11,7 +11,8 @@ from jitmla.ops.checks import usual_strides
 from jitmla.registry import choose
 from jitmla.spec import Spec
 from jitmla.spec_indexer import fp8_mqa_logits_spec
-from jitmla.testing_indexer import FP8, append_problem, index_pool, logits_problem, prologue_problem
+from jitmla.testing_indexer import FP8, append_problem, index_pool, prologue_problem
+from jitmla.testing_logits import logits_problem
 
 BF16, FP32, I32, I64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
 

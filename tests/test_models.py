@@ -110,6 +110,12 @@ def test_heads_that_do_not_divide(tp):
         keys_for("deepseek-v3", tp=tp)
 
 
+@pytest.mark.parametrize("options", [{"page_sizes": [64, 0]}, {"page_sizes": [-16]}, {"max_s_q": 0}], ids=str)
+def test_sizes_below_one(options):
+    with pytest.raises(InvalidArgument, match="1 and more"):
+        keys_for("deepseek-v3", **options)
+
+
 def test_an_arch_without_templates_or_without_a_name():
     with pytest.raises(UnknownArch):
         keys_for("deepseek-v3", arch="sm_90")

@@ -39,7 +39,7 @@ def device():
 
     cutlass = types.SimpleNamespace(range=span, range_constexpr=range, max=max, min=min, Constexpr=None)
     arch = types.SimpleNamespace(popc=int.bit_count)
-    return functions("mla_split", "mla_pieces", transform=_Lanes(), cutlass=cutlass, Int32=_int, Float32=float,
+    return functions("warp", "mla_split", "mla_pieces", transform=_Lanes(), cutlass=cutlass, Int32=_int, Float32=float,
                      cute=types.SimpleNamespace(arch=arch))
 
 

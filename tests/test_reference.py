@@ -11,7 +11,8 @@ import jitmla
 import jitmla.ops.mla_decode as op
 from jitmla import events
 from jitmla.errors import InvalidArgument
-from jitmla.testing import guarded, mla_decode_oracle, mla_decode_problem
+from jitmla.testing import mla_decode_oracle, mla_decode_problem
+from jitmla.testing_memory import guarded
 
 DRAWN = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 LENGTH = st.one_of(st.sampled_from([0, 1, 2, 3, 6, 7, 8, 63, 64, 65]), st.integers(0, 150))

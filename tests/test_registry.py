@@ -110,7 +110,7 @@ class TestCards:
 
 def test_who_serves_how_many_rows():
     names = {rows: choose(spec("bf16", 512, 64, rows, False)).template.name for rows in ROWS}
-    assert names == {8: "sm90_swap", 16: "sm90_swap", 32: "sm90_relay", 64: "sm90_relay", 512: "sm90_seesaw"}
+    assert names == {8: "sm90_swap", 16: "sm90_swap", 32: "sm90_relay", 64: "sm90_trio", 512: "sm90_seesaw"}
 
 
 @pytest.mark.parametrize("spec", product(), ids=str)

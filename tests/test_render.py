@@ -251,7 +251,7 @@ def test_every_rendered_file(choice):
 
 
 def _tiled(choice):
-    tiles = choice.template.name in ("sm90_relay", "sm90_swap")
+    tiles = choice.template.name in ("sm90_trio", "sm90_relay", "sm90_swap")
     return tiles and choice.spec["rows"] != dict(choice.key.constants)["ROWS"]
 
 

@@ -17,10 +17,9 @@ INNER = ["jitmla", *(f"jitmla.{name}" for name in (
     "resources", "schedule", "schema", "spec", "spec_indexer", "toolchain", "tune", "bounds", "bundle", "compile",
     "failures", "layer", "layers", "lock", "manifest", "pool", "prewarm", "store", "trusted", "why", "cli"))]
 RING_3 = {"__main__", "_child", "bench", "compat", "dispatch", "dsa", "engines", "load", "ops", "testing",
-          "testing_cached", "testing_dsa", "testing_features", "testing_indexer", "testing_o_proj", "testing_prefill",
-          "testing_sparse", "torch_ops", "torch_ops_cached", "torch_ops_indexer", "torch_ops_o_proj",
-           "torch_ops_prefill",
-          "torch_ops_sparse", "workspace"}
+          "testing_cached", "testing_dsa", "testing_features", "testing_indexer", "testing_logits", "testing_memory",
+          "testing_o_proj", "testing_prefill", "testing_sparse", "torch_ops", "torch_ops_cached", "torch_ops_indexer",
+          "torch_ops_o_proj", "torch_ops_prefill", "torch_ops_sparse", "workspace"}
 # importing these modules of ring 3 is itself part of a promise: pages of docs are made without torch
 ALSO_LIGHT = ["jitmla.load", "jitmla.bench.report", "jitmla.bench.cases"]
 

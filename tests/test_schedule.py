@@ -155,6 +155,7 @@ def test_both_splits_are_reached():
 
 
 WARP_WIDE = frozenset({"shuffle_sync", "shuffle_sync_up", "shuffle_sync_bfly", "vote_ballot_sync"})
+WARP_FUNCTIONS = frozenset({"choose", "locate", "lanes_sum", "warp_inclusive_sum"})
 
 
 class _Lanes(ast.NodeTransformer):
@@ -166,7 +167,7 @@ class _Lanes(ast.NodeTransformer):
         if name in WARP_WIDE:
             fields = [ast.Constant(name), *node.args, *(k.value for k in node.keywords if k.arg == "offset")]
             return ast.Yield(ast.Tuple(fields, ast.Load()))
-        return ast.YieldFrom(node) if name in ("choose", "locate") else node
+        return ast.YieldFrom(node) if name in WARP_FUNCTIONS else node
 
     def visit_FunctionDef(self, node):
         self.generic_visit(node)
@@ -183,7 +184,7 @@ def _int(x):
 @pytest.fixture(scope="module")
 def device():
     """The functions of mla_split.py as generators of one lane, with the names of the DSL replaced by Python's."""
-    tree = _Lanes().visit(ast.parse((COMMON / "mla_split.py").read_text()))
+    tree = _Lanes().visit(ast.parse("".join((COMMON / f"{x}.py").read_text() for x in ("warp", "mla_split"))))
     tree.body = [n for n in tree.body if not isinstance(n, (ast.Import, ast.ImportFrom))]
     prefetched = []
     arch = types.SimpleNamespace(

@@ -5,15 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from jitmla.testing import (
-    GARBAGE_PAGES,
-    ORACLE_TOKENS,
-    _groups,
-    guarded,
-    mla_decode_oracle,
-    mla_decode_problem,
-    poisoned_empty,
-)
+from jitmla.testing import GARBAGE_PAGES, ORACLE_TOKENS, _groups, mla_decode_oracle, mla_decode_problem
+from jitmla.testing_memory import guarded, poisoned_empty
 
 
 def exact(problem):

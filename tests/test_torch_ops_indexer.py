@@ -7,7 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import jitmla
 from jitmla import torch_ops_indexer
-from jitmla.testing_indexer import DIM, FP8, PAGE, append_problem, index_pool, logits_problem, prologue_problem
+from jitmla.testing_indexer import DIM, FP8, PAGE, append_problem, index_pool, prologue_problem
+from jitmla.testing_logits import logits_problem
 
 OPS = torch.ops.jitmla
 # torch.compile and opcheck warn about their own internals

@@ -18,7 +18,7 @@ from .keysets import spec
 
 H200 = {"name": "NVIDIA H200", "arch": "sm_90a", "sms": 132}
 SMALL = spec("bf16", 512, 64, 64, False)  # two templates serve it
-USUAL, OTHER = "sm90_relay/r64_triples6", "sm90_swap/r16_triples8"
+USUAL, OTHER = "sm90_trio/r64_triples6", "sm90_swap/r16_triples8"
 LAUNCH = {"kv_lora_rank": 512, "rows": [9, 16], "batch": [2, 4], "launch": {"parts": 120, "least": 2}}
 
 

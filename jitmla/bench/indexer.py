@@ -28,7 +28,8 @@ from ..spec_indexer import (
     topk_indices_spec,
 )
 from ..store import Store
-from ..testing_indexer import LOGITS_DIFF, append_problem, exact_logits, logits_problem, prologue_problem
+from ..testing_indexer import append_problem, prologue_problem
+from ..testing_logits import LOGITS_DIFF, exact_logits, logits_problem
 from ..testing_o_proj import calc_diff
 from .cases import INDEXER, INDEXER_HOST, IndexerCase
 from .report import case_name

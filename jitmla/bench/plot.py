@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import ToolchainMissing
+from ..errors import InvalidArgument, ToolchainMissing
 from . import report
 
 OURS = "jitmla"
@@ -73,7 +73,14 @@ def _ratios(result: dict[str, Any], new: Any) -> Any:
 
 
 def draw_file(path: Path) -> Path:
-    """Draw a result file into a PNG of the same name beside it."""
+    """Draw a result file into a PNG of the same name beside it; raises InvalidArgument, and ToolchainMissing."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(result, dict) or not result.get("rows") or "times" not in result["rows"][0]:
+            raise ValueError("it holds no cases with times")
+    except (OSError, ValueError) as e:
+        raise InvalidArgument(f"to draw {path}", supported="a file that `jitmla bench OP --json FILE` wrote",
+                              differs=str(e), remedy="name such a file") from e
     picture = path.with_suffix(".png")
-    draw(json.loads(path.read_text(encoding="utf-8")), picture)
+    draw(result, picture)
     return picture

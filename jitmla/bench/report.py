@@ -78,10 +78,10 @@ def environment(command: str, commit: str | None = None) -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name(), "driver": output("nvidia-smi", "--query-gpu=driver_version",
                                                                   "--format=csv,noheader", "--id=0"),
             "torch": torch.__version__, "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-            "commit": commit or _commit(), "command": command}
+            "commit": commit or commit_here(), "command": command}
 
 
-def _commit() -> str | None:
+def commit_here() -> str | None:
     """The commit of this checkout, marked when files differ from it; None outside of a checkout."""
     root = str(Path(__file__).resolve().parents[2])
     commit = output("git", "-C", root, "rev-parse", "HEAD")
@@ -270,6 +270,11 @@ def sweep_markdown(result: dict[str, Any]) -> str:
         f"({case_name(worst['case'])}).", "", *sweep_lines(result)]) + "\n"
 
 
+def others(row: dict[str, Any]) -> list[str]:
+    """The other libraries that a case's ratio is about."""
+    return [] if row["ratio"] is None else [name for name in row["times"] if name not in NO_OTHER_LIBRARY]
+
+
 def summary(results: Sequence[dict[str, Any]]) -> str:
     """A markdown table: for each op (or part of one), how its times compare with the best other library's, over all
     cases. What stands beside another form of this library, a copy of as many bytes, or nothing is left out."""
@@ -277,18 +282,32 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     beside: dict[tuple[str, str], dict[str, None]] = {}
     for result in results:
         for row in result["rows"] if not result["op"].endswith("sweep") else ():
-            others = [name for name in row["times"] if name not in NO_OTHER_LIBRARY]
-            if not others or row["ratio"] is None:
+            if not others(row):
                 continue
             case = row["case"]
             at = case.get("op") or " ".join(filter(None, (result["op"], case.get("part")))), result["gpu"]
             ratios.setdefault(at, []).append(row["ratio"])
-            beside.setdefault(at, {}).update(dict.fromkeys(others))
+            beside.setdefault(at, {}).update(dict.fromkeys(others(row)))
     lines = ["| op | GPU | beside | cases | geometric mean | least | most |", "|---|---|---|---:|---:|---:|---:|"]
     for (name, gpu), found in sorted(ratios.items()):
         mean = math.exp(sum(map(math.log, found)) / len(found))
         lines.append(f"| {name} | {gpu} | {', '.join(beside[name, gpu])} | {len(found)} | {mean:.2f} | "
                      f"{min(found):.2f} | {max(found):.2f} |")
+    return "\n".join(lines)
+
+
+def behind(result: dict[str, Any]) -> str:
+    """A markdown table: the cases in which another library is faster, the worst first; or that there is none."""
+    compared = [row for row in result["rows"] if others(row)]
+    slower = sorted((row for row in compared if row["ratio"] < 1), key=lambda row: row["ratio"])
+    of = f"of {len(compared)} cases on {result['gpu']}, {result['date']}"
+    if not slower:
+        return f"Behind another library in none {of}."
+    lines = [f"Behind another library in {len(slower)} {of}:", "",
+             "| case | jitmla us | best other us | ratio |", "|---|---:|---:|---:|"]
+    for row in slower:
+        ours = row["times"]["jitmla"]["us"]
+        lines.append(f"| {case_name(row['case'])} | {ours:.1f} | {ours * row['ratio']:.1f} | {row['ratio']:.2f} |")
     return "\n".join(lines)
 
 

@@ -43,7 +43,7 @@ def ls(as_json: output.Json = False) -> None:
 @app.command("show")
 @output.reports_errors
 def show(
-    key: Annotated[str, typer.Argument(help="The digest of a Key, or its first digits.")],
+    key: Annotated[str, typer.Argument(metavar="KEY", help="The digest of a Key, or its first digits.")],
     source: Annotated[bool, typer.Option("--source", help="Print the rendered source instead.")] = False,
     as_json: output.Json = False,
 ) -> None:

@@ -47,6 +47,9 @@ def kernels(
                                   "serves": _serves(template, variant), "threads": variant.threads,
                                   "smem_bytes": variant.smem_bytes, "summary": template.summary})
         return
+    if not found:
+        output.line(f"no kernels{f' of {op}' if op else ''} for {arch}")
+        return
     output.table(("op", "backend", "template", "variant", "arch", "serves"),
                  [(t.op, t.backend, t.name, v.name, ",".join(archs),
                    " ".join(f"{name}={','.join(str(value).lower() for value in values)}"

@@ -13,6 +13,7 @@ import typer
 from ..errors import (
     InvalidArgument,
     InvalidArgumentType,
+    InvalidTunings,
     JitmlaError,
     NoTemplate,
     SchemaViolation,
@@ -21,7 +22,7 @@ from ..errors import (
 )
 
 # The same command would be answered the same way on every machine: the request has to change.
-USAGE = (InvalidArgument, InvalidArgumentType, NoTemplate, SchemaViolation, UnknownArch, UnknownModel)
+USAGE = (InvalidArgument, InvalidArgumentType, InvalidTunings, NoTemplate, SchemaViolation, UnknownArch, UnknownModel)
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 SHORT = 12  # digits of a digest that people see

@@ -18,8 +18,8 @@ from ..spec import Spec
 Model = Annotated[str | None, Option("--model", metavar="NAME|PATH", help="A known model, or the path of its Hugging "
                                      "Face config.json.")]
 Tp = Annotated[int, Option("--tp", metavar="N", min=1, help="Ranks that share the model's heads.")]
-PageSize = Annotated[list[int] | None, Option("--page-size", metavar="N", help="Page size of the engine's cache; "
-                                              "repeat it for several. Default: every size that is served.")]
+PageSize = Annotated[list[int] | None, Option("--page-size", metavar="N", min=1, help="Page size of the engine's "
+                                              "cache; repeat it for several. Default: every size that is served.")]
 MaxSQ = Annotated[int | None, Option("--max-s-q", metavar="N", min=1, help="Most query tokens per request (1 + draft "
                                      f"tokens). Default: {models.MAX_S_Q}.")]
 Dtype = Annotated[str | None, Option("--dtype", metavar="DTYPE", help="bf16 or fp16. Default: the model's.")]
@@ -63,11 +63,15 @@ def of_assignments(op: str, arch: str, assignments: list[str]) -> Spec:
         fields = schema.spec_fields(op)
         facts: dict[str, Any] = {}
         for assignment in assignments:
-            name, _, text = assignment.partition("=")
-            facts[name] = _value(fields.get(name, {}), text)
+            name, equals, text = assignment.partition("=")
+            if not equals or name not in fields or name in ("op", "arch"):
+                raise SchemaViolation("", supported=", ".join(f"{n}=..." for n in fields if n not in ("op", "arch")),
+                                      differs=f"{name!r} has no value" if name in fields and not equals else
+                                      f"{op} has no field {name!r} that --spec sets")
+            facts[name] = _value(fields[name], text)
         return Spec.of(op, arch=arch, **facts)
     except SchemaViolation as error:
-        raise _misput(f"--op {op} " + " ".join(f"--spec {a}" for a in assignments), error) from error
+        raise _misput(" ".join([f"--op {op}", *(f"--spec {a}" for a in assignments)]), error) from error
 
 
 def of_file(file: Path, archs: list[str]) -> list[Spec]:
@@ -76,7 +80,7 @@ def of_file(file: Path, archs: list[str]) -> list[Spec]:
     try:
         text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise _not_keys(file, str(error)) from error
+        raise _not_keys(file, str(error), "name a file that holds them, or - for stdin") from error
     found = []
     for place, item in _items(file, text):
         facts = item.get("spec", item) if isinstance(item, dict) else item
@@ -106,9 +110,10 @@ def _items(file: Path, text: str) -> Iterator[tuple[str, Any]]:
                 raise _not_keys(file, f"line {number}: {error}") from error
 
 
-def _not_keys(file: Path, differs: str) -> InvalidArgument:
+def _not_keys(file: Path, differs: str, remedy: str = "docs/schema.md lists the fields of a Spec and their values"
+              ) -> InvalidArgument:
     return InvalidArgument(f"--keys-from {file}", supported="lines of `jitmla prewarm --json`, or a JSON list of Specs",
-                           differs=differs, remedy="docs/schema.md lists the fields of a Spec and their values")
+                           differs=differs, remedy=remedy)
 
 
 def _misput(asked: str, error: SchemaViolation) -> InvalidArgument:

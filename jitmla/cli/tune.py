@@ -6,21 +6,22 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from typer import Argument, Option
 
-from .. import registry
+from ..errors import InvalidArgument
 from . import output
+
+TUNED = ("mla_decode",)
 
 
 @output.reports_errors
 def tune(
-    op: Annotated[str, Argument(metavar="OP", help="The op to tune: mla_decode.")],
+    op: Annotated[str, Argument(metavar="OP", help=f"The op to tune: {', '.join(TUNED)}.")],
     model: Annotated[str, Option(metavar="NAME|PATH", help="A known model, or the path of its Hugging Face "
                                  "config.json.")],
     tp: Annotated[int, Option(metavar="N", min=1, help="Ranks that share the model's heads.")] = 1,
-    page_size: Annotated[list[int] | None, Option(metavar="N", help="Page size of the engine's cache; repeat it for "
-                                                  "several. Default: 64.")] = None,
+    page_size: Annotated[list[int] | None, Option(metavar="N", min=1, help="Page size of the engine's cache; "
+                                                  "repeat it for several. Default: 64.")] = None,
     max_s_q: Annotated[int, Option(metavar="N", min=1, help="Most query tokens per request (1 + draft tokens).")] = 1,
     dtype: Annotated[str | None, Option(metavar="DTYPE", help="bf16 or fp16. Default: the model's.")] = None,
     batch: Annotated[list[int] | None, Option(metavar="N", min=1, help="Batch size to measure; repeat it in rising "
@@ -35,8 +36,9 @@ def tune(
 
     The result is a tunings file for JITMLA_TUNINGS and `jitmla.use_tunings`. Takes minutes; the GPU must be idle.
     """
-    if op not in registry.ops():
-        raise typer.BadParameter(f"{op!r}: there is {', '.join(registry.ops())}")
+    if op not in TUNED:
+        raise InvalidArgument(f"to tune {op!r}", supported=", ".join(TUNED), differs="its choices are not measured",
+                              remedy="the rules of jitmla/pick.py decide for the other ops")
     from ..bench import tune as bench
 
     written = bench.run(op, model, file, " ".join(["jitmla", *sys.argv[1:]]), commit, tp=tp, dtype=dtype,

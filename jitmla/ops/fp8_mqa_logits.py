@@ -21,7 +21,8 @@ def fp8_mqa_logits(q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: T
                    ) -> Tensor:
     """logits[i, j] = k_scale[j] * sum_h max(q[i, h] . k[j], 0) * weights[i, h]      for ks[i] <= j < ke[i]
 
-    Products are summed in float32. The bits do not depend on the number of multiprocessors.
+    The index score of DeepSeek-V3.2 (arXiv 2512.02556, section 2.1), with the scales of q and k outside of the
+    products, which are summed in float32. The bits do not depend on the number of multiprocessors.
 
     q: [rows, heads, 128] e4m3, contiguous; heads 32 or 64. k: [N, 128] e4m3, k_scale: [N] float32, contiguous.
     weights: [rows, heads] float32, row stride a multiple of 4; the scale of q is in them.

@@ -18,7 +18,7 @@ _calls = dispatch.Remembered()
 def fp8_paged_mqa_logits(q: Tensor, cache: Tensor, weights: Tensor, context_lens: Tensor, block_table: Tensor, *,
                          max_context_len: int, out: Tensor | None = None, backend: str = "auto") -> Tensor:
     """logits[r * next_n + d, j] = k_scale[j] * sum_h max(q[r, d, h] . k[j], 0) * weights[r * next_n + d, h]
-    for j below the length of the last query of request r
+    for j below the length of the last query of request r: the index score, as in jitmla.fp8_mqa_logits.
 
     There is no schedule to prepare: the work is divided on the device, so one captured graph is right for all later
     lengths. For more than two queries a request, flatten them: [requests * next_n, 1, heads, 128], each with its own

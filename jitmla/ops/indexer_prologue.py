@@ -21,7 +21,7 @@ def indexer_prologue(q: Tensor, k_raw: Tensor, w_raw: Tensor, ln_weight: Tensor,
                      hadamard: bool = False, eps: float = 1e-6, backend: str = "auto"
                      ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Layer norm of the key, RoPE on the first 64 columns of queries and key, FP8 quantisation of all rows of 128, and
-    the scaling of the weights, as DeepSeek-V3.2's indexer has it.
+    the scaling of the weights, as DeepSeek-V3.2's indexer has it (arXiv 2512.02556, section 2.1).
 
     k = bf16(layer_norm(bf16(k_raw))); rows are turned in float32 and rounded to bf16 once; a row's scale is max(amax,
     1e-4) / 448 or the power of two above it; weights = w_raw * scale of q * heads^-0.5 * 128^-0.5. The scale of q is in

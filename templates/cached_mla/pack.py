@@ -31,6 +31,7 @@ import cutlass.cute.runtime as rt
 from common.cached_rows import cache_row, has_slot, last_sequence, token_row
 from common.latent_rows import load_row, row_registers, store_cached, store_row
 from common.register_mma import load_words, store_words
+from common.warp import lanes_sum, warp_inclusive_sum
 from cutlass import BFloat16, Float8E4M3FN, Float16, Float32, Int32, Int64, Uint32, const_expr
 
 VALUE = BFloat16 if DTYPE == "bf16" else Float16
@@ -92,11 +93,7 @@ class CachedMlaPack:
             mine = Int32(0)
             if i < sequences:
                 mine = self.keys(i, mCache, mSeqLen, mPos, mSlot)
-            upto = mine
-            for s in cutlass.range_constexpr(5):
-                up = cute.arch.shuffle_sync_up(upto, offset=1 << s, mask_and_clamp=0)
-                upto = upto + (up if lane >= (1 << s) else Int32(0))
-            upto = upto + base
+            upto = warp_inclusive_sum(mine, lane) + base
             base = cute.arch.shuffle_sync(upto, offset=31)
             if i < sequences:
                 begin = mStart[i]
@@ -129,8 +126,7 @@ class CachedMlaPack:
             before = Int32(0)
             for i in cutlass.range(lane, sequence, 32, unroll=1):
                 before = before + self.keys(i, mCache, mSeqLen, mPos, mSlot)
-            for s in cutlass.range_constexpr(5):
-                before = before + cute.arch.shuffle_sync_bfly(before, offset=1 << s)
+            before = lanes_sum(before, 32)
             rLatent, rPe = row_registers(LATENT, VALUE), row_registers(ROPE, VALUE)
             load_row(token_row(mLatent, token), rLatent, lane, LATENT)
             load_row(token_row(mKPe, token), rPe, lane, ROPE)

@@ -103,14 +103,6 @@ def max2(a, b):
 
 
 @cute.jit
-def lanes_sum(x, lanes: cutlass.Constexpr):
-    """Sum over groups of neighbouring lanes."""
-    for k in cutlass.range_constexpr(lanes.bit_length() - 1):
-        x = x + cute.arch.shuffle_sync_bfly(x, offset=1 << k)
-    return x
-
-
-@cute.jit
 def largest(words):
     """A pair whose larger one is the largest magnitude in `words`."""
     top = words[0] & Uint32(MAGNITUDES)

@@ -13,6 +13,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from common.mla_split import choose, n_blocks
+from common.warp import lanes_sum, warp_inclusive_sum
 
 
 @cute.jit
@@ -27,9 +28,7 @@ def pieces_before(seqlens: cute.Tensor, end: Int32, piece_blocks: cutlass.Conste
     total = Int32(0)
     for i in cutlass.range(lane, end, 32, unroll=4):
         total = total + n_pieces(seqlens[i], piece_blocks)
-    for x in cutlass.range_constexpr(5):
-        total = total + cute.arch.shuffle_sync_bfly(total, offset=1 << x)
-    return total
+    return lanes_sum(total, 32)
 
 
 @cute.jit
@@ -41,10 +40,7 @@ def locate_piece(seqlens: cute.Tensor, B: Int32, x: Int32, piece_blocks: cutlass
     for i0 in cutlass.range(0, B, 32, unroll=1):
         i = i0 + lane
         incl = n_pieces(seqlens[i], piece_blocks) if i < B else Int32(0)
-        for k in cutlass.range_constexpr(5):
-            up = cute.arch.shuffle_sync_up(incl, offset=1 << k, mask_and_clamp=0)
-            incl = incl + (up if lane >= (1 << k) else Int32(0))
-        incl = incl + base
+        incl = warp_inclusive_sum(incl, lane) + base
         n = cute.arch.popc(cute.arch.vote_ballot_sync(i < B and incl <= x))
         last = cute.arch.shuffle_sync(incl, offset=cutlass.max(n - 1, 0))
         start = last if n > 0 else start
@@ -79,9 +75,7 @@ def slots_of(
         before = Int32(0)
         for i in cutlass.range(lane, req, 32, unroll=4):
             before = before + n_blocks(seqlens[i]) + fixed
-        for x in cutlass.range_constexpr(5):
-            before = before + cute.arch.shuffle_sync_bfly(before, offset=1 << x)
-        first = before + fixed  # where its first block lies on the line
+        first = lanes_sum(before, 32) + fixed  # where its first block lies on the line
         p0 = first // share
         n = (first + blocks - 1) // share - p0 + 1
     return p0, n

@@ -28,6 +28,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
+from common.warp import warp_inclusive_sum
+
 SPLIT_TOKENS = 64  # tokens of a block
 
 
@@ -95,10 +97,7 @@ def locate(seqlens: cute.Tensor, B: Int32, x0: Int32, x1: Int32, fixed: Int32, l
         incl = Int32(0)
         if i < B:
             incl = n_blocks(seqlens[i]) + fixed
-        for x in cutlass.range_constexpr(5):
-            up = cute.arch.shuffle_sync_up(incl, offset=1 << x, mask_and_clamp=0)
-            incl = incl + (up if lane >= (1 << x) else Int32(0))
-        incl = incl + base
+        incl = warp_inclusive_sum(incl, lane) + base
         n0 = cute.arch.popc(cute.arch.vote_ballot_sync(i < B and incl <= x0))
         n1 = cute.arch.popc(cute.arch.vote_ballot_sync(i < B and incl <= x1))
         t0 = cute.arch.shuffle_sync(incl, offset=cutlass.max(n0 - 1, 0))

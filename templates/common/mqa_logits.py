@@ -27,6 +27,7 @@ from cutlass.memory import SmemAllocator
 
 from common.fp8_tiles import box, ring, tiled_mma
 from common.sm90 import issue
+from common.warp import warp_inclusive_sum
 
 DIM, PAGE = 128, 64
 BAR_SPLIT, BAR_ORDER = 1, 3  # named barriers; from BAR_ORDER on one for each math warpgroup
@@ -186,10 +187,7 @@ class MqaLogits:
         for i in cutlass.range(t0, t1, 1, unroll=4):
             _, n = self.blocks(i, x0, x1, limit)
             mine += n
-        inclusive = mine
-        for d in cutlass.range_constexpr(5):
-            v = cute.arch.shuffle_sync_up(inclusive, offset=1 << d, mask_and_clamp=0)
-            inclusive = inclusive + (v if lane >= (1 << d) else Int32(0))
+        inclusive = warp_inclusive_sum(mine, lane)
         if lane == 31:
             sSplit[w] = inclusive
         cute.arch.barrier(barrier_id=BAR_SPLIT, number_of_threads=128)

@@ -13,6 +13,7 @@ import cutlass.cute.runtime as rt
 from cutlass import Float32, Int32, Int64, const_expr
 
 from common.sm90 import INF, ex2, quad_max, quad_sum
+from common.warp import warp_inclusive_sum
 
 LN2 = 0.6931471805599453
 M_START = -1.0e30
@@ -32,10 +33,7 @@ def find(cu_q, x, batch, heads, rows: cutlass.Constexpr, lane):
         incl = Int32(0)
         if i < batch:
             incl = (cu_q[i + 1] - cu_q[i] + (rows - 1)) // rows * heads
-        for s in cutlass.range_constexpr(5):
-            up = cute.arch.shuffle_sync_up(incl, offset=1 << s, mask_and_clamp=0)
-            incl = incl + (up if lane >= (1 << s) else Int32(0))
-        incl = incl + base
+        incl = warp_inclusive_sum(incl, lane) + base
         count = cute.arch.popc(cute.arch.vote_ballot_sync(i < batch and incl <= x))
         top = cute.arch.shuffle_sync(incl, offset=cutlass.max(count - 1, 0))
         start = top if count > 0 else start

@@ -37,9 +37,9 @@ import cutlass.cute.runtime as rt
 from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Int64, const_expr
 
 from common.fp8_rows import (
-    high_half, lanes_amax, lanes_sum, largest, load_value, load_words, low_half, pack, quantise, round_bf16,
-    store_words, unpack,
+    high_half, lanes_amax, largest, load_value, load_words, low_half, pack, quantise, round_bf16, store_words, unpack,
 )
+from common.warp import lanes_sum
 
 DIM, ROPE, LANES = 128, 64, 16
 WARPS = 8  # for q

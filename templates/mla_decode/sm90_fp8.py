@@ -82,6 +82,7 @@ from common.sm90_e4m3 import (
     to_half,
     transposed_to_half,
 )
+from common.transposed import over_tokens, row_of
 
 E4M3_QUERY = DTYPE == "e4m3"
 QUERY = cutlass_dtype(DTYPE)
@@ -125,21 +126,6 @@ OWN_TILES = V_TILES // 2  # of each of the warpgroups 1 and 2
 def rows_stack(n):
     """Shared-memory layout (ROWS rows, 64 columns, n tiles) of Q, one tile behind the other."""
     return cute.tile_to_shape(smem_atom(SCORE), (ROWS, 64, n), order=(0, 1, 2))
-
-
-@cute.jit
-def over_tokens(x: Float32, is_max: cutlass.Constexpr):
-    """Reduce over the 8 lanes that hold the same query rows (lane % 4)."""
-    for k in cutlass.range_constexpr(3):
-        y = cute.arch.shuffle_sync_bfly(x, offset=4 << k)
-        x = cute.arch.fmax(x, y) if const_expr(is_max) else x + y
-    return x
-
-
-@cute.jit
-def row_of(h: cutlass.Constexpr, lane):
-    """The query row that a thread holds as its h-th."""
-    return (h // 2) * 8 + (lane % 4) * 2 + h % 2
 
 
 def at(h):

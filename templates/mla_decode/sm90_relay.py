@@ -1,14 +1,12 @@
-"""Dense paged MLA decode for sm_90a, 17 to 64 query rows (rows = s_q * heads): swapped operands, handed on from one
+"""Dense paged MLA decode for sm_90a, 32 query rows a CTA (rows = s_q * heads): swapped operands, handed on from one
 warpgroup to two others.
 
     S^T (64 tokens x ROWS)     = K . Q^T      A = K tiles (K-major),              B = Q
     O^T (LATENT   x ROWS)      = V^T . P^T    A = the same tiles read MN-major,   B = P
 
-The query rows are the N of the MMA (32 or 64). Q takes 20 to 72 KB of shared memory, P 4 or 8, a ring of KV tiles the
-rest. With so many rows the operands that the MMAs read from shared memory matter: every tile is read by exactly one
-warpgroup as K and by exactly one as V, each with all the rows as N. Two warpgroups with half of 64 rows each would read
-every tile twice, 3264 clocks of 128 bytes a block; this way it is 2176, and the TMA writes 576 more. HBM needs about
-4000 clocks for a block.
+The query rows are the N of the MMA. Q takes 20 or 36 KB of shared memory, P 4, a ring of KV tiles the rest. With so
+many rows the operands that the MMAs read from shared memory matter: every tile is read by exactly one warpgroup as K
+and by exactly one as V, each with all the rows as N. A block takes 1632 clocks of 128 bytes, and the TMA 576 more.
 
 Tiling. One CTA per part (mla_split.py); a part walks over 64-token blocks, whatever the page size. SLOT_TILES tiles of
 64 x 64 are one slot of the ring (mla_ring.py), a block is (LATENT + ROPE) / 64 / SLOT_TILES slots.
@@ -35,8 +33,7 @@ Page ids are read only for pages that hold tokens (j < ceil(L / PAGE_SIZE)): the
 repeat its last page, and for a request of length 0 they lie outside the tensor map and are filled with zeros. Rows
 behind the end are masked in S and cleared in V (0 * NaN).
 
-Cannot: more than ROWS query rows; page sizes other than 16, 32, 64, 128; sm_scale <= 0 (the maximum is taken before
-scaling); FP8; a ROPE width other than 64.
+Cannot: more than ROWS query rows; sm_scale <= 0 (the maximum is taken before scaling); FP8; a ROPE width other than 64.
 """
 
 # --- constants: replaced when rendered ---
@@ -45,9 +42,9 @@ LATENT = 512
 ROPE = 64
 PAGE_SIZE = 64
 CAUSAL = False
-ROWS = 64
+ROWS = 32
 SLOT_TILES = 3
-RING = 6
+RING = 7
 # --- end of constants ---
 
 from types import SimpleNamespace
@@ -83,9 +80,11 @@ VALUE_REGS, PRODUCER_REGS = (176, 32) if PAGE_SIZE > 0 else (160, 64)
 M_INIT = -1.0e30  # finite: -inf - maximum is never NaN
 SLACK = 14.0  # P up to 2^14: fp16 holds 2^15, and with 8 large logits moved the maximum in one block of ten
 
-assert ROWS in (32, 64) and ROPE == 64 and LATENT in (256, 512) and RING >= 2 * SLOTS
-# tiles of warpgroup 1 + v in the g-th slot of a block: OWN[v][g]
-OWN = [[[i for i in range(V_TILES) if i // 2 % 2 == v and i // SLOT_TILES == g] for g in range(SLOTS)] for v in (0, 1)]
+assert ROWS == 32 and ROPE == 64 and LATENT in (256, 512) and RING >= 2 * SLOTS
+# the tiles of O^T that warpgroup 1 + v has, and with which of them both have read slot g of a block as V
+OWN = V_TILES // 2
+TILES_OF = [[i // 2 * 4 + 2 * v + i % 2 for i in range(OWN)] for v in (0, 1)]
+DONE = [max((i for own in TILES_OF for i in range(OWN) if own[i] // SLOT_TILES == g), default=0) for g in range(SLOTS)]
 
 
 def rows_stack(n):
@@ -113,16 +112,18 @@ def at(h):
     return (h // 2) * 4 + h % 2
 
 
-def first_of(tile):
-    """Index of a tile's first value in the O^T of the warpgroup that owns it."""
-    return (tile // 4 * 2 + tile % 2) * ACC
+def tile_of(i, v):
+    """(slot of a block, tile of the slot) of the i-th tile of warpgroup 1 + v: one code for both."""
+    a, b = TILES_OF[0][i], TILES_OF[1][i]
+    places = (a // SLOT_TILES, b // SLOT_TILES), (a % SLOT_TILES, b % SLOT_TILES)
+    return tuple(x if x == y else x + (y - x) * v for x, y in places)
 
 
 @cute.jit
-def slot_of(i: cutlass.Constexpr, slot, phase):
+def slot_of(i, slot, phase):
     """(slot, phase) of the i-th slot of a block that starts at `slot`; SLOTS: the start of the next block."""
     s = slot + i
-    if const_expr(i == SLOTS or RING % SLOTS != 0):
+    if const_expr((isinstance(i, int) and i == SLOTS) or RING % SLOTS != 0):
         phase = phase ^ 1 if s >= RING else phase
         s = s - RING if s >= RING else s
     return s, phase
@@ -410,10 +411,7 @@ class MlaDecode(KvProducer):
             # while the first loads are under way; a branch on tid would make the compiler take the warps for diverged
             if warp_idx == 4:
                 store_sharing(sShare, sI, seqlens, part, parts_per_request, lane)
-            if wg == 1:
-                self.values(c, 0, mO, o_acc)
-            else:
-                self.values(c, 1, mO, o_acc)
+            self.values(c, wg - 1, mO, o_acc)
             # every load into the ring has been waited for; SUMS ordered what warpgroup 0 wrote to lse_acc
             area = cute.recast_ptr(sK.iterator, dtype=Float32)
             COMBINE.run(
@@ -593,7 +591,7 @@ class MlaDecode(KvProducer):
             cute.arch.mbarrier_arrive(c.empty + s)
 
     @cute.jit
-    def value_block(self, c, v: cutlass.Constexpr, rO, slot, phase, keep):
+    def value_block(self, c, v, rO, slot, phase, keep):
         """O^T += V^T P^T of one block; frees its slots unless `keep`."""
         if const_expr(not self.gather):  # there, P_FULL is behind a fence of those who have waited
             for g in cutlass.range_constexpr(SLOTS):
@@ -605,25 +603,24 @@ class MlaDecode(KvProducer):
         pv = cute.make_mma_atom(c.op_pv)
         pv.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.fence()
-        for g in cutlass.range_constexpr(SLOTS):
+        for i in cutlass.range_constexpr(OWN):
+            g, tile = tile_of(i, v)
             s, _ = slot_of(g, slot, phase)
-            for tile in OWN[v][g]:
-                rOi = cute.make_tensor(rO.iterator + first_of(tile), cute.make_layout(c.s_shape))
-                for x in cutlass.range_constexpr(4):
-                    tV = c.tV[None, None, x, tile % SLOT_TILES, s]
-                    cute.gemm(pv, rOi, tV, c.tP[None, None, x], rOi)
-            if const_expr(len(OWN[v][g]) > 0):
+            rOi = cute.make_tensor(rO.iterator + i * ACC, cute.make_layout(c.s_shape))
+            for x in cutlass.range_constexpr(4):
+                cute.gemm(pv, rOi, c.tV[None, None, x, tile, s], c.tP[None, None, x], rOi)
+            if const_expr(i in DONE):
                 warpgroup.commit_group()
         for g in cutlass.range_constexpr(SLOTS):
-            warpgroup.wait_group(sum(1 for later in OWN[v][g + 1 :] if later))
+            warpgroup.wait_group(len({i for i in DONE if i > DONE[g]}))
             if not keep:
                 self.free_slot(c, slot_of(g, slot, 0)[0])
 
     @cute.jit
-    def values(self, c, v: cutlass.Constexpr, mO, o_acc):
+    def values(self, c, v, mO, o_acc):
         """Warpgroup 1 + v: its tiles of O^T."""
         sI = c.sI
-        rO = cute.make_rmem_tensor((V_TILES // 2 * ACC,), Float32)
+        rO = cute.make_rmem_tensor((OWN * ACC,), Float32)
         slot = Int32(0)
         phase = Int32(0)
         for req in cutlass.range(sI[0], sI[1] + 1, unroll=1):
@@ -646,45 +643,45 @@ class MlaDecode(KvProducer):
                 self.store_piece(c, v, rO, o_acc, self.piece_slot(c, b0))
 
     @cute.jit
-    def store_whole(self, c, v: cutlass.Constexpr, rO, mO, req, slot):
+    def store_whole(self, c, v, rO, mO, req, slot):
         """To `out`, through the tiles that this warpgroup has just read as V; then frees their slots."""
-        for g in cutlass.range_constexpr(SLOTS):
+        for i in cutlass.range_constexpr(OWN):
+            g, tile = tile_of(i, v)
             s, _ = slot_of(g, slot, 0)
-            for tile in OWN[v][g]:
-                rOi = cute.make_tensor(rO.iterator + first_of(tile), cute.make_layout(c.s_shape))
-                rX = cute.make_rmem_tensor(c.s_shape, ELEMENT)
-                rX.store(rOi.load().to(ELEMENT))
-                tOs = c.stsm_thr.partition_D(c.o_tiles[None, None, tile % SLOT_TILES, s])
-                cute.copy(c.stsm, c.stsm_thr.retile(rX), tOs)
+            rX = cute.make_rmem_tensor(c.s_shape, ELEMENT)
+            rX.store(cute.make_tensor(rO.iterator + i * ACC, cute.make_layout(c.s_shape)).load().to(ELEMENT))
+            tOs = c.stsm_thr.partition_D(c.o_tiles[None, None, tile, s])
+            cute.copy(c.stsm, c.stsm_thr.retile(rX), tOs)
         cute.arch.barrier(barrier_id=BAR_VALUES + v, number_of_threads=128)
         rY = cute.make_rmem_tensor((8,), ELEMENT)
-        for g in cutlass.range_constexpr(SLOTS):
+        for i in cutlass.range(OWN, unroll=1):
+            of_row = i // 2 * 4 + 2 * v + i % 2  # of TILES_OF
+            g = of_row // SLOT_TILES
             s, _ = slot_of(g, slot, 0)
-            for tile in OWN[v][g]:
-                for i in cutlass.range_constexpr(ROWS // 16):
-                    row = i * 16 + c.t // 8
-                    cute.autovec_copy(
-                        cute.local_tile(c.k_tiles[row, None, tile % SLOT_TILES, s], (8,), (c.t % 8,)), rY
-                    )
-                    if c.row0 + row < mO.shape[1]:
-                        cute.autovec_copy(rY, cute.local_tile(mO[req, c.row0 + row, None], (8,), (tile * 8 + c.t % 8,)))
+            for k in cutlass.range_constexpr(ROWS // 16):
+                row = k * 16 + c.t // 8
+                cute.autovec_copy(
+                    cute.local_tile(c.k_tiles[row, None, of_row - g * SLOT_TILES, s], (8,), (c.t % 8,)), rY
+                )
+                if c.row0 + row < mO.shape[1]:
+                    cute.autovec_copy(rY, cute.local_tile(mO[req, c.row0 + row, None], (8,), (of_row * 8 + c.t % 8,)))
         cute.arch.fence_view_async_shared()  # the TMA will overwrite what was read
         cute.arch.sync_warp()
         for g in cutlass.range_constexpr(SLOTS):
             self.free_slot(c, slot_of(g, slot, 0)[0])
 
     @cute.jit
-    def store_piece(self, c, v: cutlass.Constexpr, rO, o_acc, at_slot):
+    def store_piece(self, c, v, rO, o_acc, at_slot):
         """To the workspace with permuted columns: a row of two tiles has four accumulators of a thread, 128 bytes of 8
         lanes."""
         v4 = cute.make_rmem_tensor((4,), Float32)
         for h in cutlass.range_constexpr(COLS):
             row = c.row0 + row_of(h, c.lane)
             if row < o_acc.shape[1]:
-                for pair in cutlass.range_constexpr(v, V_TILES // 2, 2):
+                for k in cutlass.range_constexpr(OWN // 2):
                     for e in cutlass.range_constexpr(4):
-                        v4[e] = rO[first_of(2 * pair + e // 2) + at(h) + e % 2 * 2]
-                    to = pair * 32 + c.w * 8 + c.lane // 4
+                        v4[e] = rO[(2 * k + e // 2) * ACC + at(h) + e % 2 * 2]
+                    to = (2 * k + v) * 32 + c.w * 8 + c.lane // 4
                     cute.autovec_copy(v4, cute.local_tile(o_acc[at_slot, row, None], (4,), (to,)))
 
 

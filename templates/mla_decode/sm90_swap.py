@@ -56,6 +56,7 @@ from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
 from common.mla_ring import ring_layout
 from common.mla_split import n_blocks, partials, store_interval, store_sharing, touch_table
 from common.sm90 import INF, LOG2E, cutlass_dtype, ex2, row_strides, smem_atom, swz
+from common.transposed import over_tokens, row_of
 
 ELEMENT = cutlass_dtype(DTYPE)
 BLOCK = 64  # tokens of a block, columns of a tile
@@ -70,21 +71,6 @@ M_INIT = -1.0e30  # finite: -inf - maximum is never NaN
 
 assert ROWS in (8, 16) and ROPE == 64 and LATENT % 256 == 0
 assert RING >= 2 * SLOTS  # both warpgroups hold a block
-
-
-@cute.jit
-def over_tokens(x: Float32, is_max: cutlass.Constexpr):
-    """Reduce over the 8 lanes that hold the same query rows (lane % 4)."""
-    for k in cutlass.range_constexpr(3):
-        y = cute.arch.shuffle_sync_bfly(x, offset=4 << k)
-        x = cute.arch.fmax(x, y) if const_expr(is_max) else x + y
-    return x
-
-
-@cute.jit
-def row_of(h: cutlass.Constexpr, lane):
-    """The query row that a thread holds as its h-th."""
-    return (h // 2) * 8 + (lane % 4) * 2 + h % 2
 
 
 def partial_column(lane, e):

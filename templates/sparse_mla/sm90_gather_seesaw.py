@@ -48,12 +48,12 @@ from cutlass import BFloat16, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
-from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
-from common.mla_split import interval, n_blocks, partials, sharing
-from common.sm90 import INF, LOG2E, ex2, issue, quad_max, quad_sum, smem_atom, swz
+from common.mla_combine import MlaCombine
+from common.mla_split import store_sharing
+from common.sm90 import INF, ex2, issue, quad_max, quad_sum, smem_atom, swz
 from common.sparse_halves import HalfGather
-from common.sparse_rows import WANTS_MAX, RowAddress, TokenLengths, by_head, end_of_piece, load_shared2, per_token, ptx
-from common.sparse_rows import quotient, sparse_mla_arguments
+from common.sparse_kernel import SparseKernel, mask_entries
+from common.sparse_rows import ptx, sparse_mla_arguments
 
 LATENT = 512
 ROWS = 64  # heads of a CTA
@@ -109,139 +109,11 @@ def exchanged(a, b, lane, bit: cutlass.Constexpr):
     return got if high else a, b if high else got
 
 
-class SparseMla:
-    # -------------------------------------------------------------------------------------------- host
+class SparseMla(SparseKernel):
     @cute.jit
-    def __call__(
-        self,
-        q: cute.Tensor,
-        kv: cute.Tensor,
-        indices: cute.Tensor,
-        lengths: cute.Tensor,
-        sinks: cute.Tensor,
-        out: cute.Tensor,
-        lse: cute.Tensor,
-        max_logits: cute.Tensor,
-        workspace: cute.Tensor,
-        semaphores: cute.Tensor,
-        sm_scale: Float32,
-        page_magic: Int32,
-        page_shift: Int32,
-        s_q_magic: Int32,
-        s_q_shift: Int32,
-        flags: Int32,
-        parts: Int32,
-        fixed: Int32,
-        least: Int32,
-        bias: Int32,
-        stream,
-    ):
-        """As sm90_gather.py has them."""
-        batch, s_q, heads = q.shape[0], q.shape[1], q.shape[2]
-        tokens = batch * s_q
-        o_acc, lse_acc = partials(workspace, parts, heads, LATENT)
-        tile = swz(ROWS, 64, BFloat16)
-        # the stride of a mode of size 1 may be anything, also none that TMA accepts
-        head = q.stride[2] if heads > 1 else Int64(64)
-        token = q.stride[1] if s_q > 1 else Int64(64)
-        request = q.stride[0] if batch > 1 else Int64(64)
-        head, token, request = [cute.assume(x, divby=8) for x in (head, token, request)]
-        q_rows = cute.make_layout((heads, LATENT + ROPE, s_q, batch), stride=(head, 1, token, request))
-        tma_q, mQ = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(), cute.make_tensor(q.iterator, q_rows), tile, (ROWS, 64)
-        )
-
-        def mma(n, b_major, a_source):
-            return hh.make_trivial_tiled_mma(
-                BFloat16, BFloat16, OperandMajorMode.K, b_major, Float32, (1, 1, 1), (ROWS, n), a_source
-            )
-
-        k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
-        smem, rmem = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
-        self.kernel(
-            tma_q,
-            mQ,
-            kv,
-            per_token(indices),
-            lengths,
-            sinks,
-            per_token(out),
-            by_head(lse),
-            by_head(max_logits),
-            o_acc,
-            lse_acc,
-            semaphores,
-            sm_scale * LOG2E,
-            page_magic,
-            page_shift,
-            s_q_magic,
-            s_q_shift,
-            flags,
-            tokens,
-            s_q,
-            heads,
-            parts,
-            fixed,
-            least,
-            bias,
-            parts // tokens,
-            (tokens + parts - 1) // parts,
-            mma(BLOCK, k_major, smem),
-            mma(HALF, mn_major, rmem),
-            mma(HALF, mn_major, smem),
-        ).launch(
-            grid=[cute.ceil_div(heads, ROWS), 1, parts],
-            block=[384, 1, 1],
-            stream=stream,
-            min_blocks_per_mp=1,
-            use_pdl=True,
-            cooperative=(flags & COOPERATIVE) // COOPERATIVE,
-        )
-
-    # -------------------------------------------------------------------------------------------- device
-    @cute.kernel
-    def kernel(
-        self,
-        tma_q: cute.CopyAtom,
-        mQ: cute.Tensor,
-        kv: cute.Tensor,
-        mList: cute.Tensor,
-        mLengths: cute.Tensor,
-        sinks: cute.Tensor,
-        mO: cute.Tensor,
-        lse: cute.Tensor,
-        max_logits: cute.Tensor,
-        o_acc: cute.Tensor,
-        lse_acc: cute.Tensor,
-        semaphores: cute.Tensor,
-        scale: Float32,
-        page_magic: Int32,
-        page_shift: Int32,
-        s_q_magic: Int32,
-        s_q_shift: Int32,
-        flags: Int32,
-        tokens: Int32,
-        s_q: Int32,
-        heads: Int32,
-        parts: Int32,
-        fixed: Int32,
-        least: Int32,
-        bias: Int32,
-        parts_per_token: Int32,
-        tokens_per_part: Int32,
-        mma_qk: cute.TiledMma,
-        mma_pv_r: cute.TiledMma,
-        mma_pv_s: cute.TiledMma,
-    ):
-        tid, _, _ = cute.arch.thread_idx()
-        m_block, _, part = cute.arch.block_idx()
-        m_blocks, _, _ = cute.arch.grid_dim()
-        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        wg = warp_idx // 4
-        t = tid % 128
-        lane = tid % 32
-        row = (warp_idx % 4) * 16 + lane // 4  # this thread has the rows row and row + 8
-        lengths = TokenLengths(mLengths, mList.shape[1], flags, s_q_magic, s_q_shift)
+    def cta(self, c):
+        wg = c.warp_idx // 4
+        t = c.tid % 128
 
         smem = SmemAllocator()
 
@@ -261,61 +133,37 @@ class SparseMla:
         sShare = smem.allocate_tensor(Int32, cute.make_layout(6), 16)  # its share of the combine
         bars = smem.allocate_array(Int64, Q_FULL + 1)
 
-        if warp_idx == 0:
-            cpasync.prefetch_descriptor(tma_q)
+        if c.warp_idx == 0:
+            cpasync.prefetch_descriptor(c.tma_q)
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(4):
                     cute.arch.mbarrier_init(bars + (FULL + i), GATHER.ARRIVALS)
                     cute.arch.mbarrier_init(bars + (EMPTY + i), 4)
                 cute.arch.mbarrier_init(bars + Q_FULL, 1)
             cute.arch.mbarrier_init_fence()
-        # everything above overlaps the previous kernel's tail
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()  # all CTAs run: nobody can take the SM of one that others wait for
-        if warp_idx == 0:
-            r0, r1, j0, j1, _, unit = interval(
-                lengths, tokens, part, parts, fixed, least, bias, parts_per_token, tokens_per_part, lane
-            )
-            if lane == 0:
-                sI[0] = r0
-                sI[1] = r1
-                sI[2] = j0
-                sI[3] = j1
-                sI[5] = unit
-        cute.arch.sync_threads()
+        self.begin(c, sI)
 
-        one = cute.make_layout(1)
-        gQ = cute.group_modes(cute.local_tile(mQ, (ROWS, 64), (m_block, None, None, None)), 0, 2)
-        tQsQ, tQgQ = cpasync.tma_partition(
-            tma_q, 0, one, cute.group_modes(cute.local_tile(sQ, (ROWS, 64), (0, None)), 0, 2), gQ
-        )
-        tQsR, _ = cpasync.tma_partition(
-            tma_q, 0, one, cute.group_modes(cute.local_tile(sQr, (ROWS, 64), (0, None)), 0, 2), gQ
-        )
+        def mma(n, b_major, a_source):
+            return hh.make_trivial_tiled_mma(
+                BFloat16, BFloat16, OperandMajorMode.K, b_major, Float32, (1, 1, 1), (ROWS, n), a_source
+            )
+
+        from_smem, from_rmem = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
+        mma_qk = mma(BLOCK, OperandMajorMode.K, from_smem)
+        mma_pv_r, mma_pv_s = [mma(HALF, OperandMajorMode.MN, x) for x in (from_rmem, from_smem)]
         qk, pv_s = mma_qk.get_slice(t), mma_pv_s.get_slice(t)
+        tQsQ, tQsR, tQgQ = self.query_views(c, sQ, sQr)
         stsm = cute.make_tiled_copy_C(cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), BFloat16), mma_qk)
         stsm_thr = stsm.get_slice(t)
 
-        # read-only in loops and branches: what is assigned there would have to be a value of the program
         c = SimpleNamespace(
-            tid=tid,
-            lane=lane,
-            warp_idx=warp_idx,
-            row=row,
-            m_block=m_block,
-            part=part,
-            heads=heads,
-            s_q=s_q,
+            **vars(c),
+            row=(c.warp_idx % 4) * 16 + c.lane // 4,  # this thread has the rows row and row + 8
             bars=bars,
             sI=sI,
-            lengths=lengths,
-            flags=flags,
-            scale=scale,
-            sinks=sinks,
             sM=(sM0, sM1),
             sL=sL,
             ok=sOk.iterator.toint(),
-            tma_q=tma_q,
             tQgQ=tQgQ,
             tQsQ=tQsQ,
             tQsR=tQsR,
@@ -333,64 +181,35 @@ class SparseMla:
             stsm=stsm,
             stsm_thr=stsm_thr,
             tPst=[stsm_thr.partition_D(x) for x in sR],
-            mO=mO,
-            lse=lse,
-            max_logits=max_logits,
-            o_acc=o_acc,
-            lse_acc=lse_acc,
         )
         if wg == 2:
             cute.arch.setmaxregister_decrease(GATHER_REGS)
             GATHER.run(
-                RowAddress(kv, page_magic, page_shift), mList, lengths, sI, sK[0][0].iterator.toint(),
-                V_TILES * TILE_BYTES, sR[0].iterator.toint(), TILE_BYTES, c.ok, bars + FULL, bars + EMPTY,
-                warp_idx - 8, lane,
+                c.rows, c.mList, c.lengths, sI, sK[0][0].iterator.toint(), V_TILES * TILE_BYTES,
+                sR[0].iterator.toint(), TILE_BYTES, c.ok, bars + FULL, bars + EMPTY, c.warp_idx - 8, c.lane,
             )  # fmt: skip
         else:
             cute.arch.setmaxregister_increase(MATH_REGS)
             # while the first loads are under way; a branch on tid would make the compiler take the warps for diverged
-            if warp_idx == 4:
-                p0, n, sharers, started = sharing(lengths, part, parts_per_token, sI[5], sI[0], sI[1], sI[2], sI[3])
-                if lane == 0:
-                    sShare[0] = p0
-                    sShare[1] = n
-                    sShare[2] = sharers
-                    sShare[3] = started
-                    sShare[4] = sI[0]
-                    sShare[5] = sI[1]
+            if c.warp_idx == 4:
+                store_sharing(sShare, sI, c.lengths, c.part, c.parts_per_token, c.lane)
             if wg == 0:
-                if warp_idx == 0 and sI[0] <= sI[1]:
+                if c.warp_idx == 0 and sI[0] <= sI[1]:
                     self.load_q(c, sI[0])
                 self.tokens(c, 0)
             else:
                 self.tokens(c, 1)
             # every row that was gathered has been waited for
             area = cute.recast_ptr(sK[0][0].iterator, dtype=Float32)
-            first_row = m_block * ROWS
+            first_row = c.m_block * ROWS
             COMBINE.run(
-                area, sShare, mO, lse, sinks, o_acc, lse_acc, semaphores, flags, heads, part, m_block, m_blocks,
-                first_row, cutlass.min(heads - first_row, ROWS), tid,
+                area, sShare, c.mO, c.lse, c.sinks, c.o_acc, c.lse_acc, c.semaphores, c.flags, c.heads, c.part,
+                c.m_block, c.m_blocks, first_row, cutlass.min(c.heads - first_row, ROWS), c.tid,
             )  # fmt: skip
 
     @cute.jit
-    def piece(self, c, token):
-        """(number of blocks, has it the whole token, slot of its partial result) of a token of this CTA."""
-        b0 = c.sI[2] if token == c.sI[0] else Int32(0)
-        b1 = end_of_piece(c.lengths, c.sI, token)
-        slot = 2 * c.part if b0 > 0 else 2 * c.part + 1
-        return b1 - b0, b0 == 0 and b1 == n_blocks(c.lengths[token]), slot
-
-    @cute.jit
     def load_q(self, c, token):
-        bar = c.bars + Q_FULL
-        request = quotient(token, c.lengths.magic, c.lengths.shift)
-        i = token - request * c.s_q
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(bar, TILES * TILE_BYTES)
-        for j in cutlass.range_constexpr(V_TILES):
-            cute.copy(c.tma_q, c.tQgQ[None, j, i, request], c.tQsQ[None, j], tma_bar_ptr=bar)
-        if const_expr(ROPE > 0):
-            cute.copy(c.tma_q, c.tQgQ[None, V_TILES, i, request], c.tQsR[None, 0], tma_bar_ptr=bar)
+        self.load_queries(c, token, c.bars + Q_FULL, c.tQsQ, c.tQsR)
 
     # -------------------------------------------------------------------------------------------- math
     @cute.jit
@@ -413,17 +232,6 @@ class SparseMla:
         if const_expr(ROPE > 0 and not first):
             issue(c.op_qk, S, ops.tQr, ops.tR, False)
         warpgroup.commit_group()
-
-    @cute.jit
-    def mask(self, c, S, block: cutlass.Constexpr):
-        """Scores of what is no row of the pool become -inf."""
-        ok = c.ok + block * BLOCK
-        if cute.arch.vote_any_sync(load_shared2(ok + c.lane * 2) != 0x0101):
-            for j in cutlass.range_constexpr(BLOCK // 8):
-                pair = load_shared2(ok + (c.lane % 4) * 2, j * 8)
-                for r in cutlass.range_constexpr(2):
-                    S[4 * j + 2 * r] = S[4 * j + 2 * r] if (pair & 0xFF) != 0 else -Float32(INF)
-                    S[4 * j + 2 * r + 1] = S[4 * j + 2 * r + 1] if (pair >> 8) != 0 else -Float32(INF)
 
     @cute.jit
     def row_max(self, S, r: cutlass.Constexpr, scale):
@@ -464,7 +272,7 @@ class SparseMla:
         rP = cute.make_rmem_tensor(((2, 2, 2), 1, 4), BFloat16)
         sc = cute.make_rmem_tensor((2,), Float32)
         warpgroup.wait_group(0)
-        self.mask(c, S, 0)
+        mask_entries(S, c.ok, lane)
         for r in cutlass.range_constexpr(2):
             m_new = cute.arch.fmax(m[r], self.row_max(S, r, c.scale))
             sc[r] = ex2(m[r] - m_new)
@@ -516,7 +324,7 @@ class SparseMla:
         sc = cute.make_rmem_tensor((2,), Float32)
         mx = cute.make_rmem_tensor((2,), Float32)
         warpgroup.wait_group(0)
-        self.mask(c, S, 1)
+        mask_entries(S, c.ok + BLOCK, lane)
         for r in cutlass.range_constexpr(2):
             mx[r] = self.row_max(S, r, c.scale)
         cute.arch.barrier(barrier_id=BAR_M0, number_of_threads=256)
@@ -600,7 +408,7 @@ class SparseMla:
     @cute.jit
     def finish(self, c, O, m, L, token, wg: cutlass.Constexpr):
         """What is known of a token or of a piece of one, to where it belongs."""
-        sL, lse, lse_acc, max_logits = c.sL, c.lse, c.lse_acc, c.max_logits
+        sL = c.sL
         for r in cutlass.range_constexpr(2):
             L[r] = quad_sum(L[r])
             if c.lane % 4 == 0:
@@ -613,19 +421,9 @@ class SparseMla:
             at = c.row + 8 * r
             head = c.m_block * ROWS + at
             total = sL[at] + sL[ROWS + at]
-            weights = total
-            if (c.flags & HAS_SINKS) != 0 and whole and head < c.heads:
-                weights = total + ex2(c.sinks[head] * LOG2E - m[r])
-            inv[r] = cute.arch.rcp_approx(weights) if total > 0.0 else Float32(0.0)
+            inv[r] = self.share(c, head, whole, total, m[r])
             if c.lane % 4 == 0 and head < c.heads and wg == 0:
-                value = cute.math.log2(total, fastmath=True) + m[r]
-                if not whole:
-                    lse_acc[slot, head] = value if total > 0.0 else -Float32(INF)
-                else:
-                    if (c.flags & WANTS_LSE) != 0:
-                        lse[token, 0, head] = value * (1.0 / LOG2E) if total > 0.0 else Float32(INF)
-                    if (c.flags & WANTS_MAX) != 0:
-                        max_logits[token, 0, head] = m[r] * (1.0 / LOG2E) if total > 0.0 else -Float32(INF)
+                self.store_sum(c, token, head, whole, slot, total, m[r])
         for r in cutlass.range_constexpr(2):
             head = c.m_block * ROWS + c.row + 8 * r
             if whole:
@@ -655,4 +453,4 @@ class SparseMla:
 
 def entry():
     """What to compile: the host function and its fake arguments."""
-    return SparseMla(), sparse_mla_arguments((LATENT + ROPE) * 2, LATENT)
+    return SparseMla(LATENT, ROPE, ROWS, 384), sparse_mla_arguments((LATENT + ROPE) * 2, LATENT)

@@ -41,12 +41,12 @@ from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
-from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
-from common.mla_split import interval, n_blocks, partials, sharing
-from common.sm90 import INF, LOG2E, ex2, issue, smem_atom, swz
-from common.sparse_rows import FP8_BYTES, WANTS_MAX, RowAddress, RowGather, TokenLengths, by_head, end_of_piece
-from common.sparse_rows import half2_of_bf16x2, load_shared1, load_shared16, per_token
-from common.sparse_rows import quotient, sparse_mla_arguments, store_shared16
+from common.mla_combine import MlaCombine
+from common.mla_split import store_sharing
+from common.sm90 import INF, ex2, issue, smem_atom
+from common.sparse_kernel import SparseKernel, queries_to_fp16
+from common.sparse_rows import FP8_BYTES, RowGather, load_shared1, sparse_mla_arguments
+from common.transposed import over_tokens, row_of
 
 FP8 = FORMAT == "fp8"
 ELEMENT = Float16 if FP8 else BFloat16  # of the latent columns
@@ -74,21 +74,6 @@ def two(rows, columns, dtype):
     return cute.tile_to_shape(smem_atom(dtype), (rows, columns, 2), order=(0, 1, 2))
 
 
-@cute.jit
-def over_entries(x: Float32, is_max: cutlass.Constexpr):
-    """Reduce over the 8 lanes that hold the same heads (lane % 4)."""
-    for k in cutlass.range_constexpr(3):
-        y = cute.arch.shuffle_sync_bfly(x, offset=4 << k)
-        x = cute.arch.fmax(x, y) if const_expr(is_max) else x + y
-    return x
-
-
-@cute.jit
-def row_of(h: cutlass.Constexpr, lane):
-    """The head that a thread holds as its h-th."""
-    return (h // 2) * 8 + (lane % 4) * 2 + h % 2
-
-
 def partial_column(lane, e):
     """Column of element e of the lane-th float4 of 128 columns in a partial result: as the accumulators have them."""
     return e // 2 * 64 + (lane >> 3) * 16 + (lane & 7) + e % 2 * 8
@@ -98,134 +83,11 @@ COMBINE = MlaCombine(LATENT, "bf16", partial_column, False, BAR_MATH, empty_lse=
 assert COMBINE.area_floats() * 4 <= 2 * LATENT_BYTES + 128 * HALF * 4
 
 
-class SparseMla:
-    # ---------------------------------------------------------------- host
+class SparseMla(SparseKernel):
     @cute.jit
-    def __call__(
-        self,
-        q: cute.Tensor,
-        kv: cute.Tensor,
-        indices: cute.Tensor,
-        lengths: cute.Tensor,
-        sinks: cute.Tensor,
-        out: cute.Tensor,
-        lse: cute.Tensor,
-        max_logits: cute.Tensor,
-        workspace: cute.Tensor,
-        semaphores: cute.Tensor,
-        sm_scale: Float32,
-        page_magic: Int32,
-        page_shift: Int32,
-        s_q_magic: Int32,
-        s_q_shift: Int32,
-        flags: Int32,
-        parts: Int32,
-        fixed: Int32,
-        least: Int32,
-        bias: Int32,
-        stream,
-    ):
-        """As sm90_gather.py has them; semaphores: zeros, `parts` of them, left as zeros."""
-        batch, s_q, heads = q.shape[0], q.shape[1], q.shape[2]
-        tokens = batch * s_q
-        o_acc, lse_acc = partials(workspace, parts, heads, LATENT)
-        # the stride of a mode of size 1 may be anything, also none that TMA accepts
-        head = q.stride[2] if heads > 1 else Int64(64)
-        token = q.stride[1] if s_q > 1 else Int64(64)
-        request = q.stride[0] if batch > 1 else Int64(64)
-        head, token, request = [cute.assume(x, divby=8) for x in (head, token, request)]
-        q_rows = cute.make_layout((heads, LATENT + ROPE, s_q, batch), stride=(head, 1, token, request))
-        tma_q, mQ = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(), cute.make_tensor(q.iterator, q_rows), swz(ROWS, 64, BFloat16), (ROWS, 64)
-        )
-
-        def mma(dtype, a_major):
-            return hh.make_trivial_tiled_mma(
-                dtype, dtype, a_major, OperandMajorMode.K, Float32, (1, 1, 1), (64, ROWS), warpgroup.OperandSource.SMEM
-            )
-
-        self.kernel(
-            tma_q,
-            mQ,
-            kv,
-            per_token(indices),
-            lengths,
-            sinks,
-            per_token(out),
-            by_head(lse),
-            by_head(max_logits),
-            o_acc,
-            lse_acc,
-            semaphores,
-            sm_scale * LOG2E,
-            page_magic,
-            page_shift,
-            s_q_magic,
-            s_q_shift,
-            flags,
-            tokens,
-            s_q,
-            heads,
-            parts,
-            fixed,
-            least,
-            bias,
-            parts // tokens,
-            (tokens + parts - 1) // parts,
-            mma(ELEMENT, OperandMajorMode.K),
-            mma(BFloat16, OperandMajorMode.K),
-            mma(ELEMENT, OperandMajorMode.MN),
-        ).launch(
-            grid=[parts, 1, 1],
-            block=[512, 1, 1],
-            stream=stream,
-            min_blocks_per_mp=1,
-            use_pdl=True,
-            cooperative=(flags & COOPERATIVE) // COOPERATIVE,
-        )
-
-    # -------------------------------------------------------------- device
-    @cute.kernel
-    def kernel(
-        self,
-        tma_q: cute.CopyAtom,
-        mQ: cute.Tensor,
-        kv: cute.Tensor,
-        mList: cute.Tensor,
-        mLengths: cute.Tensor,
-        sinks: cute.Tensor,
-        mO: cute.Tensor,
-        lse: cute.Tensor,
-        max_logits: cute.Tensor,
-        o_acc: cute.Tensor,
-        lse_acc: cute.Tensor,
-        semaphores: cute.Tensor,
-        scale: Float32,
-        page_magic: Int32,
-        page_shift: Int32,
-        s_q_magic: Int32,
-        s_q_shift: Int32,
-        flags: Int32,
-        tokens: Int32,
-        s_q: Int32,
-        heads: Int32,
-        parts: Int32,
-        fixed: Int32,
-        least: Int32,
-        bias: Int32,
-        parts_per_token: Int32,
-        tokens_per_part: Int32,
-        mma_qk: cute.TiledMma,
-        mma_rope: cute.TiledMma,
-        mma_pv: cute.TiledMma,
-    ):
-        tid, _, _ = cute.arch.thread_idx()
-        part, _, _ = cute.arch.block_idx()
-        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        wg = warp_idx // 4
-        t = tid % 128
-        lane = tid % 32
-        lengths = TokenLengths(mLengths, mList.shape[1], flags, s_q_magic, s_q_shift)
+    def cta(self, c):
+        wg = c.warp_idx // 4
+        t = c.tid % 128
 
         smem = SmemAllocator()
 
@@ -250,57 +112,34 @@ class SparseMla:
         # the latent tiles of Q as the MMA sees them: after the conversion
         sQm = cute.make_tensor(cute.recast_ptr(sQ.iterator, smem_atom(ELEMENT).inner, dtype=ELEMENT), sQ.layout)
 
-        if warp_idx == 0:
-            cpasync.prefetch_descriptor(tma_q)
+        if c.warp_idx == 0:
+            cpasync.prefetch_descriptor(c.tma_q)
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(2):
                     cute.arch.mbarrier_init(bars + (FULL + i), 4 if FP8 else 132)
                     cute.arch.mbarrier_init(bars + (EMPTY + i), 4)
                     cute.arch.mbarrier_init(bars + (Q_FULL + i), 1)
             cute.arch.mbarrier_init_fence()
-        # everything above overlaps the previous kernel's tail
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()  # all CTAs run: nobody can take the SM of one that others wait for
-        if warp_idx == 0:
-            r0, r1, j0, j1, _, unit = interval(
-                lengths, tokens, part, parts, fixed, least, bias, parts_per_token, tokens_per_part, lane
-            )
-            if lane == 0:
-                sI[0] = r0
-                sI[1] = r1
-                sI[2] = j0
-                sI[3] = j1
-                sI[5] = unit
-        cute.arch.sync_threads()
+        self.begin(c, sI)
 
-        one = cute.make_layout(1)
-        gQ = cute.group_modes(cute.local_tile(mQ, (ROWS, 64), (0, None, None, None)), 0, 2)
-        tQsQ, tQgQ = cpasync.tma_partition(
-            tma_q, 0, one, cute.group_modes(cute.local_tile(sQ, (ROWS, 64), (0, None, None)), 0, 2), gQ
-        )
-        tQsR, _ = cpasync.tma_partition(
-            tma_q, 0, one, cute.group_modes(cute.local_tile(sQr, (ROWS, 64), (0, None, None)), 0, 2), gQ
-        )
-        qk, rope, pv = [mma.get_slice(t) for mma in (mma_qk, mma_rope, mma_pv)]
+        def mma(dtype, a_major):
+            return hh.make_trivial_tiled_mma(
+                dtype, dtype, a_major, OperandMajorMode.K, Float32, (1, 1, 1), (64, ROWS), warpgroup.OperandSource.SMEM
+            )
+
+        mma_qk, mma_rope = [mma(x, OperandMajorMode.K) for x in (ELEMENT, BFloat16)]
+        mma_pv = mma(ELEMENT, OperandMajorMode.MN)
+        qk, rope, pv = [x.get_slice(t) for x in (mma_qk, mma_rope, mma_pv)]
+        tQsQ, tQsR, tQgQ = self.query_views(c, sQ, sQr)
         v_view = cute.make_tensor(sK.iterator, cute.select(sK.layout, mode=[1, 0, 2]))
         v_tiles = cute.local_tile(v_view, (64, BLOCK), (None, 0, None))  # (column, row, tile, buffer)
-        # read-only in loops and branches: what is assigned there would have to be a value of the program
         c = SimpleNamespace(
+            **vars(c),
             t=t,
-            tid=tid,
-            lane=lane,
-            w=warp_idx % 4,
+            w=c.warp_idx % 4,
             wg=wg,
-            warp_idx=warp_idx,
-            part=part,
-            heads=heads,
-            s_q=s_q,
             bars=bars,
             sI=sI,
-            lengths=lengths,
-            flags=flags,
-            scale=scale,
-            sinks=sinks,
             sP=sP,
             sMx=sMx,
             sL=sL,
@@ -308,7 +147,6 @@ class SparseMla:
             sX=sX,
             ok=sOk.iterator.toint(),
             q_at=sQ.iterator.toint(),
-            tma_q=tma_q,
             tQgQ=tQgQ,
             tQsQ=tQsQ,
             tQsR=tQsR,
@@ -322,64 +160,39 @@ class SparseMla:
             op_qk=mma_qk.op,
             op_rope=mma_rope.op,
             op_pv=mma_pv.op,
-            mO=mO,
-            lse=lse,
-            max_logits=max_logits,
-            o_acc=o_acc,
-            lse_acc=lse_acc,
         )
         if wg >= 2:
             if const_expr(FP8):
                 cute.arch.setmaxregister_increase(GATHER_REGS)
             GATHER.run(
-                RowAddress(kv, page_magic, page_shift), mList, lengths, sI, sK.iterator.toint(), LATENT_BYTES,
-                sKr.iterator.toint(), TILE_BYTES, c.ok, bars + FULL, bars + EMPTY, warp_idx % 4, lane,
-                wg - 2, 2,
+                c.rows, c.mList, c.lengths, sI, sK.iterator.toint(), LATENT_BYTES, sKr.iterator.toint(), TILE_BYTES,
+                c.ok, bars + FULL, bars + EMPTY, c.w, c.lane, wg - 2, 2,
             )  # fmt: skip
         else:
             if const_expr(FP8):
                 cute.arch.setmaxregister_decrease(MATH_REGS)
             # while the first loads are under way; a branch on tid would make the compiler take the warps for diverged
-            if warp_idx == 4:
-                p0, n, sharers, started = sharing(lengths, part, parts_per_token, sI[5], sI[0], sI[1], sI[2], sI[3])
-                if lane == 0:
-                    sShare[0] = p0
-                    sShare[1] = n
-                    sShare[2] = sharers
-                    sShare[3] = started
-                    sShare[4] = sI[0]
-                    sShare[5] = sI[1]
+            if c.warp_idx == 4:
+                store_sharing(sShare, sI, c.lengths, c.part, c.parts_per_token, c.lane)
             self.math(c)
             # every row that was gathered has been waited for
             area = cute.recast_ptr(sK.iterator, dtype=Float32)
             COMBINE.run(
-                area, sShare, mO, lse, sinks, o_acc, lse_acc, semaphores, flags, heads, part, Int32(0), Int32(1),
-                Int32(0), heads, tid,
+                area, sShare, c.mO, c.lse, c.sinks, c.o_acc, c.lse_acc, c.semaphores, c.flags, c.heads, c.part,
+                Int32(0), Int32(1), Int32(0), c.heads, c.tid,
             )  # fmt: skip
 
-    # ---------------------------------------------------------------- queries
     @cute.jit
     def load_q(self, c, token, stage):
         bar = c.bars + (Q_FULL + stage)
-        request = quotient(token, c.lengths.magic, c.lengths.shift)
-        i = token - request * c.s_q
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(bar, TILES * ROWS * 128)
-        for j in cutlass.range_constexpr(V_TILES):
-            cute.copy(c.tma_q, c.tQgQ[None, j, i, request], c.tQsQ[None, j, stage], tma_bar_ptr=bar)
-        if const_expr(ROPE > 0):
-            cute.copy(c.tma_q, c.tQgQ[None, V_TILES, i, request], c.tQsR[None, 0, stage], tma_bar_ptr=bar)
+        self.load_queries(c, token, bar, c.tQsQ[None, None, stage], c.tQsR[None, None, stage])
 
     @cute.jit
     def q_ready(self, c, stage, phase):
-        """Wait for Q; fp8: turn its latent tiles into fp16 in place, as 256 threads."""
+        """Wait for Q; fp8: turn its latent tiles into fp16."""
         cute.arch.mbarrier_wait(c.bars + (Q_FULL + stage), phase)
         if const_expr(FP8):
-            at = c.q_at + stage * Q_BYTES + c.tid * 16
-            for i in cutlass.range_constexpr(Q_BYTES // 4096):
-                words = load_shared16(at, i * 4096)
-                store_shared16(at, i * 4096, [half2_of_bf16x2(w) for w in words])
-            cute.arch.fence_view_async_shared()
+            queries_to_fp16(c.q_at + stage * Q_BYTES, c.tid, Q_BYTES)
             cute.arch.barrier(barrier_id=BAR_MATH, number_of_threads=256)
 
     # ---------------------------------------------------------------- math
@@ -405,7 +218,7 @@ class SparseMla:
         # maximum over the 64 entries: two registers, 8 lanes, 4 warps
         for h in cutlass.range_constexpr(COLS):
             i = (h // 2) * 4 + h % 2
-            top = over_entries(cute.arch.fmax(rS[i], rS[i + 2]), True)
+            top = over_tokens(cute.arch.fmax(rS[i], rS[i + 2]), True)
             if lane < 4:
                 sMx[row_of(h, lane), w, wg] = top
         cute.arch.barrier(barrier_id=BAR_GROUP + wg, number_of_threads=128)
@@ -448,7 +261,6 @@ class SparseMla:
     @cute.jit
     def math(self, c):
         lane, w, wg, tid, sI, sL, sM = c.lane, c.w, c.wg, c.tid, c.sI, c.sL, c.sM
-        lse, lse_acc, max_logits, flags = c.lse, c.lse_acc, c.max_logits, c.flags
         rS = cute.make_rmem_tensor(c.s_shape, Float32)
         rO = cute.make_rmem_tensor((2 * HALF,), Float32)
         rM = cute.make_rmem_tensor((COLS,), Float32)
@@ -457,10 +269,7 @@ class SparseMla:
         if c.warp_idx == 0 and sI[0] <= sI[1]:
             self.load_q(c, sI[0], Int32(0))
         for token in cutlass.range(sI[0], sI[1] + 1, unroll=1):
-            b0 = sI[2] if token == sI[0] else Int32(0)
-            b1 = end_of_piece(c.lengths, sI, token)
-            whole = b0 == 0 and b1 == n_blocks(c.lengths[token])
-            slot = 2 * c.part if b0 > 0 else 2 * c.part + 1
+            n, whole, slot = self.piece(c, token)
             stage = (token - sI[0]) & 1
             if c.warp_idx == 0 and token < sI[1]:
                 self.load_q(c, token + 1, stage ^ 1)  # the token before is through with it
@@ -468,13 +277,13 @@ class SparseMla:
             rM.fill(M_INIT)
             rL.fill(0.0)
             self.q_ready(c, stage, ((token - sI[0]) >> 1) & 1)
-            for j in cutlass.range(wg, b1 - b0, 2, unroll=1):
+            for j in cutlass.range(wg, n, 2, unroll=1):
                 self.block(c, rS, rO, rM, rL, done + j, stage)
-            done = done + b1 - b0
+            done = done + n
 
             # merge the two warpgroups
             for h in cutlass.range_constexpr(COLS):
-                rL[h] = over_entries(rL[h], False)
+                rL[h] = over_tokens(rL[h], False)
                 if lane < 4:
                     sL[row_of(h, lane), w, wg] = rL[h]
                     if w == 0:
@@ -483,22 +292,12 @@ class SparseMla:
             for h in cutlass.range_constexpr(COLS):
                 row = row_of(h, lane)
                 total, top = self.total(sL, sM, row)
-                weights = total
-                if (flags & HAS_SINKS) != 0 and whole and row < c.heads:
-                    weights = total + ex2(c.sinks[row] * LOG2E - top)
-                rL[h] = ex2(rM[h] - top) * cute.arch.rcp_approx(weights) if total > 0.0 else Float32(0.0)
+                rL[h] = self.share(c, row, whole, total, top, rM[h])
             for i in cutlass.range_constexpr(2 * HALF):
                 rO[i] = rO[i] * rL[((i % ACC) // 4) * 2 + i % 2]
             if tid < c.heads:
                 total, top = self.total(sL, sM, tid)
-                value = cute.math.log2(total, fastmath=True) + top
-                if not whole:
-                    lse_acc[slot, tid] = value if total > 0.0 else -Float32(INF)
-                else:
-                    if (flags & WANTS_LSE) != 0:
-                        lse[token, 0, tid] = value * (1.0 / LOG2E) if total > 0.0 else Float32(INF)
-                    if (flags & WANTS_MAX) != 0:
-                        max_logits[token, 0, tid] = top * (1.0 / LOG2E) if total > 0.0 else -Float32(INF)
+                self.store_sum(c, token, tid, whole, slot, total, top)
             if wg == 1:
                 self.give(c, rO, 0)
             cute.arch.barrier(barrier_id=BAR_MATH, number_of_threads=256)
@@ -571,4 +370,5 @@ class SparseMla:
 
 def entry():
     """What to compile: the host function and its fake arguments."""
-    return SparseMla(), sparse_mla_arguments(FP8_BYTES if FP8 else (LATENT + ROPE) * 2, LATENT)
+    kernel = SparseMla(LATENT, ROPE, ROWS, 512, more_heads=False)
+    return kernel, sparse_mla_arguments(FP8_BYTES if FP8 else (LATENT + ROPE) * 2, LATENT)

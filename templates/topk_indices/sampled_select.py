@@ -42,6 +42,8 @@ import cutlass.cute.runtime as rt
 from cutlass import Float32, Int32, Int64, Uint32, const_expr
 from cutlass.memory import SmemAllocator
 
+from common.warp import warp_inclusive_sum
+
 WINDOWS = ROWS == "windows"
 PDL = int(ARCH[3:].rstrip("a")) >= 90
 WARPS = THREADS // 32
@@ -344,10 +346,7 @@ class TopkIndices:
             rBin[i] = sHist[top - i]
             sHist[top - i] = 0
             mine = mine + rBin[i]
-        inclusive = mine
-        for d in cutlass.range_constexpr(5):
-            v = cute.arch.shuffle_sync_up(inclusive, offset=1 << d, mask_and_clamp=0)
-            inclusive = inclusive + (v if lane >= (1 << d) else Int32(0))
+        inclusive = warp_inclusive_sum(mine, lane)
         if lane == 31:
             sWarp[w, 0] = inclusive
         cute.arch.sync_threads()
@@ -408,10 +407,7 @@ class TopkIndices:
                     else:
                         rHit[c, u] = Int32(1) if rX[c, u] >= bound else Int32(0)
                     mine = mine + rHit[c, u]
-            inclusive = mine
-            for d in cutlass.range_constexpr(5):
-                v = cute.arch.shuffle_sync_up(inclusive, offset=1 << d, mask_and_clamp=0)
-                inclusive = inclusive + (v if lane >= (1 << d) else Int32(0))
+            inclusive = warp_inclusive_sum(mine, lane)
             total = cute.arch.shuffle_sync(inclusive, offset=31)
             if count + total <= SEGMENT:
                 slot = w * SEGMENT + count + inclusive - mine

@@ -27,18 +27,8 @@ from jitmla.testing import mla_decode_oracle, mla_decode_problem
 from jitmla.testing_cached import cached_problem, check_cached
 from jitmla.testing_dsa import dsa_batch, dsa_layer, dsa_oracle
 from jitmla.testing_features import featured
-from jitmla.testing_indexer import (
-    PAGE,
-    check_logits,
-    check_prologue,
-    check_topk,
-    exact_logits,
-    exact_topk,
-    index_pool,
-    logits_problem,
-    prologue_problem,
-    topk_rows,
-)
+from jitmla.testing_indexer import PAGE, check_prologue, index_pool, prologue_problem
+from jitmla.testing_logits import check_logits, check_topk, exact_logits, exact_topk, logits_problem, topk_rows
 from jitmla.testing_o_proj import (
     CHAIN_DIFF,
     calc_diff,

@@ -21,8 +21,8 @@ import jitmla.torch_ops_cached  # registers the ops
 from jitmla import events, workspace
 from jitmla.compat import trtllm
 from jitmla.errors import InvalidArgument
-from jitmla.testing import guarded, poisoned_empty
 from jitmla.testing_cached import bits, cached_problem, check_cached
+from jitmla.testing_memory import guarded, poisoned_empty
 
 from ..keysets import CACHED, CACHED_MORE, DEEPSEEK_V3, MISTRAL_4, covering_choices
 

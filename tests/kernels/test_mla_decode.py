@@ -26,14 +26,8 @@ import jitmla
 import jitmla.ops.mla_decode as op
 from jitmla import dispatch, events, schedule, workspace
 from jitmla.errors import InvalidArgument, MissNotAllowed, NoTemplate
-from jitmla.testing import (
-    Problem,
-    Report,
-    guarded,
-    mla_decode_oracle,
-    mla_decode_problem,
-    poisoned_empty,
-)
+from jitmla.testing import Problem, Report, mla_decode_oracle, mla_decode_problem
+from jitmla.testing_memory import guarded, poisoned_empty
 
 from ..keysets import ROWS, covering, decode_tunings, product
 from ..support.mistakes import MISTAKES, arguments, call, check_refused

@@ -10,8 +10,9 @@ import jitmla
 from jitmla import dispatch, why
 from jitmla.errors import InvalidArgument, NoTemplate
 from jitmla.spec import mla_decode_spec
-from jitmla.testing import mla_decode_oracle, mla_decode_problem, poisoned_empty
+from jitmla.testing import mla_decode_oracle, mla_decode_problem
 from jitmla.testing_features import featured
+from jitmla.testing_memory import poisoned_empty
 
 from ..keysets import PORTABLE_ON_GPU
 from ..support.replay import BATCH, MOST, over_ragged_batches

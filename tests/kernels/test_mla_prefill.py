@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 import jitmla
 from jitmla.errors import InvalidArgument, NoTemplate
-from jitmla.testing import guarded, mla_decode_problem, poisoned_empty
+from jitmla.testing import mla_decode_problem
+from jitmla.testing_memory import guarded, poisoned_empty
 from jitmla.testing_prefill import check_prefill, offsets, prefill_problem
 from tests.keysets import HEAD_DIMS, covering_choices
 from tests.support.paged import check_paged

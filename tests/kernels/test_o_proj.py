@@ -21,7 +21,7 @@ from jitmla import dispatch, events, layouts, pick, tune
 from jitmla.compat import deep_gemm, vllm
 from jitmla.errors import InvalidArgument, MissNotAllowed, NoTemplate
 from jitmla.ops import fp8_bmm as bmm_op
-from jitmla.testing import guarded
+from jitmla.testing_memory import guarded
 from jitmla.testing_o_proj import (
     CHAIN_DIFF,
     FP8,

@@ -13,7 +13,7 @@ from jitmla import registry, schedule, tune, workspace
 from jitmla.errors import InvalidArgument
 from jitmla.ops import sparse_mla as op
 from jitmla.spec import sparse_mla_spec
-from jitmla.testing import poisoned_empty
+from jitmla.testing_memory import poisoned_empty
 from jitmla.testing_sparse import sparse_mla_oracle, sparse_mla_problem
 
 pytestmark = [

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 import jitmla
-from jitmla.testing import UNIT_ROUNDOFF, guarded, mla_decode_problem
+from jitmla.testing import UNIT_ROUNDOFF, mla_decode_problem
+from jitmla.testing_memory import guarded
 from jitmla.testing_prefill import exact_attention, offsets
 
 WAYS = (("mha", 65536), ("mha", 1), ("mha", 1000), ("absorbed", 1))  # form, chunk_tokens
