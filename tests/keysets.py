@@ -354,8 +354,8 @@ def quant_product(archs: Iterable[str] | None = None) -> list[Spec]:
 
 def quant_wanted(choice: Choice) -> bool:
     """On Hopper every scale mode with the usual pairing and positions (vLLM's tests want them), and each variant with
-    each scale mode, with one pairing and one type of positions each. Elsewhere (an arch without the conversion to e4m3, one with it, and one behind Hopper) the smallest
-    and the largest variant, each with a scale mode."""
+    each scale mode, with one pairing and one type of positions each. Elsewhere (an arch without the conversion to e4m3,
+    one with it, and one behind Hopper) the smallest and the largest variant, each with a scale mode."""
     spec = dict(choice.spec)
     row = [v.name for v in choice.template.variants].index(choice.variant.name)
     mode = SCALE_MODES.index(spec["scale_mode"])

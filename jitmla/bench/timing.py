@@ -2,8 +2,9 @@
 
 GPU time is what the profiler reports from the start of a call's first kernel to the end of its last one, replayed from
 a CUDA graph with a cold and clean L2. Contenders alternate inside one profile, because clocks fall with power: a matmul
-is a quarter slower after a second of matmuls than in a burst. After a cudaFree (a case before, a graph's pool) the
-driver clears that memory in the background, for milliseconds a GB: a copy then takes a tenth longer. So measuring waits.
+is a quarter slower after a second of matmuls than in a burst. After a cudaFree (of a case before, of a graph's pool)
+the driver clears that memory in the background, for milliseconds a GB, and a copy takes a tenth longer: measuring waits
+until that is over.
 """
 
 from __future__ import annotations
