@@ -1,12 +1,13 @@
 """Writes the pages that are generated: docs/kernels.md, docs/env.md, docs/schema.md, docs/benchmarks/README.md, the
-support matrix and the speed in README.md, the figures in docs/cache.md, the calls in docs/coming_from.md, and in the
-notes the cases in which another library is faster.
+support matrix and the speed in README.md, the figures in docs/cache.md, the calls in docs/coming_from.md, in the notes
+the cases in which another library is faster, and in templates/README.md what is in common.
 
 `make docs` runs it; tests/test_docs.py fails when a page differs from what this would write.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import json
@@ -29,6 +30,7 @@ ORIGINS = {"flash_mla": ("FlashMLA", "flash_mla"), "flashinfer": ("FlashInfer", 
 CACHES_BEGIN, CACHES_END = "<!-- caches: written by `make docs` -->", "<!-- end of caches -->"
 CALLS_BEGIN, CALLS_END = "<!-- calls: written by `make docs` -->", "<!-- end of calls -->"
 SPEED_BEGIN, SPEED_END = "<!-- speed: written by `make docs` -->", "<!-- end of speed -->"
+COMMON_BEGIN, COMMON_END = "<!-- common modules: written by `make docs` -->", "<!-- end of common modules -->"
 BEHIND_BEGIN, BEHIND_END = "<!-- behind: written by `make docs` -->", "<!-- end of behind -->"
 # the notes that list where another library is faster, and the results that say so
 NOTES = {"mla_decode_sm90": "mla_decode_h200", "mla_decode_e4m3": "mla_decode_e4m3_h200",
@@ -42,6 +44,7 @@ def pages() -> dict[Path, str]:
     readme = ROOT / "README.md"
     cache = ROOT / "docs" / "cache.md"
     coming_from = ROOT / "docs" / "coming_from.md"
+    templates = ROOT / "templates"
     benchmarks = ROOT / "docs" / "benchmarks"
     measured = report.read(benchmarks)
     return {benchmarks / "README.md": report.page(measured), ROOT / "docs" / "env.md": env.as_markdown(),
@@ -49,6 +52,8 @@ def pages() -> dict[Path, str]:
             readme: _filled(readme, (BEGIN, END, matrix()), (SPEED_BEGIN, SPEED_END, report.summary(measured))),
             cache: _filled(cache, (FIGURES_BEGIN, FIGURES_END, figures()), (CACHES_BEGIN, CACHES_END, caches())),
             coming_from: _filled(coming_from, (CALLS_BEGIN, CALLS_END, calls())),
+            templates / "README.md": _filled(templates / "README.md",
+                                             (COMMON_BEGIN, COMMON_END, common_modules(templates / "common"))),
             **{ROOT / "docs" / "notes" / f"{note}.md": behind(ROOT / "docs" / "notes" / f"{note}.md",
                                                               benchmarks / f"{result}.json")
                for note, result in NOTES.items()}}
@@ -61,6 +66,15 @@ def _filled(page: Path, *parts: tuple[str, str, str]) -> str:
         head, rest = found.split(begin)
         found = f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}"
     return found
+
+
+def common_modules(folder: Path) -> str:
+    """A row for each module that templates share: the first sentence of its docstring."""
+    rows = [["module", "has"]]
+    for module in sorted(folder.glob("*.py")):
+        said = " ".join(str(ast.get_docstring(ast.parse(module.read_text(encoding="utf-8")))).split())
+        rows.append([f"`{module.name}`", re.split(r"\.(?= [A-Z`]|$)", said)[0].replace("|", "\\|")])
+    return _markdown(rows)
 
 
 def behind(note: Path, result: Path) -> str:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from jitmla import errors, registry
 from jitmla.cli import app
 from jitmla.compile import Built
+from jitmla.spec import mla_decode_spec
 
 from .conftest import REPOSITORY
 from .support.keys import KERNELS, SO_BYTES
@@ -192,3 +193,21 @@ def test_the_rings_name_every_module():
     modules = {path.stem for path in (REPOSITORY / "jitmla").iterdir()
                if path.suffix == ".py" or (path / "__init__.py").is_file()} - {"__init__", "__main__"}
     assert sorted(named) == sorted(modules)
+
+
+def test_who_serves_the_features_of_mla_decode_on_hopper():
+    """The table of docs/engines.md, by the cards."""
+    features = {
+        "any page size from 1 to 128": [{"page_size": n} for n in (1, 7, 16, 32, 64, 100, 128)],
+        "a slot cache": [{"page_size": 8192}], "latent and rope part in two tensors": [{"split_cache": True}],
+        "e4m3 cache, bf16 or fp16 queries": [{"kv_dtype": "e4m3"}, {"kv_dtype": "e4m3", "dtype": "fp16"}],
+        "e4m3 cache and queries": [{"dtype": "e4m3"}],
+        "requests with different numbers of query tokens": [{"compact": True}],
+        "the same bits for a request, whatever else is in the batch": [{"batch_invariant": True}]}
+    rows = re.findall(r"^\| (.+?) \| .+? \| `(\w+)` \|$", TEXTS["docs/engines.md"], re.M)
+    assert [what for what, _ in rows] == list(features)
+    usual = dict(arch="sm_90a", dtype="bf16", kv_lora_rank=512, qk_rope_head_dim=64, page_size=64, s_q=2, heads=16,
+                 causal=True)
+    for what, backend in rows:
+        for different in features[what]:
+            assert registry.choose(mla_decode_spec(**usual | different)).template.backend == backend, (what, different)

@@ -11,6 +11,7 @@ from jitmla.compile import Built, get_or_compile
 from jitmla.store import Store
 
 from ..support.keys import KERNELS, SO_BYTES, SOURCE, make_key, publish
+from ..support.processes import in_child
 
 KEYS = [make_key(page_size=p) for p in (16, 32, 64, 128)]
 
@@ -25,17 +26,6 @@ def steps_of(action):
     finally:
         trusted.fault_point = real
     return passed
-
-
-def in_child(action):
-    """Run `action` in a forked process; returns its process id."""
-    child = os.fork()
-    if child == 0:
-        try:
-            action()
-        finally:
-            os._exit(0)
-    return child
 
 
 def die_at(step, action):

@@ -25,13 +25,9 @@ from jitmla.testing_cached import bits, cached_problem, check_cached
 from jitmla.testing_memory import guarded, poisoned_empty
 
 from ..keysets import CACHED, CACHED_MORE, DEEPSEEK_V3, MISTRAL_4, covering_choices
+from ..support.marks import ON_HOPPER
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: torch.cuda.is_available() is false"),
-    pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
-                       reason="needs a GPU of compute capability 9.0: the kernels under test are for sm_90a"),
-]
+pytestmark = ON_HOPPER
 
 # Deterministic: the same examples everywhere.
 DRAWN = settings(max_examples=80, derandomize=True, database=None, deadline=None,

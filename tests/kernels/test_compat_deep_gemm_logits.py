@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
+from ..support.marks import ON_HOPPER
 from ..test_compat_deep_gemm_logits import check_paged, check_ragged
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: torch.cuda.is_available() is false"),
-    pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
-                       reason="needs a GPU of compute capability 9.0: the kernels under test are for sm_90a"),
-]
+pytestmark = ON_HOPPER
 
 
 @pytest.mark.parametrize("compressed", [False, True])

@@ -15,11 +15,10 @@ from jitmla.engines import piecewise
 from jitmla.errors import InvalidArgument
 from jitmla.testing_dsa import dsa_batch, dsa_layer, dsa_oracle
 
+from ..support.marks import ON_HOPPER
+
 pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: torch.cuda.is_available() is false"),
-    pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
-                       reason="needs a GPU of compute capability 9.0: the kernels under test are for sm_90a"),
+    *ON_HOPPER,
     pytest.mark.filterwarnings("default"),  # torch.compile warns about its own internals
 ]
 

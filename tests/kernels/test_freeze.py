@@ -7,13 +7,11 @@ import sys
 
 import pytest
 
+from ..support.marks import ON_HOPPER
+
 torch = pytest.importorskip("torch")
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
-                       reason="needs a GPU of compute capability 9.0: the kernels under test are for sm_90a"),
-]
+pytestmark = ON_HOPPER
 
 
 def test_after_warm_and_freeze_first_calls_are_captured_and_touch_nothing(python_env, cache_dir):

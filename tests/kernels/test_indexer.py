@@ -42,13 +42,9 @@ from jitmla.testing_logits import (
     windows,
 )
 from tests.keysets import prologue_covering
+from tests.support.marks import ON_HOPPER
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: torch.cuda.is_available() is false"),
-    pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
-                       reason="needs a GPU of compute capability 9.0: the kernels under test are for sm_90a"),
-]
+pytestmark = ON_HOPPER
 CUDA, NAN, I32 = "cuda", float("nan"), torch.int32
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "i32": torch.int32, "i64": torch.int64}
 

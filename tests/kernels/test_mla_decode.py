@@ -30,14 +30,10 @@ from jitmla.testing import Problem, Report, mla_decode_oracle, mla_decode_proble
 from jitmla.testing_memory import guarded, poisoned_empty
 
 from ..keysets import ROWS, covering, decode_tunings, product
+from ..support.marks import ON_HOPPER
 from ..support.mistakes import MISTAKES, arguments, call, check_refused
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: torch.cuda.is_available() is false"),
-    pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
-                       reason="needs a GPU of compute capability 9.0: the kernels under test are for sm_90a"),
-]
+pytestmark = ON_HOPPER
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Deterministic: the same examples everywhere. 150 of them meet each Key about five times.

@@ -14,14 +14,10 @@ from jitmla.testing import E4M3_DOTS, mla_decode_problem
 from jitmla.testing_features import featured
 
 from ..keysets import E4M3, covering_choices
+from ..support.marks import ON_HOPPER
 from ..support.replay import BATCH, MOST, over_ragged_batches
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: torch.cuda.is_available() is false"),
-    pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
-                       reason="needs a GPU of compute capability 9.0: the kernels under test are for sm_90a"),
-]
+pytestmark = ON_HOPPER
 EDGES = [0, 1, 2, 63, 64, 65, 127, 128, 129, 700, 4096]
 CHOICES = [c for c in covering_choices("mla_decode") if c.template.name == "sm90_fp8"]
 NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "e4m3": torch.bfloat16}

@@ -21,14 +21,10 @@ from jitmla.testing import mla_decode_problem
 from jitmla.testing_memory import guarded, poisoned_empty
 from jitmla.testing_prefill import check_prefill, offsets, prefill_problem
 from tests.keysets import HEAD_DIMS, covering_choices
+from tests.support.marks import ON_HOPPER
 from tests.support.paged import check_paged
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: torch.cuda.is_available() is false"),
-    pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
-                       reason="needs a GPU of compute capability 9.0: the kernels under test are for sm_90a"),
-]
+pytestmark = ON_HOPPER
 
 DRAWN = settings(max_examples=60, derandomize=True, database=None, deadline=None,
                  suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])

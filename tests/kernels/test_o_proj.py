@@ -37,13 +37,9 @@ from jitmla.testing_o_proj import (
     quant_problem,
 )
 from tests.keysets import ARCH, covering_choices
+from tests.support.marks import ON_HOPPER
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: torch.cuda.is_available() is false"),
-    pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
-                       reason="needs a GPU of compute capability 9.0: the kernels under test are for sm_90a"),
-]
+pytestmark = ON_HOPPER
 
 # Deterministic: the same examples everywhere.
 DRAWN = settings(max_examples=60, derandomize=True, database=None, deadline=None,

@@ -16,12 +16,9 @@ from jitmla.spec import sparse_mla_spec
 from jitmla.testing_memory import poisoned_empty
 from jitmla.testing_sparse import sparse_mla_oracle, sparse_mla_problem
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: torch.cuda.is_available() is false"),
-    pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
-                       reason="needs a GPU of compute capability 9.0: the kernels under test are for sm_90a"),
-]
+from ..support.marks import ON_HOPPER
+
+pytestmark = ON_HOPPER
 
 FORMATS = [("fp8", 576), ("bf16", 576), ("bf16", 512)]
 HEADS = [1, 8, 12, 16, 17, 32, 48, 64, 65, 128]

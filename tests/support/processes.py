@@ -11,15 +11,21 @@ import time
 PATIENCE = 120.0  # seconds for what must happen at some time: only a test that fails takes that long
 
 
-@contextlib.contextmanager
-def running(action):
-    """Run `action` in a forked process during the block; yields its process id and kills it at the end."""
+def in_child(action):
+    """Run `action` in a forked process; returns its process id."""
     child = os.fork()
     if child == 0:
         try:
             action()
         finally:
             os._exit(0)
+    return child
+
+
+@contextlib.contextmanager
+def running(action):
+    """Run `action` in a forked process during the block; yields its process id and kills it at the end."""
+    child = in_child(action)
     try:
         yield child
     finally:
