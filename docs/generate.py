@@ -72,7 +72,8 @@ def common_modules(folder: Path) -> str:
     """A row for each module that templates share: the first sentence of its docstring."""
     rows = [["module", "has"]]
     for module in sorted(folder.glob("*.py")):
-        said = " ".join(str(ast.get_docstring(ast.parse(module.read_text(encoding="utf-8")))).split())
+        docstring = str(ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))))
+        said = " ".join(docstring.partition("\n\n")[0].split())
         rows.append([f"`{module.name}`", re.split(r"\.(?= [A-Z`]|$)", said)[0].replace("|", "\\|")])
     return _markdown(rows)
 
