@@ -198,9 +198,9 @@ class DecodeCost(NamedTuple):
 
 
 DECODE = {
-    "sm90_seesaw/m64n64": DecodeCost(64, 1.68, 15.0, 3.8, 3.8, 3.8),
-    "sm90_trio/r64_triples6": DecodeCost(64, 1.68, 10.3, 2.6, 3.2, 1.5),
-    "sm90_relay/r32_triples7": DecodeCost(32, 1.32, 7.4, 3.7, 3.7, 2.7),
+    "sm90_seesaw/m64n64": DecodeCost(64, 1.71, 9.5, 5.4, 5.4, 7.5),
+    "sm90_trio/r64_triples6": DecodeCost(64, 1.67, 9.7, 2.6, 3.6, 2.2),
+    "sm90_relay/r32_triples7": DecodeCost(32, 1.32, 7.6, 3.9, 3.6, 2.7),
     "sm90_swap/r16_triples8": DecodeCost(16, 1.21, 7.3, 3.6, 1.5, 2.3),
     "sm90_swap/r8_triples8": DecodeCost(8, 1.18, 7.0, 3.6, 1.5, 2.3),
     "sm90_trio/r64_triples6_gather": DecodeCost(64, 1.75, 10.9, 2.6, 3.4, 1.5),
@@ -228,7 +228,7 @@ DECODE = {
     "sm90_fp8/half_32_256": DecodeCost(32, 0.88, 10.7, 0.0, 0.0, 0.0, 1),
     "sm90_fp8/half_16_256": DecodeCost(16, 0.61, 9.3, 0.0, 0.0, 0.0, 1),
 }
-SEESAW_256 = DecodeCost(64, 1.20, 9.1, 3.2, 4.9, 0.3)  # a variant of both latent sizes
+SEESAW_256 = DecodeCost(64, 1.25, 7.6, 3.3, 4.9, 3.5)  # a variant of both latent sizes
 MANY = 16  # sm90_swap then has warps that share what they combine
 EVEN = 4.0  # us: of an even split, where a CTA has pieces of two requests
 WIDE_BLOCK, NARROW_BLOCK = 64 * 576, 64 * 320  # elements

@@ -295,7 +295,6 @@ class CachedPoint(NamedTuple):
                 for c in registry.choices(spec, self.backend if spec.op == "mla_decode" else "auto")]
 
 
-
 MISTRAL_4 = CachedPoint(64, 256, 64, 128, 32)
 DEEPSEEK_V3 = CachedPoint(128, 512, 64, 128, 128)
 CACHED = (MISTRAL_4, DEEPSEEK_V3)
@@ -353,15 +352,15 @@ def quant_product(archs: Iterable[str] | None = None) -> list[Spec]:
 
 
 def quant_wanted(choice: Choice) -> bool:
-    """On Hopper the usual working point, and each variant with each scale mode, with one pairing and one type of
-    positions each. Elsewhere (an arch without the conversion to e4m3, one with it, and one behind Hopper) the smallest
-    and the largest variant, each with a scale mode."""
+    """On Hopper every scale mode with the usual pairing and positions (vLLM's tests want them), and each variant with
+    each scale mode, with one pairing and one type of positions each. Elsewhere (an arch without the conversion to e4m3,
+    one with it, and one behind Hopper) the smallest and the largest variant, each with a scale mode."""
     spec = dict(choice.spec)
     row = [v.name for v in choice.template.variants].index(choice.variant.name)
     mode = SCALE_MODES.index(spec["scale_mode"])
     drawn = spec["neox"] == (row + mode) % 2 and spec["positions"] == ("i32", "i64")[(row + mode) // 2 % 2]
     if spec["arch"] == ARCH:
-        return drawn or all(spec[name] == value for name, value in USUAL_QUANT.items())
+        return drawn or all(spec[name] == USUAL_QUANT[name] for name in ("neox", "positions"))
     return drawn and (row, mode) in ((0, 1), (len(choice.template.variants) - 1, 2))
 
 

@@ -275,9 +275,12 @@ class Seesaw:
         return found | {f"k{b}{h}": self.load_halves(b, h) for b in (0, 1) for h in (0, 1)}
 
     def load_halves(self, block, half):
+        """With the half that is free first comes the rope tile R."""
         for pair in range(sum(self.pieces)):
             yield "wait", ("load", block, half), pair & 1
             yield "write", ("K", block, half)
+            if block == half:
+                yield "write", ("R", block)
             yield "arrive", ("full", block, half)
 
     def load_queries(self):
@@ -290,26 +293,30 @@ class Seesaw:
     def load(self, block, half):
         yield "arrive", ("load", block, half)
 
-    def landed(self, block, half, pair):
-        yield "wait", ("full", block, half), pair & 1
-        yield "read", ("K", block, half)
-        yield "read", "Q"
+    def scores(self, block, pair):
+        for half in (block, 1 - block):
+            yield "wait", ("full", block, half), pair & 1
+            yield "read", ("K", block, half)
+            yield "read", "Q"
+        yield "read", ("R", block)
 
     def even(self):
         """Warpgroup 0."""
         yield "arrive", "load_q"
         yield "arrive", "load_q"
-        yield from self.load(0, 0)
-        yield from self.load(0, 1)
+        for half in ((0, 0), (0, 1), (1, 1), (1, 0)):
+            yield from self.load(*half)
         pair = 0
         for req, n in enumerate(self.pieces):
             more = req < len(self.pieces) - 1
             yield "wait", "q", req & 1
             yield "read", "P1"
-            yield from self.landed(0, 0, pair)
-            yield from self.landed(0, 1, pair)
             for i in range(n):
-                last, pair = i == n - 1, pair + 1
+                last = i == n - 1
+                yield from self.scores(0, pair)
+                pair += 1
+                if last:
+                    yield "write", ("K", 0, 0)  # zeros behind the end
                 yield "write", "M0"
                 yield "signal", "m0", 2
                 yield "read", ("K", 0, 0)
@@ -318,6 +325,8 @@ class Seesaw:
                 yield "sync", "m1", 2
                 if last and more:
                     yield "arrive", "load_q"  # but for the rope tile
+                if last:
+                    yield "write", ("K", 1, 0)
                 yield "read", "M1"
                 yield "write", "P0"
                 yield "signal", "p0", 2
@@ -325,28 +334,27 @@ class Seesaw:
                 yield "read", "P1"
                 yield "read", ("K", 1, 0)
                 if not last:
-                    yield from self.landed(0, 0, pair)
                     yield from self.load(1, 0)
-                    yield from self.landed(0, 1, pair)
             yield from self.epilogue(0, more)
 
     def odd(self):
         """Warpgroup 1."""
-        yield from self.load(1, 1)
-        yield from self.load(1, 0)
         pair = 0
         for req, n in enumerate(self.pieces):
             more = req < len(self.pieces) - 1
             yield "wait", "q", req & 1
             yield "read", "P1"
-            yield from self.landed(1, 1, pair)
-            yield from self.landed(1, 0, pair)
             for i in range(n):
-                last, pair = i == n - 1, pair + 1
+                last = i == n - 1
+                yield from self.scores(1, pair)
+                pair += 1
                 yield "sync", "m0", 2
                 yield "read", "M0"
                 yield "write", "M1"
                 yield "signal", "m1", 2
+                if last:
+                    yield "write", ("K", 1, 1)
+                    yield "write", ("K", 0, 1)
                 yield "write", "P1"
                 yield "read", ("K", 1, 1)
                 yield "signal", "p1", 2
@@ -357,9 +365,6 @@ class Seesaw:
                 yield "read", ("K", 0, 1)
                 if more or not last:
                     yield from self.load(0, 1)
-                if not last:
-                    yield from self.landed(1, 1, pair)
-                    yield from self.landed(1, 0, pair)
             yield from self.epilogue(1, more)
 
     def epilogue(self, half, more):

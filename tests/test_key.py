@@ -23,7 +23,6 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_
                     | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=12)
 
 
-
 def fields(form: dict, op: str, at: tuple = ()):
     """(place, schema) of every leaf field of a definition, and of whole fields that hold free-form names; of the Specs,
     that of `op`."""

@@ -154,7 +154,8 @@ def test_both_splits_are_reached():
 # ---------------------------------------------------------------------------------- the template against the model
 
 
-WARP_WIDE = frozenset({"shuffle_sync", "shuffle_sync_up", "shuffle_sync_bfly", "vote_ballot_sync"})
+WARP_WIDE = frozenset({"shuffle_sync", "shuffle_sync_up", "shuffle_sync_bfly", "vote_ballot_sync",
+                       "warp_redux_sync"})
 WARP_FUNCTIONS = frozenset({"choose", "locate", "lanes_sum", "warp_inclusive_sum"})
 
 
@@ -165,7 +166,7 @@ class _Lanes(ast.NodeTransformer):
         self.generic_visit(node)
         name = getattr(node.func, "attr", getattr(node.func, "id", None))
         if name in WARP_WIDE:
-            fields = [ast.Constant(name), *node.args, *(k.value for k in node.keywords if k.arg == "offset")]
+            fields = [ast.Constant(name), *node.args, *(k.value for k in node.keywords if k.arg in ("offset", "kind"))]
             return ast.Yield(ast.Tuple(fields, ast.Load()))
         return ast.YieldFrom(node) if name in WARP_FUNCTIONS else node
 
@@ -179,6 +180,11 @@ class _Lanes(ast.NodeTransformer):
 
 def _int(x):
     return int(x)
+
+
+def _natural(x):
+    assert 0 <= x < 2**32
+    return x
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +203,8 @@ def device():
         return range(lo, hi, step)
 
     cutlass = types.SimpleNamespace(range=span, range_constexpr=range, max=max, min=min, Constexpr=None)
-    names = {"cutlass": cutlass, "cute": types.SimpleNamespace(arch=arch), "Int32": _int, "Float32": float,
+    names = {"cutlass": cutlass, "cute": types.SimpleNamespace(arch=arch), "Int32": _int, "Uint32": _natural,
+             "Float32": float,
              "prefetched": prefetched, "const_expr": bool}
     exec(compile(ast.fix_missing_locations(tree), "mla_split.py", "exec"), names)  # noqa: S102
     return types.SimpleNamespace(**names)
@@ -221,6 +228,9 @@ def run_warp(function, *args):
         own = [step[1] for step in steps]
         if op == "vote_ballot_sync":
             send = [sum(1 << i for i in range(32) if own[i])] * 32
+        elif op == "warp_redux_sync":
+            (kind,) = {step[2] for step in steps}
+            send = [{"add": sum, "max": max}[kind](own)] * 32
         elif op == "shuffle_sync":
             send = [own[step[2] % 32] for step in steps]
         elif op == "shuffle_sync_bfly":

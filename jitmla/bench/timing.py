@@ -2,7 +2,9 @@
 
 GPU time is what the profiler reports from the start of a call's first kernel to the end of its last one, replayed from
 a CUDA graph with a cold and clean L2. Contenders alternate inside one profile, because clocks fall with power: a matmul
-is a quarter slower after a second of matmuls than in a burst.
+is a quarter slower after a second of matmuls than in a burst. After a cudaFree (of a case before, of a graph's pool)
+the driver clears that memory in the background, for milliseconds a GB, and a copy takes a tenth longer: measuring waits
+until that is over.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 
 FLUSH_BYTES = 256 * 2**20  # more than any L2
+SETTLE = 0.05  # seconds, until freed memory has been cleared
 BURST = 200  # calls that fit in the launch queue, so that the host never waits for the GPU
 
 
@@ -44,6 +47,7 @@ def gpu_times(contenders: dict[str, Callable[[], Any]], *, iters: int = 20, grap
 
     rounds(2)
     marker = {name for name, _, _ in profiled(lambda: mark.add_(1))}
+    time.sleep(SETTLE)
     spans = groups(profiled(lambda: rounds(iters)), marker)
     if len(spans) != iters * len(calls):
         raise RuntimeError(f"the profile holds {len(spans)} calls instead of {iters * len(calls)}")

@@ -83,7 +83,6 @@ class OnGpu:
         self.function(q, kv, indices, topk_length, attn_sink, out, lse, max_logits, workspace, semaphores, sm_scale,
                       *self.divisors, flags, *self.launch)
 
-
     def _run_and_copy(self, q: Tensor, kv: Tensor, indices: Tensor, topk_length: Tensor | None,
                       attn_sink: Tensor | None, out: Tensor, lse: Tensor | None, max_logits: Tensor | None,
                       sm_scale: float) -> None:

@@ -26,17 +26,24 @@ converged warp; every lane gets the answer. Sums of blocks are 32-bit: up to 2^3
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Float32, Int32, Uint32, const_expr
 
 from common.warp import warp_inclusive_sum
 
 SPLIT_TOKENS = 64  # tokens of a block
+SPLIT_SHIFT = 6  # its log2: a shift is one instruction, a division of a signed number six
 
 
 @cute.jit
 def n_blocks(seqlen):
     """Blocks of a request; a request of length 0 has one, in which everything is masked."""
-    return cutlass.max((seqlen + (SPLIT_TOKENS - 1)) // SPLIT_TOKENS, 1)
+    return cutlass.max((seqlen + (SPLIT_TOKENS - 1)) >> SPLIT_SHIFT, 1)
+
+
+@cute.jit
+def natural_quotient(a: Int32, b: Int32):
+    """a // b where a >= 0 and b > 0: half the instructions of a division with signs."""
+    return Int32(Uint32(a) // Uint32(b))
 
 
 @cute.jit
@@ -66,20 +73,21 @@ def choose(
     """(aligned?, share, blocks of an aligned piece, blocks of the batch) from the sum and the maximum of the blocks."""
     tot = Int32(0)
     top = Int32(1)
-    for i in cutlass.range(lane, B, 32, unroll=4):
-        n = n_blocks(seqlens[i])
-        tot = tot + n
-        top = cutlass.max(top, n)
-    for x in cutlass.range_constexpr(5):
-        tot = tot + cute.arch.shuffle_sync_bfly(tot, offset=1 << x)
-        top = cutlass.max(top, cute.arch.shuffle_sync_bfly(top, offset=1 << x))
-    share = cutlass.max((tot + fixed * B + parts - 1) // parts, least)
+    for i0 in cutlass.range(0, B, 128, unroll=1):
+        for u in cutlass.range_constexpr(4):  # loads that are under way together
+            i = i0 + 32 * u + lane
+            n = n_blocks(seqlens[cutlass.min(i, B - 1)])
+            tot = tot + (n if i < B else Int32(0))
+            top = cutlass.max(top, n)
+    tot = cute.arch.warp_redux_sync(tot, kind="add")
+    top = cute.arch.warp_redux_sync(top, kind="max")
+    share = cutlass.max(natural_quotient(tot + fixed * B + parts - 1, parts), least)
     piece = top
     cost = k * (top + fixed)
     if s > 0:
-        piece = cutlass.max((top + s - 1) // s, least)
+        piece = cutlass.max(natural_quotient(top + s - 1, s), least)
         if piece > 1:
-            piece = (piece + 1) // 2 * 2  # the kernels work on pairs of blocks
+            piece = piece + (piece & 1)  # the kernels work on pairs of blocks
         cost = piece + fixed
     return cost <= share + bias, share, piece, tot
 
@@ -127,6 +135,10 @@ def interval(
 ):
     """(r0, r1, j0, j1, blocks of the batch, unit): requests r0 .. r1 inclusive (none when r1 < r0), first block j0 of
     r0, end block j1 of r1, where 0 stands for the end of r1. unit is for `sharing`."""
+    r = part * k
+    if s > 0:
+        r = natural_quotient(part, s)
+    own = n_blocks(seqlens[cutlass.min(r, B - 1)])  # on its way together with what `choose` reads
     aligned, share, piece, tot = choose(seqlens, B, parts, fixed, least, bias, s, k, lane)
     r0 = Int32(0)
     r1 = Int32(-1)
@@ -135,20 +147,18 @@ def interval(
     unit = Int32(0)
     if aligned:
         if s > 0:
-            r = part // s
             j = (part - r * s) * piece
             if r < B:
                 unit = -piece
                 r0 = r
                 r1 = r - 1
-                nb = n_blocks(seqlens[r])
-                if j < nb:
+                if j < own:
                     r1 = r
                     j0 = j
-                    j1 = cutlass.min(j + piece, nb)
+                    j1 = cutlass.min(j + piece, own)
         else:
-            r0 = part * k
-            r1 = cutlass.min(r0 + k, B) - 1
+            r0 = r
+            r1 = cutlass.min(r + k, B) - 1
     else:
         unit = share
         a0, b0, a1, b1 = locate(seqlens, B, part * share, (part + 1) * share, fixed, lane)
@@ -174,17 +184,17 @@ def sharing(seqlens: cute.Tensor, part: Int32, s: Int32, unit: Int32, r0: Int32,
     sharers = Int32(0)
     started = Int32(0)
     if unit < 0:  # aligned, pieces of -unit blocks
-        p0 = part // s * s
-        n = (n_blocks(seqlens[r0]) - unit - 1) // (-unit)
+        p0 = natural_quotient(part, s) * s
+        n = natural_quotient(n_blocks(seqlens[r0]) - unit - 1, -unit)
         sharers = s
     if unit > 0:  # even, a share of `unit`
         if j0 > 0:
-            before = (j0 + unit - 1) // unit
+            before = natural_quotient(j0 + unit - 1, unit)
             p0 = part - before
-            n = before + 1 + (n_blocks(seqlens[r0]) - 1 - j0) // unit
+            n = before + 1 + natural_quotient(n_blocks(seqlens[r0]) - 1 - j0, unit)
             sharers = n
         if j1 > 0 and (r0 < r1 or j0 == 0):
-            started = 2 + (n_blocks(seqlens[r1]) - 1 - j1) // unit
+            started = 2 + natural_quotient(n_blocks(seqlens[r1]) - 1 - j1, unit)
     return p0, n, sharers, started
 
 
@@ -248,7 +258,7 @@ def touch_table(
     """
     r = part * k
     if s > 0:
-        r = part // s
+        r = natural_quotient(part, s)
     if r < B:
         seqlen = cute.arch.load(seqlens.iterator + r, Int32, cop="cg")
         entries = cutlass.min((seqlen + (page_size - 1)) // page_size, table.shape[1])

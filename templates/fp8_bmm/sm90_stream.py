@@ -5,19 +5,20 @@
 Arguments and arithmetic as in sm90_tiles.
 
 Tiling. A CTA takes one tile of TOKENS tokens x ROWS weight rows of a group. With 64 or 128 tokens these are the M of
-the MMA; up to 32 tokens the operands are swapped: the weights are its M. Warpgroups of 64 rows of M do the mathematics,
-one warp asks for the weights and one for the tokens and their scales. Blocks of K come in groups of GROUP, GROUPS of
-which fit in the ring. A group's GROUP * 128 bytes of every weight row are requested together (DRAM likes it), and each
-block has a barrier of its own. Weights are read once: evict-first in L2.
+the MMA; up to 32 tokens the operands are swapped: the weights are its M. The mathematics is done by warpgroups of 64
+rows of M, or with 64 tokens of 64 weight rows each; one warp asks for the weights and one for the tokens and their
+scales. Blocks of K come in groups of GROUP, GROUPS of which fit in the ring. A group's GROUP * 128 bytes of every
+weight row are requested together (DRAM likes it), and each block has a barrier of its own. Weights are read once:
+evict-first in L2.
 
     weights     W0 W1 W2 W3 | W4 ...                      128 bytes of ROWS rows
     tokens      X0 X1 X2 X3 | X4 ...                      128 bytes of TOKENS tokens, and scales
     math        wait full[j]: rTmp[j % 2] = W_j . X_j (4 wgmma) | rAcc += rTmp[(j - 1) % 2] * scales | ...
     end         rAcc -> bf16 -> out; swapped: by way of shared memory [ROWS x TOKENS, fp32]
 
-Blocks of K behind the end of a ragged last group are zeros (TMA). A SLICE of tokens that is behind M is not loaded: TMA
-takes longer for rows behind the end than for others. What is in shared memory there does not matter, since a token's
-products are only its own.
+Blocks of K behind the end of a ragged last group are zeros (TMA). A ragged tile loads its tokens by SLICEs, and none
+that is behind M: TMA takes longer for rows behind the end than for others, and for slices than for a whole tile. What
+is in shared memory there does not matter, since a token's products are only its own.
 
 Launched with PDL. With `early` the first EARLY groups of weights, and b_scale, are loaded before the kernel in front
 has ended: the caller promises that it does not write them. More would delay that end: a grid does not count as finished
@@ -46,9 +47,11 @@ from common.sm90 import EVICT_FIRST, issue
 
 BLOCK = 128  # of K, and of N for b_scale
 SWAPPED = TOKENS < 64
-WARPS = (ROWS if SWAPPED else TOKENS) // 16  # that do the mathematics
-MMA_N = TOKENS if SWAPPED else ROWS
-SLICE = max(16, TOKENS // 4)  # tokens that one instruction loads: rows behind M would take longer than others
+SIDE_M = (ROWS if SWAPPED else TOKENS) // 64  # warpgroups along M of the MMA
+SIDE_N = ROWS // 64 if TOKENS == 64 else 1  # and along its N
+WARPS = 4 * SIDE_M * SIDE_N  # that do the mathematics
+MMA_N = (TOKENS if SWAPPED else ROWS) // SIDE_N
+SLICE = max(16, TOKENS // 4)  # tokens that one instruction loads in a ragged tile
 SLICES = TOKENS // SLICE
 LINE = ROWS + 4  # of the partial sums: no bank conflicts
 WINDOW = 32  # blocks whose b_scale a warp holds
@@ -75,12 +78,13 @@ class Fp8Bmm:
         stream,
     ):
         load = cpasync.CopyBulkTensorTileG2SOp()
-        tma_x, mX = cpasync.make_tiled_tma_atom(load, outer_last(a), box(SLICE, BLOCK), (SLICE, BLOCK))
+        tma_x, mX = cpasync.make_tiled_tma_atom(load, outer_last(a), box(TOKENS, BLOCK), (TOKENS, BLOCK))
+        tma_r, mR = cpasync.make_tiled_tma_atom(load, outer_last(a), box(SLICE, BLOCK), (SLICE, BLOCK))
         tma_w, mW = cpasync.make_tiled_tma_atom(load, outer_last(b), box(ROWS, BLOCK), (ROWS, BLOCK))
         mS = cute.make_tensor(a_scale.iterator, cute.select(a_scale.layout, mode=[2, 1, 0]))
         tma_s, mS = cpasync.make_tiled_tma_atom(load, mS, cute.make_layout((TOKENS, 1)), (TOKENS, 1))
         tiles_m = cute.ceil_div(out.shape[1], TOKENS)
-        self.kernel(tma_x, mX, tma_w, mW, tma_s, mS, b_scale, out, early, tiled_mma(MMA_N)).launch(
+        self.kernel(tma_x, mX, tma_r, mR, tma_w, mW, tma_s, mS, b_scale, out, early, tiled_mma(MMA_N)).launch(
             grid=[b.shape[1] // ROWS, b.shape[0] * tiles_m, 1],
             block=[32 * WARPS + 64, 1, 1],
             stream=stream,
@@ -94,6 +98,8 @@ class Fp8Bmm:
         self,
         tma_x: cute.CopyAtom,
         mX: cute.Tensor,
+        tma_r: cute.CopyAtom,
+        mR: cute.Tensor,
         tma_w: cute.CopyAtom,
         mW: cute.Tensor,
         tma_s: cute.CopyAtom,
@@ -126,28 +132,29 @@ class Fp8Bmm:
         if warp_idx == WARPS:
             self.load_weights(tma_w, mW, sW, full, empty, early, n, g, count, slices)
         elif warp_idx == WARPS + 1:
-            for tma in (tma_x, tma_s):
+            for tma in (tma_x, tma_r, tma_s):
                 cpasync.prefetch_descriptor(tma)
             cute.arch.barrier(barrier_id=BAR_READY, number_of_threads=READY_THREADS)
-            self.load_tokens(tma_x, mX, tma_s, mS, sX, sS, full, empty, m, g, count, slices)
+            self.load_tokens(tma_x, mX, tma_r, mR, tma_s, mS, sX, sS, full, empty, m, g, count, slices)
         else:
             cute.arch.barrier(barrier_id=BAR_READY, number_of_threads=READY_THREADS)
             wg = cute.arch.make_warp_uniform(warp_idx // 4)
             t = tid % 128
             thread = mma.get_slice(t)
             sM, sN = (sW, sX) if SWAPPED else (sX, sW)
-            tCsM = thread.make_fragment_A(thread.partition_A(cute.local_tile(sM, (64, BLOCK), (wg, 0, None))))
-            tCsN = thread.make_fragment_B(thread.partition_B(sN))
+            wg_m, wg_n = (wg, Int32(0)) if const_expr(SIDE_N == 1) else (Int32(0), wg)
+            tCsM = thread.make_fragment_A(thread.partition_A(cute.local_tile(sM, (64, BLOCK), (wg_m, 0, None))))
+            tCsN = thread.make_fragment_B(thread.partition_B(cute.local_tile(sN, (MMA_N, BLOCK), (wg_n, 0, None))))
             rAcc = cute.make_rmem_tensor(thread.partition_shape_C((64, MMA_N)), Float32)
             rTmp = [cute.make_rmem_tensor(rAcc.layout, Float32) for _ in range(2)]
             rAcc.fill(0.0)
-            row = wg * 64 + (t // 32) * 16 + (t % 32) // 4  # the first of two in the registers, of the tile
+            row = wg_m * 64 + (t // 32) * 16 + (t % 32) // 4  # the first of two in the registers, of the tile
             column = (t % 4) * 2
             # a lane has b_scale of one of WINDOW blocks, and of one of the WINDOW behind them: a load would take longer
             # than the mathematics of a group
             lane = t % WINDOW
             scales = mBScale.iterator + (
-                (g * mBScale.shape[1] + (n * ROWS + (wg * 64 if SWAPPED else 0)) // BLOCK) * blocks_k
+                (g * mBScale.shape[1] + (n * ROWS + (wg_m * 64 if SWAPPED else 0)) // BLOCK) * blocks_k
             )
             if early == 0:
                 cute.arch.griddepcontrol_wait()
@@ -188,7 +195,7 @@ class Fp8Bmm:
                 cute.arch.barrier(barrier_id=BAR_MATH, number_of_threads=32 * WARPS)
                 self.store_sums(sSum, mOut, tid, n, m, g)
             else:
-                self.store(rAcc, mOut, m * TOKENS + row, n * ROWS + column, g)
+                self.store(rAcc, mOut, m * TOKENS + row, n * ROWS + wg_n * MMA_N + column, g)
 
     @cute.jit
     def load_weights(self, tma_w, mW, sW, full, empty, early, n, g, count, slices):
@@ -220,10 +227,11 @@ class Fp8Bmm:
         cute.arch.griddepcontrol_launch_dependents()
 
     @cute.jit
-    def load_tokens(self, tma_x, mX, tma_s, mS, sX, sS, full, empty, m, g, count, slices):
+    def load_tokens(self, tma_x, mX, tma_r, mR, tma_s, mS, sX, sS, full, empty, m, g, count, slices):
         """The warp that asks for the tokens and their scales."""
+        tXsX, tXgX = self.parts(tma_x, sX, mX, (TOKENS, BLOCK))
         sliced = cute.local_tile(sX, (SLICE, BLOCK), (None, 0, None))
-        tXsX, tXgX = self.parts(tma_x, sliced, mX, (SLICE, BLOCK))
+        tRsR, tRgR = self.parts(tma_r, sliced, mR, (SLICE, BLOCK))
         tSsS, tSgS = self.parts(tma_s, sS, mS, (TOKENS, 1))
         cute.arch.griddepcontrol_wait()
         slot, phase = Int32(0), Int32(1)
@@ -232,11 +240,12 @@ class Fp8Bmm:
             for j in cutlass.range_constexpr(GROUP):
                 at = slot * GROUP + j
                 kb = i * GROUP + j
-                for r in cutlass.range_constexpr(SLICES):
-                    if r < slices:
-                        cute.copy(
-                            tma_x, tXgX[None, m * SLICES + r, kb, g], tXsX[None, r, at], tma_bar_ptr=full + at
-                        )
+                if slices == SLICES:
+                    cute.copy(tma_x, tXgX[None, m, kb, g], tXsX[None, at], tma_bar_ptr=full + at)
+                else:
+                    for r in cutlass.range(slices, unroll=1):
+                        src = tRgR[None, m * SLICES + r, kb, g]
+                        cute.copy(tma_r, src, tRsR[None, r, at], tma_bar_ptr=full + at)
                 cute.copy(tma_s, tSgS[None, m, kb, g], tSsS[None, at], tma_bar_ptr=full + at)
             slot, phase = self.advance(slot, phase)
 

@@ -7,26 +7,28 @@ in the log2 domain with sm_scale * log2(e) folded into the exponent. Whole reque
 pieces go to fp32 partial results in `workspace`, which the CTAs merge when they are done (common/mla_combine.py).
 
 Tiling. Two warpgroups, no producer warp, two block buffers K0 (even block of a pair) and K1 (odd block), each in two
-halves: L = the first LATENT/2 columns, R = the rest with the rope tile. WG0 owns O.L and the softmax of even blocks,
-WG1 owns O.R and the softmax of odd blocks. The rope tile of Q lives in registers; its shared memory is the buffer P1.
+halves of the latent columns, L and R, and a rope tile. WG0 owns O.L and the softmax of even blocks, WG1 owns O.R and
+the softmax of odd blocks. The rope tile of Q lives in registers; its shared memory is the buffer P1.
 
 The pipeline, one pair of blocks (m0, m1: running maximum after the even and the odd block; m1' of the pair before):
 
     WG0                                              WG1
-    S0 = Q K0 is there                               S1 = Q K1 is there
+    S0 = Q K0 (L and the rope tile, then R)          S1 = Q K1 (R and the rope tile, then L)
     m0 = max(m1', rowmax S0); signal M0 ------M0---> m1 = max(m0, rowmax S1); signal M1
     O.L *= 2^(m1'-m0); P0 = 2^(S0-m0)                P1 = 2^(S1-m1) -> smem; O.R *= 2^(m1'-m1)
-    O.L += P0(registers) V0.L; refill K0.L           O.R += P1(registers) V1.R (issued); signal P1
+    O.L += P0(registers) V0.L                        O.R += P1(registers) V1.R (issued); signal P1
+    refill K0.L and its rope tile
     wait M1 <---------------------------------M1---
     P0 *= 2^(m0-m1) -> smem; signal P0 -------P0---> wait P0; O.R += P0(smem) V0.R (issued)
-    O.L *= 2^(m0-m1)                                 P1 done: refill K1.R
+    O.L *= 2^(m0-m1)                                 P1 done: refill K1.R and its rope tile
     wait P1 <---------------------------------P1---  P0 done: refill K0.R
-    O.L += P1(smem) V1.L (issued)                    S1 = Q K1 of the next pair (R, then L)
-    S0 = Q K0 of the next pair (L; then P1 done: refill K1.L; then R)
+    O.L += P1(smem) V1.L; refill K1.L
 
-The last pair of a piece has its own code: it masks, clears V rows beyond the length (0 * NaN), and refills for the
-next request of the CTA (K0 and Q early; K1, which stages the output, and the rope tile of Q in the epilogue). A piece
-with an odd number of blocks loads its last block twice; the copy is masked out.
+All pairs have the same code, and both warpgroups the same epilogue: code that is executed once is fetched from memory
+for longer than it runs. The last pair of a piece masks, clears V rows beyond the length (0 * NaN), and refills for the
+next request of the CTA (K0 and Q; K1, which stages the output, and the rope tile of Q in the epilogue). A piece with
+an odd number of blocks loads its last block twice; the copy is masked out. The first loads of a CTA are issued by the
+warp that finds out its share of the work, before anybody else knows it.
 
 Barriers. mbarriers (TMA): K0.L K0.R K1.L K1.R, one for Q. Named barriers, one warpgroup arrives and the other waits:
 M0, M1 (the maxima are in sM), P0, P1 (the probabilities are in shared memory); one per warpgroup for its own writes.
@@ -61,7 +63,7 @@ from cutlass.memory import SmemAllocator
 from common.mla_arguments import mla_decode_arguments
 from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
 from common.mla_ring import grouped_pages, packed_rows, ring_box, ring_boxes
-from common.mla_split import interval, n_blocks, partials, store_sharing, touch_table
+from common.mla_split import interval, n_blocks, partials, piece_of, store_sharing, touch_table
 from common.sm90 import EVICT_FIRST, EVICT_NORMAL, INF, LOG2E, cutlass_dtype, row_strides, smem_atom, swz
 from common.sm90 import ex2, issue, quad_max, quad_sum
 
@@ -71,7 +73,7 @@ BLOCK = 64  # tokens of a block
 TILE = 64  # columns of a tile: 128 bytes, the swizzle span
 TILES = (LATENT + ROPE) // TILE  # the last one is the rope tile
 HALF = LATENT // 2  # output columns of a warpgroup
-HALF_TILES = HALF // TILE  # tiles of half L; half R has one more
+HALF_TILES = HALF // TILE
 TILE_BYTES = BLOCK * TILE * ELEMENT.width // 8
 BOX_TOKENS = min(PAGE_SIZE, BLOCK)  # tokens of a TMA box
 BOXES = BLOCK // BOX_TOKENS  # boxes per half and block
@@ -94,20 +96,14 @@ def tile_stack(n):
     return cute.tile_to_shape(smem_atom(ELEMENT), (ROWS, TILE, n), order=(0, 1, 2))
 
 
-def kv_half(n):
-    """Shared-memory layout (64 tokens, 64 n columns) of one half of a block, as the MMA sees it: a slot of mla_ring."""
-    return cute.tile_to_shape(smem_atom(ELEMENT), (BLOCK, TILE * n), order=(1, 0))
-
-
 def kv_boxes(n):
-    """The same half as TMA boxes: (8, groups, 64 columns, n tiles, box)."""
+    """The same tiles as TMA boxes: (8, groups, 64 columns, n tiles, box)."""
     return cute.select(ring_boxes(n, BOXES, 1), mode=[0, 1, 2, 3, 4])
 
 
-def kv_tile(g, half):
-    """Boxes of one half in the global tensor: (box ..., block of the page, page)."""
-    n = HALF_TILES + half
-    g = cute.domain_offset((0, 0, 0, half * HALF_TILES, 0), g)
+def kv_source(g, first, n):
+    """Boxes of the tiles first .. first + n - 1 in the global tensor: (box ..., block of the page, page)."""
+    g = cute.domain_offset((0, 0, 0, first, 0), g)
     return cute.group_modes(cute.local_tile(g, (8, BOX_TOKENS // 8, TILE, n), (0, None, 0, 0, None)), 0, 4)
 
 
@@ -129,7 +125,7 @@ def partial_column(lane, e):
 
 # teams gain nothing here (a row tile has at most 66 parts), and cost compile time
 COMBINE = MlaCombine(LATENT, DTYPE, partial_column, True, BAR_END, teams=False)
-assert COMBINE.area_floats() * 4 <= 2 * TILES * TILE_BYTES  # K0 and K1
+assert COMBINE.area_floats() * 4 <= 2 * TILES * TILE_BYTES  # K0, K1 and the rope tiles
 
 
 class MlaDecode:
@@ -173,9 +169,9 @@ class MlaDecode:
         )
         tma_pe, mQpe = cpasync.make_tiled_tma_atom(g2s, packed_rows(q_pe, pe_offset, 1), tile_stack(1), (ROWS, TILE, 1))
         mKV = grouped_pages(kv_cache, PAGE_SIZE, TILES)
-        (tma_kl, mKl), (tma_kr, mKr) = [
+        (tma_k, mK), (tma_r, mR) = [
             cpasync.make_tiled_tma_atom(g2s, mKV, ring_box(ELEMENT, n, BOXES), (8, BOX_TOKENS // 8, TILE, n))
-            for n in (HALF_TILES, HALF_TILES + 1)
+            for n in (HALF_TILES, 1)
         ]
         tma_o, mO = cpasync.make_tiled_tma_atom(
             s2g, packed_rows(out, Int32(0), TILES - 1), tile_stack(HALF_TILES), (ROWS, TILE, HALF_TILES)
@@ -195,10 +191,10 @@ class MlaDecode:
             mQ,
             tma_pe,
             mQpe,
-            tma_kl,
-            mKl,
-            tma_kr,
-            mKr,
+            tma_k,
+            mK,
+            tma_r,
+            mR,
             tma_o,
             mO,
             block_table,
@@ -256,24 +252,30 @@ class MlaDecode:
 
     @cute.jit
     def load_half(self, c, buf: cutlass.Constexpr, half: cutlass.Constexpr, page):
-        """Arm the barrier of one half of a buffer and fill it; called by one whole warp."""
+        """Arm the barrier of one half of a buffer and fill it; called by one whole warp. The rope tile comes with the
+        half that is free first: the other one is what the next scores wait for."""
+        rope: cutlass.Constexpr = buf == half
         bar = c.bars + (2 * buf + half)
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(bar, (HALF_TILES + half) * TILE_BYTES)
+            cute.arch.mbarrier_arrive_and_expect_tx(bar, (HALF_TILES + rope) * TILE_BYTES)
         policy = Int64(c.sI[4]) << 32
-        for i in cutlass.range_constexpr(BOXES):
+        for i in cutlass.range(BOXES, unroll=1):
             box_page, sub = page, 0
             if const_expr(BOXES > 1):
                 box_page = cute.arch.shuffle_sync(page, offset=i)
             if const_expr(PER_PAGE > 1):
                 box_page, sub = page >> LOG2_PER_PAGE, page & (PER_PAGE - 1)
             cute.copy(
-                c.tma_k[half],
+                c.tma_k,
                 c.tKgK[half][None, sub, box_page],
                 c.tKsK[buf][half][None, i],
                 tma_bar_ptr=bar,
                 cache_policy=policy,
             )
+            if const_expr(rope):
+                cute.copy(
+                    c.tma_r, c.tRgR[None, sub, box_page], c.tRsR[buf][None, i], tma_bar_ptr=bar, cache_policy=policy
+                )
 
     @cute.jit
     def load_q(self, c, req):
@@ -290,19 +292,17 @@ class MlaDecode:
 
     # -------------------------------------------------------------------------------------------- math
     @cute.jit
-    def qk_half(
-        self, c, ops, buf: cutlass.Constexpr, half: cutlass.Constexpr, first: cutlass.Constexpr, S, rQpe, phase
-    ):  # fmt: skip
+    def qk_half(self, c, ops, buf: cutlass.Constexpr, half: cutlass.Constexpr, S, rQpe, phase):
         """S (+)= Q K^T over the tiles of one half as soon as they landed; one wgmma group."""
+        first: cutlass.Constexpr = buf == half  # the half that is freed, and filled, first
         cute.arch.mbarrier_wait(c.bars + (2 * buf + half), phase)
         warpgroup.fence()
-        for i in cutlass.range_constexpr(HALF_TILES + half):
+        for i in cutlass.range_constexpr(HALF_TILES):
             tile = half * HALF_TILES + i
-            tKi = ops.tK[half][None, None, (None, i)]
-            if const_expr(tile == TILES - 1):
-                issue(c.op_qk_r, S, rQpe, tKi, first and i == 0)
-            else:
-                issue(c.op_qk_s, S, ops.tQ[None, None, (None, tile)], tKi, first and i == 0)
+            tKi = ops.tK[None, None, (None, i), half, buf]
+            issue(c.op_qk_s, S, ops.tQ[None, None, (None, tile)], tKi, first and i == 0)
+        if const_expr(first):
+            issue(c.op_qk_r, S, rQpe, ops.tR, False)
         warpgroup.commit_group()
 
     @cute.jit
@@ -351,23 +351,40 @@ class MlaDecode:
 
     @cute.jit
     def zero_tail(self, c, buf: cutlass.Constexpr, half: cutlass.Constexpr, valid):
-        """Clear the rows from `valid` on of this warpgroup's V columns: what lies there may be NaN."""
-        sV, lane = c.sK[buf][half], c.lane
-        for row in cutlass.range(valid + c.t // 32, BLOCK, 4, unroll=1):
-            for j in cutlass.range_constexpr(HALF_TILES):
-                for e in cutlass.range_constexpr(2):
-                    sV[row, j * TILE + lane * 2 + e] = ELEMENT(0.0)
+        """Clear the rows from `valid` on of this warpgroup's V columns: what lies there may be NaN. 16 bytes a lane; a
+        swizzle permutes only within the 128 bytes of a row of a tile."""
+        group = HALF_TILES * 8 * 128
+        at = c.sK[None, None, half, buf].iterator.toint() + c.lane // 8 % HALF_TILES * 1024 + c.lane % 8 * 16
+        zeros = cute.make_rmem_tensor((4,), Int32)
+        zeros.fill(0)
+        for row in cutlass.range(cutlass.max(valid, 0) + c.t // 32, BLOCK, 4, unroll=1):
+            to = cute.make_ptr(
+                Int32, at + (row >> 3) * group + (row & 7) * 128, cutlass.AddressSpace.smem, assumed_align=16
+            )
+            cute.autovec_copy(zeros, cute.make_tensor(to, cute.make_layout(4)))
+
+    @cute.jit
+    def publish(self, half: cutlass.Constexpr):
+        """Let the MMAs of a warpgroup see what all its threads have written."""
         cute.arch.fence_view_async_shared()
         cute.arch.barrier(barrier_id=BAR_WG0 + half, number_of_threads=128)
 
     @cute.jit
-    def pair_wg0(self, c, x, ops, S, O, rQpe, m, L, tok0, page0, page1, phase, last: cutlass.Constexpr):
-        """WG0's share of a pair. S has the scores of the even block, on return those of the next unless `last`."""
+    def pair_wg0(self, c, x, y, O, rQpe, m, L):
+        """WG0's share of a pair."""
         sM0, sM1, lane, row, scale, seqlen = c.sM0, c.sM1, c.lane, c.row, c.scale, x.seqlen
+        ops = self.operands(c, 0)
+        S = cute.make_rmem_tensor(c.s_shape, Float32)
         rP = cute.make_rmem_tensor(((2, 2, 2), 1, 4), ELEMENT)
-        if const_expr(last or CAUSAL):
-            if tok0 + BLOCK > x.min_lim:
-                self.mask(c, x, S, tok0)
+        self.qk_half(c, ops, 0, 0, S, rQpe, y.phase)
+        self.qk_half(c, ops, 0, 1, S, rQpe, y.phase)
+        page0, page1 = self.next_pages(c, x, y)
+        warpgroup.wait_group(0)
+        # the ends of requests before the exponentials: behind a branch the compiler would compute those a second time
+        if y.tok0 + BLOCK > x.min_lim:
+            self.mask(c, x, S, y.tok0)
+            self.zero_tail(c, 0, 0, seqlen - y.tok0)
+            self.publish(0)
         sc = cute.make_rmem_tensor((2,), Float32)
         for r in cutlass.range_constexpr(2):
             m_new = cute.arch.fmax(m[r], self.row_max(S, r, scale))
@@ -379,25 +396,20 @@ class MlaDecode:
         cute.arch.barrier_arrive(barrier_id=BAR_M0, number_of_threads=256)
         self.rescale_o(O, sc)
         self.exp_rows(S, rP, m, L, scale)
-        if const_expr(last):
-            if tok0 + BLOCK > seqlen:
-                self.zero_tail(c, 0, 0, cutlass.max(seqlen - tok0, 0))
         # O.L += P0 V0.L
         warpgroup.fence()
-        issue(c.op_pv_r, O, rP, ops.tV[0], False)
+        issue(c.op_pv_r, O, rP, ops.tV[None, None, None, 0, 0], False)
         warpgroup.commit_group()
         warpgroup.wait_group(0)
-        if const_expr(last):
-            if c.warp_in_wg == 0 and x.more:
-                self.load_half(c, 0, 0, page0)
-        else:
-            if c.warp_in_wg == 0:
-                self.load_half(c, 0, 0, page0)
+        if c.warp_in_wg == 0 and y.more:
+            self.load_half(c, 0, 0, page0)
         # the maximum after the odd block
         cute.arch.barrier(barrier_id=BAR_M1, number_of_threads=256)
-        if const_expr(last):
-            if c.warp_in_wg == 0 and x.more:
-                self.load_q(c, x.nxt)  # both QK products of this request are done
+        if c.warp_in_wg == 0 and y.new_q:
+            self.load_q(c, x.nxt)  # both QK products of this request are done
+        if y.tok0 + 2 * BLOCK > seqlen:
+            self.zero_tail(c, 1, 0, seqlen - y.tok0 - BLOCK)
+            self.publish(0)
         for r in cutlass.range_constexpr(2):
             m_new = sM1[row + 8 * r]
             sc[r] = ex2(m[r] - m_new)
@@ -405,34 +417,33 @@ class MlaDecode:
             L[r] = L[r] * sc[r]
         self.scale_rows(S, sc)
         rP.store(S.load().to(ELEMENT))
-        cute.copy(c.stsm, c.stsm_thr.retile(rP), c.tP0_st)
+        cute.copy(c.stsm, c.stsm_thr.retile(rP), c.tP_st[0])
         cute.arch.fence_view_async_shared()
         cute.arch.barrier_arrive(barrier_id=BAR_P0, number_of_threads=256)
         self.rescale_o(O, sc)
-        if const_expr(last):
-            if tok0 + 2 * BLOCK > seqlen:
-                self.zero_tail(c, 1, 0, cutlass.max(seqlen - tok0 - BLOCK, 0))
         cute.arch.barrier(barrier_id=BAR_P1, number_of_threads=256)
         # O.L += P1 V1.L
         warpgroup.fence()
-        issue(c.op_pv_s, O, ops.tP, ops.tV[1], False)
+        issue(c.op_pv_s, O, ops.tP, ops.tV[None, None, None, 0, 1], False)
         warpgroup.commit_group()
-        if const_expr(not last):
-            self.qk_half(c, ops, 0, 0, True, S, rQpe, phase)
-            warpgroup.wait_group(1)
-            if c.warp_in_wg == 0:
-                self.load_half(c, 1, 0, page1)
-            self.qk_half(c, ops, 0, 1, False, S, rQpe, phase)
         warpgroup.wait_group(0)
+        if c.warp_in_wg == 0 and not y.last:
+            self.load_half(c, 1, 0, page1)
+        return page1
 
     @cute.jit
-    def pair_wg1(self, c, x, ops, S, O, rQpe, m, L, tok0, page0, page1, phase, last: cutlass.Constexpr):
-        """WG1's share of a pair. S has the scores of the odd block, on return those of the next unless `last`."""
+    def pair_wg1(self, c, x, y, O, rQpe, m, L):
+        """WG1's share of a pair."""
         sM0, sM1, lane, row, scale, seqlen = c.sM0, c.sM1, c.lane, c.row, c.scale, x.seqlen
+        ops = self.operands(c, 1)
+        S = cute.make_rmem_tensor(c.s_shape, Float32)
         rP = cute.make_rmem_tensor(((2, 2, 2), 1, 4), ELEMENT)
-        if const_expr(last or CAUSAL):
-            if tok0 + 2 * BLOCK > x.min_lim:
-                self.mask(c, x, S, tok0 + BLOCK)
+        self.qk_half(c, ops, 1, 1, S, rQpe, y.phase)
+        self.qk_half(c, ops, 1, 0, S, rQpe, y.phase)
+        page0, page1 = self.next_pages(c, x, y)
+        warpgroup.wait_group(0)
+        if y.tok0 + 2 * BLOCK > x.min_lim:
+            self.mask(c, x, S, y.tok0 + BLOCK)
         mx = cute.make_rmem_tensor((2,), Float32)
         for r in cutlass.range_constexpr(2):
             mx[r] = self.row_max(S, r, scale)
@@ -446,61 +457,70 @@ class MlaDecode:
             if lane % 4 == 0:
                 sM1[row + 8 * r] = m_new
         cute.arch.barrier_arrive(barrier_id=BAR_M1, number_of_threads=256)
+        if y.tok0 + 2 * BLOCK > seqlen:
+            self.zero_tail(c, 1, 1, seqlen - y.tok0 - BLOCK)
+            self.zero_tail(c, 0, 1, seqlen - y.tok0)
+            self.publish(1)
         self.exp_rows(S, rP, m, L, scale)
-        cute.copy(c.stsm, c.stsm_thr.retile(rP), c.tP1_st)
+        cute.copy(c.stsm, c.stsm_thr.retile(rP), c.tP_st[1])
         self.rescale_o(O, sc)
-        if const_expr(last):
-            if tok0 + 2 * BLOCK > seqlen:
-                self.zero_tail(c, 1, 1, cutlass.max(seqlen - tok0 - BLOCK, 0))
         cute.arch.fence_view_async_shared()
         # O.R += P1 V1.R
         warpgroup.fence()
-        issue(c.op_pv_r, O, rP, ops.tV[1], False)
+        issue(c.op_pv_r, O, rP, ops.tV[None, None, None, 1, 1], False)
         warpgroup.commit_group()
         cute.arch.barrier_arrive(barrier_id=BAR_P1, number_of_threads=256)
-        if const_expr(last):
-            if tok0 + BLOCK > seqlen:
-                self.zero_tail(c, 0, 1, cutlass.max(seqlen - tok0, 0))
         cute.arch.barrier(barrier_id=BAR_P0, number_of_threads=256)
         # O.R += P0 V0.R
         warpgroup.fence()
-        issue(c.op_pv_s, O, ops.tP, ops.tV[0], False)
+        issue(c.op_pv_s, O, ops.tP, ops.tV[None, None, None, 1, 0], False)
         warpgroup.commit_group()
-        if const_expr(not last):
-            warpgroup.wait_group(1)
-            if c.warp_in_wg == 0:
-                self.load_half(c, 1, 1, page1)
-            warpgroup.wait_group(0)
-            if c.warp_in_wg == 0:
-                self.load_half(c, 0, 1, page0)
-            self.qk_half(c, ops, 1, 1, True, S, rQpe, phase)
-            self.qk_half(c, ops, 1, 0, False, S, rQpe, phase)
+        warpgroup.wait_group(1)
+        if c.warp_in_wg == 0 and not y.last:
+            self.load_half(c, 1, 1, page1)
         warpgroup.wait_group(0)
-        if const_expr(last):
-            if c.warp_in_wg == 0 and x.more:
-                self.load_half(c, 0, 1, page0)
+        if c.warp_in_wg == 0 and y.more:
+            self.load_half(c, 0, 1, page0)
+        return page1
 
     @cute.jit
-    def blocks(self, c, x, wg: cutlass.Constexpr, S, O, rQpe, m, L, ph):
-        """All blocks of the piece x by one warpgroup; ph: phase of the barriers of the first pair."""
-        ops = SimpleNamespace(
+    def next_pages(self, c, x, y):
+        """Of the blocks of the pair that follows, here or in the next request."""
+        req, seqlen, blk, end = x.req, x.seqlen, y.tok0 // BLOCK + 2, x.b1
+        if y.last:
+            req, seqlen, blk, end = x.nxt, x.next_len, Int32(0), x.next_end
+        page0 = self.page_of_any(c, req, blk, seqlen)
+        return page0, self.page_of_any(c, req, cutlass.min(blk + 1, end - 1), seqlen)
+
+    def operands(self, c, wg):
+        """What the MMAs of a warpgroup read. Made anew for each pair: carried through the loop, a descriptor would lie
+        in vector registers, from which every MMA would move it."""
+        return SimpleNamespace(
             tQ=c.qk.make_fragment_A(c.qk.partition_A(opaque(c.sQ))),
-            tK=[c.qk.make_fragment_B(c.qk.partition_B(opaque(b))) for b in c.sK[wg]],
-            tV=[c.v_view(opaque(b[wg])) for b in c.sK],
+            tK=c.qk.make_fragment_B(c.qk.partition_B(opaque(c.sK))),
+            tR=c.qk.make_fragment_B(c.qk.partition_B(opaque(c.sR[wg]))),
+            tV=c.v_view(opaque(c.sK)),
             tP=c.pv_s.make_fragment_A(c.pv_s.partition_A(opaque(c.sP[1 - wg]))),
         )
+
+    @cute.jit
+    def blocks(self, c, x, wg: cutlass.Constexpr, O, rQpe, m, L, ph):
+        """All blocks of the piece x by one warpgroup; ph: phase of the barriers of the first pair. Returns the page of
+        the odd block of the next request."""
         pair = self.pair_wg1 if wg else self.pair_wg0
         pairs = (x.b1 - x.b0 + 1) >> 1
-        self.qk_half(c, ops, wg, wg, True, S, rQpe, ph)
-        self.qk_half(c, ops, wg, 1 - wg, False, S, rQpe, ph)
-        warpgroup.wait_group(0)
-        for i in cutlass.range(pairs - 1, unroll=1):
-            blk = x.b0 + 2 * i
-            page0 = self.page_of(c, x.req, blk + 2, x.seqlen)
-            page1 = self.page_of(c, x.req, cutlass.min(blk + 3, x.b1 - 1), x.seqlen)
-            pair(c, x, ops, S, O, rQpe, m, L, blk * BLOCK, page0, page1, ph ^ 1 ^ (i & 1), False)
-        page0 = self.page_of_any(c, x.nxt, 0, x.next_len)
-        pair(c, x, ops, S, O, rQpe, m, L, (x.b0 + 2 * pairs - 2) * BLOCK, page0, Int32(0), Int32(0), True)
+        page1 = Int32(0)
+        for i in cutlass.range(pairs, unroll=1):
+            last = i == pairs - 1
+            y = SimpleNamespace(
+                tok0=x.tok0 + i * (2 * BLOCK),
+                phase=ph ^ (i & 1),
+                last=last,
+                more=not last or x.more,  # another pair follows
+                new_q=last and x.more,
+            )
+            page1 = pair(c, x, y, O, rQpe, m, L)
+        return page1
 
     # -------------------------------------------------------------------------------------------- device
     @cute.kernel
@@ -510,10 +530,10 @@ class MlaDecode:
         mQ: cute.Tensor,
         tma_pe: cute.CopyAtom,
         mQpe: cute.Tensor,
-        tma_kl: cute.CopyAtom,
-        mKl: cute.Tensor,
-        tma_kr: cute.CopyAtom,
-        mKr: cute.Tensor,
+        tma_k: cute.CopyAtom,
+        mK: cute.Tensor,
+        tma_r: cute.CopyAtom,
+        mR: cute.Tensor,
         tma_o: cute.CopyAtom,
         mO: cute.Tensor,
         table: cute.Tensor,
@@ -552,7 +572,7 @@ class MlaDecode:
         rows = s_q * heads
 
         if warp_idx == 0:
-            for tma in (tma_q, tma_pe, tma_kl, tma_kr, tma_o):
+            for tma in (tma_q, tma_pe, tma_k, tma_r, tma_o):
                 cpasync.prefetch_descriptor(tma)
 
         smem = SmemAllocator()
@@ -561,7 +581,10 @@ class MlaDecode:
             return smem.allocate_tensor(ELEMENT, layout.outer, 1024, swizzle=layout.inner)
 
         sQ = swizzled(swz(ROWS, LATENT + ROPE, ELEMENT))
-        sK = [[swizzled(kv_half(HALF_TILES + h)) for h in (0, 1)] for _ in (0, 1)]
+        # tokens, columns of a half as in mla_ring, half, buffer: with addresses of their own, the halves would need
+        # more uniform registers than there are
+        sK = swizzled(cute.tile_to_shape(smem_atom(ELEMENT), (BLOCK, HALF, 2, 2), order=(1, 0, 2, 3)))
+        sR = [swizzled(swz(BLOCK, TILE, ELEMENT)) for _ in (0, 1)]  # the rope tiles of the blocks
         sP0 = swizzled(swz(ROWS, BLOCK, ELEMENT))
         sM0 = smem.allocate_tensor(Float32, cute.make_layout(ROWS), 16)
         sM1 = smem.allocate_tensor(Float32, cute.make_layout(ROWS), 16)
@@ -571,7 +594,7 @@ class MlaDecode:
         sI = smem.allocate_tensor(Int32, cute.make_layout(6), 16)  # the CTA's share of the work, and the L2 hint
         sShare = smem.allocate_tensor(Int32, cute.make_layout(6), 16)  # its share of the combine
         bars = smem.allocate_array(Int64, Q_FULL + 1)
-        sP1 = cute.local_tile(sQ, (ROWS, TILE), (0, TILES - 1))
+        sP1 = cute.local_tile(sQ, (ROWS, TILE), (0, TILES - 1))  # the rope tile of Q, until it is in registers
 
         if warp_idx == 0:
             with cute.arch.elect_one():
@@ -599,20 +622,26 @@ class MlaDecode:
             ),
             cute.group_modes(cute.local_tile(mQpe, (ROWS, TILE, 1), (None, 0, 0, None)), 0, 3),
         )
-        tKsK, tKgK = [[None, None], [None, None]], [None, None]
-        for half, (tma, mK) in enumerate(((tma_kl, mKl), (tma_kr, mKr))):
-            for buf in (0, 1):
-                boxes = cute.make_tensor(sK[buf][half].iterator, kv_boxes(HALF_TILES + half))
+        tKsK, tKgK, tRsR, tRgR = [[None, None], [None, None]], [None, None], [None, None], None
+        for buf in (0, 1):
+            for half in (0, 1):
+                boxes = cute.make_tensor(sK[None, None, half, buf].iterator, kv_boxes(HALF_TILES))
+                source = kv_source(mK, half * HALF_TILES, HALF_TILES)
                 tKsK[buf][half], tKgK[half] = cpasync.tma_partition(
-                    tma, 0, one, cute.group_modes(boxes, 0, cute.rank(boxes) - 1), kv_tile(mK, half)
+                    tma_k, 0, one, cute.group_modes(boxes, 0, cute.rank(boxes) - 1), source
                 )
-        # the output is staged in K1
+            boxes = cute.make_tensor(sR[buf].iterator, kv_boxes(1))
+            tRsR[buf], tRgR = cpasync.tma_partition(
+                tma_r, 0, one, cute.group_modes(boxes, 0, cute.rank(boxes) - 1), kv_source(mR, TILES - 1, 1)
+            )
+        # the output is staged in K1, by each warpgroup in its half
         gO = cute.group_modes(cute.local_tile(mO, (ROWS, TILE, HALF_TILES), (None, 0, None, None)), 0, 3)
-        sO = [cute.make_tensor(sK[1][h].iterator, swz(ROWS, HALF, ELEMENT).outer) for h in (0, 1)]
-        tOsO, tOgO = [None, None], None
-        for h in (0, 1):
-            stack = cute.make_tensor(sK[1][h].iterator, tile_stack(HALF_TILES).outer)
-            tOsO[h], tOgO = cpasync.tma_partition(tma_o, 0, one, cute.group_modes(stack, 0, 3), gO)
+        stage = sK[None, None, None, 1].iterator
+        halves = cute.tile_to_shape(smem_atom(ELEMENT), (ROWS, HALF, 2), order=(0, 1, 2))
+        sO = cute.make_tensor(stage, halves.outer)
+        stack = cute.tile_to_shape(smem_atom(ELEMENT), (ROWS, TILE, HALF_TILES, 2), order=(0, 1, 2, 3))
+        stack = cute.make_tensor(stage, stack.outer)
+        tOsO, tOgO = cpasync.tma_partition(tma_o, 0, one, cute.group_modes(stack, 0, 3), gO)
 
         # MMA views
         qk = mma_qk_s.get_slice(t)
@@ -623,12 +652,13 @@ class MlaDecode:
         stsm = cute.make_tiled_copy_C(stsm_atom, mma_qk_s)
         stsm_thr = stsm.get_slice(t)
         stsm_o = cute.make_tiled_copy_C(stsm_atom, mma_pv_r)
+        stsm_o_thr = stsm_o.get_slice(t)
         ldsm = cute.make_tiled_copy_A(ldsm_atom, mma_qk_r)
         ldsm_thr = ldsm.get_slice(t)
 
         def v_view(b):
-            vt = cute.make_tensor(b.iterator, cute.select(b.layout, mode=[1, 0]))
-            return pv_s.make_fragment_B(pv_s.partition_B(cute.local_tile(vt, (HALF, BLOCK), (0, 0))))
+            vt = cute.make_tensor(b.iterator, cute.select(b.layout, mode=[1, 0, 2, 3]))
+            return pv_s.make_fragment_B(pv_s.partition_B(vt))
 
         # read-only in loops and branches: what is assigned there would have to be a value of the program
         c = SimpleNamespace(
@@ -647,22 +677,26 @@ class MlaDecode:
             sK=sK,
             tma_q=tma_q,
             tma_pe=tma_pe,
-            tma_k=(tma_kl, tma_kr),
+            tma_k=tma_k,
+            tma_r=tma_r,
             tQgQ=tQgQ,
             tQsQ=tQsQ,
             tQgPe=tQgPe,
             tQsPe=tQsPe,
             tKgK=tKgK,
             tKsK=tKsK,
+            tRgR=tRgR,
+            tRsR=tRsR,
             sQ=sQ,
+            sR=sR,
             sP=(sP0, sP1),
             v_view=v_view,
             qk=qk,
             pv_s=pv_s,
             stsm=stsm,
             stsm_thr=stsm_thr,
-            tP0_st=stsm_thr.partition_D(sP0),
-            tP1_st=stsm_thr.partition_D(sP1),
+            s_shape=qk.partition_shape_C((ROWS, BLOCK)),
+            tP_st=[stsm_thr.partition_D(x) for x in (sP0, sP1)],
             op_qk_s=mma_qk_s.op,
             op_qk_r=mma_qk_r.op,
             op_pv_r=mma_pv_r.op,
@@ -687,6 +721,17 @@ class MlaDecode:
                 sI[3] = j1
                 sI[4] = EVICT_FIRST >> 32 if m_blocks > 1 or total <= FIRST_BLOCKS else EVICT_NORMAL >> 32
                 sI[5] = unit
+            cute.arch.sync_warp()
+            if r0 <= r1:
+                seqlen, b0, b1, _ = piece_of(seqlens, sI, r0)
+                page0 = self.page_of_any(c, r0, b0, seqlen)
+                page1 = self.page_of_any(c, r0, cutlass.min(b0 + 1, b1 - 1), seqlen)
+                self.load_half(c, 0, 0, page0)
+                self.load_q(c, r0)
+                self.load_q_rope(c, r0)
+                self.load_half(c, 0, 1, page0)
+                self.load_half(c, 1, 1, page1)
+                self.load_half(c, 1, 0, page1)
         if wg == 1 and t < ROWS:
             g_row = m_block * ROWS + t
             sink = -Float32(INF)
@@ -715,21 +760,9 @@ class MlaDecode:
             more = req < sI[1]  # this CTA has another request
             nxt = cutlass.min(req + 1, sI[1])
             next_len = seqlens[nxt]
-
-            if req == sI[0]:
-                if warp_idx == 0:
-                    page0 = self.page_of_any(c, req, b0, seqlen)
-                    self.load_q(c, req)
-                    self.load_q_rope(c, req)
-                    self.load_half(c, 0, 0, page0)
-                    self.load_half(c, 0, 1, page0)
-                if warp_idx == 4:
-                    page1 = self.page_of_any(c, req, cutlass.min(b0 + 1, b1 - 1), seqlen)
-                    self.load_half(c, 1, 1, page1)
-                    self.load_half(c, 1, 0, page1)
+            next_end = sI[3] if (nxt == sI[1] and sI[3] > 0) else n_blocks(next_len)
 
             O = cute.make_rmem_tensor(pv_r.partition_shape_C((ROWS, HALF)), Float32)
-            S = cute.make_rmem_tensor(qk.partition_shape_C((ROWS, BLOCK)), Float32)
             rQpe = cute.make_rmem_tensor(((2, 2, 2), 1, 4), ELEMENT)
             m = cute.make_rmem_tensor((2,), Float32)
             L = cute.make_rmem_tensor((2,), Float32)
@@ -740,13 +773,24 @@ class MlaDecode:
             ph_q = ph_q ^ 1
             cute.copy(ldsm, ldsm_thr.partition_S(sP1), ldsm_thr.retile(rQpe))
 
-            x = SimpleNamespace(  # the piece: blocks b0 .. b1 - 1 of req, tokens < cut; the next request of this CTA
-                req=req, nxt=nxt, more=more, b0=b0, b1=b1, seqlen=seqlen, next_len=next_len, cut=cut, min_lim=min_lim
+            x = SimpleNamespace(  # the piece: blocks b0 .. b1 - 1 of req, tokens tok0 .. cut - 1; the next of this CTA
+                req=req,
+                b0=b0,
+                b1=b1,
+                tok0=b0 * BLOCK,
+                seqlen=seqlen,
+                cut=cut,
+                min_lim=min_lim,
+                more=more,
+                nxt=nxt,
+                next_len=next_len,
+                next_end=next_end,
             )
+            page1 = Int32(0)
             if wg == 0:
-                self.blocks(c, x, 0, S, O, rQpe, m, L, ph)
+                page1 = self.blocks(c, x, 0, O, rQpe, m, L, ph)
             else:
-                self.blocks(c, x, 1, S, O, rQpe, m, L, ph)
+                page1 = self.blocks(c, x, 1, O, rQpe, m, L, ph)
             ph = ph ^ (((b1 - b0 + 1) >> 1) & 1)  # one flip per pair
 
             # ------------------------------------------------ epilogue
@@ -779,10 +823,16 @@ class MlaDecode:
                 elif (flags & WANTS_LSE) != 0:
                     lse[req, g_row // heads, g_row % heads] = v * (1.0 / LOG2E)
             if whole:
-                if wg == 0:
-                    self.store_half(c, stsm_o, sO[0], O, tma_o, tOsO[0], tOgO, req, 0)
-                else:
-                    self.store_half(c, stsm_o, sO[1], O, tma_o, tOsO[1], tOgO, req, 1)
+                # through this warpgroup's half of K1, and one TMA store that clips rows >= s_q * H
+                rO = cute.make_rmem_tensor(O.layout, ELEMENT)
+                rO.store(O.load().to(ELEMENT))
+                cute.copy(stsm_o, stsm_o_thr.retile(rO), stsm_o_thr.partition_D(sO[None, None, wg]))
+                cute.arch.fence_view_async_shared()
+                cute.arch.barrier(barrier_id=BAR_WG0 + wg, number_of_threads=128)
+                if warp_in_wg == 0:
+                    cute.copy(tma_o, tOsO[None, wg], tOgO[None, m_block, wg, req])
+                    cute.arch.cp_async_bulk_commit_group()
+                    cute.arch.cp_async_bulk_wait_group(0, read=True)
             else:
                 for r in cutlass.range_constexpr(2):
                     g_row = m_block * ROWS + row + 8 * r
@@ -794,34 +844,18 @@ class MlaDecode:
                             at = wg * (HALF // 4) + j * 4 + lane % 4
                             cute.autovec_copy(v4, cute.local_tile(o_acc[split, g_row, None], (4,), (at,)))
             if warp_in_wg == 0 and req != sI[1]:
-                end = sI[3] if (req + 1 == sI[1] and sI[3] > 0) else n_blocks(next_len)
-                page1 = self.page_of_any(c, req + 1, cutlass.min(end - 1, 1), next_len)
                 if wg == 0:
                     self.load_half(c, 1, 0, page1)
                 else:
                     self.load_half(c, 1, 1, page1)
 
         # every load into K0 and K1 has been waited for
-        area = cute.recast_ptr(sK[0][0].iterator, dtype=Float32)
+        area = cute.recast_ptr(sK.iterator, dtype=Float32)
         first_row = m_block * ROWS
         COMBINE.run(
             area, sShare, out_rows, lse, sinks, o_acc, lse_acc, semaphores, flags, heads, part, m_block, m_blocks,
             first_row, cutlass.min(rows - first_row, ROWS), tid,
         )  # fmt: skip
-
-    @cute.jit
-    def store_half(self, c, stsm_o, sO, O, tma_o, tOsO, tOgO, req, half: cutlass.Constexpr):
-        """Output columns of one warpgroup, through its half of K1 and one TMA store that clips rows >= s_q * H."""
-        rO = cute.make_rmem_tensor(O.layout, ELEMENT)
-        rO.store(O.load().to(ELEMENT))
-        thr = stsm_o.get_slice(c.t)
-        cute.copy(stsm_o, thr.retile(rO), thr.partition_D(sO))
-        cute.arch.fence_view_async_shared()
-        cute.arch.barrier(barrier_id=BAR_WG0 + half, number_of_threads=128)
-        if c.warp_in_wg == 0:
-            cute.copy(tma_o, tOsO, tOgO[None, c.m_block, half, req])
-            cute.arch.cp_async_bulk_commit_group()
-            cute.arch.cp_async_bulk_wait_group(0, read=True)
 
 
 def entry():
