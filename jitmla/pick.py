@@ -198,7 +198,6 @@ class DecodeCost(NamedTuple):
 
 
 DECODE = {
-    "sm90_seesaw/m64n64": DecodeCost(64, 1.71, 9.5, 5.4, 5.4, 7.5),
     "sm90_trio/r64_triples6": DecodeCost(64, 1.67, 9.7, 2.6, 3.6, 2.2),
     "sm90_relay/r32_triples7": DecodeCost(32, 1.32, 7.6, 3.9, 3.6, 2.7),
     "sm90_swap/r16_triples8": DecodeCost(16, 1.21, 7.3, 3.6, 1.5, 2.3),
@@ -228,7 +227,6 @@ DECODE = {
     "sm90_fp8/half_32_256": DecodeCost(32, 0.88, 10.7, 0.0, 0.0, 0.0, 1),
     "sm90_fp8/half_16_256": DecodeCost(16, 0.61, 9.3, 0.0, 0.0, 0.0, 1),
 }
-SEESAW_256 = DecodeCost(64, 1.25, 7.6, 3.3, 4.9, 3.5)  # a variant of both latent sizes
 MANY = 16  # sm90_swap then has warps that share what they combine
 EVEN = 4.0  # us: of an even split, where a CTA has pieces of two requests
 WIDE_BLOCK, NARROW_BLOCK = 64 * 576, 64 * 320  # elements
@@ -245,8 +243,7 @@ def _decode_best(variants: tuple[str, ...], *, rows: int, batch: int, tokens: in
     for: more row tiles leave fewer parts to combine, but each of them reads every block."""
     if len(variants) == 1 or _decode_among(variants) != variants:
         return variants[0], "the first in the card"
-    narrow = any("_fives" in v or v.endswith("_256") for v in variants)
-    times = {v: decode_us(v, rows, batch, tokens, sms, narrow) for v in variants}
+    times = {v: decode_us(v, rows, batch, tokens, sms) for v in variants}
     ranked = sorted(times, key=times.__getitem__)
     return ranked[0], f"estimated us with {tokens} tokens: " + ", ".join(f"{v} {times[v]:.1f}" for v in ranked)
 
@@ -256,11 +253,9 @@ def _decode_among(variants: tuple[str, ...]) -> tuple[str, ...]:
     return variants if all(v in DECODE for v in variants) else variants[:1]
 
 
-def decode_us(variant: str, rows: int, batch: int, tokens: int, sms: int, narrow: bool) -> float:
-    """narrow: latent 256 instead of 512."""
+def decode_us(variant: str, rows: int, batch: int, tokens: int, sms: int) -> float:
     cost = DECODE[variant]
-    if narrow and variant == "sm90_seesaw/m64n64":
-        cost = SEESAW_256
+    narrow = "_fives" in variant or variant.endswith("_256")  # latent 256 instead of 512
     launch = schedule.launch_args(rows, batch, sms, tile_rows=schedule.unusual_tile(rows, cost.rows))
     share = schedule.equal_share(launch, batch, tokens)
     block = max(cost.block, share.busy * (NARROW_BLOCK if narrow else WIDE_BLOCK) * cost.bytes / CACHE_BYTES_PER_US)

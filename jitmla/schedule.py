@@ -18,7 +18,7 @@ PAGES = (64, 128, 32, 16)  # the best first
 MAX_PAGE = 128
 WHOLE = 1 << 20  # a bias that makes every split aligned
 INVARIANT_TOKENS = 2048  # of a piece of the batch-invariant split (PIECE_BLOCKS of the portable template)
-TILE_ROWS = 64  # query rows of a CTA of the seesaw kernel, the most there are
+TILE_ROWS = 64  # query rows of a CTA of sm90_trio, the most there are
 
 
 class Launch(NamedTuple):

@@ -415,14 +415,14 @@ def test_columns_of_partial_results_are_a_permutation(column):
     assert sorted(column(lane, e) for lane in range(32) for e in range(4)) == list(range(128))
 
 
-@pytest.mark.parametrize("name", ["sm90_seesaw", "sm90_swap"])
+@pytest.mark.parametrize("name", ["sm90_trio", "sm90_swap"])
 def test_the_kernels_permute_as_the_combine_is_told(name):
     """partial_column of the template is the one that the tests here use."""
     tree = ast.parse((COMMON.parent / "mla_decode" / f"{name}.py").read_text())
     (function,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "partial_column")
     names = {}
     exec(compile(ast.Module([function], []), name, "exec"), names)  # noqa: S102
-    column = see_column if name == "sm90_seesaw" else swap_column
+    column = see_column if name == "sm90_trio" else swap_column
     assert all(names["partial_column"](lane, e) == column(lane, e) for lane in range(32) for e in range(4))
 
 

@@ -1,6 +1,6 @@
 """The schedules of the mla_decode kernels for 16-bit caches as models: no race and no deadlock in any order of their
 warps; and without any one of their waits or arrivals there is one, so the model would see it. Two warps stand for the
-four of a warpgroup; in sm90_seesaw, where nothing is handed from warp to warp of a warpgroup, one actor does."""
+four of a warpgroup."""
 
 import random
 
@@ -259,126 +259,6 @@ class Swap(Ring):
         yield "arrive", "q_free"
 
 
-class Seesaw:
-    """pieces: pairs of blocks of each request. K[block][half]; L is half 0. P1 lies in the rope tile of the query. The
-    TMA works for itself, once it is told to."""
-
-    def __init__(self, pieces):
-        self.pieces = pieces
-
-    def counts(self):
-        halves = [(b, h) for b in (0, 1) for h in (0, 1)]
-        return {"q": 1, "load_q": 2, **{(name, *half): 1 for half in halves for name in ("full", "load")}}
-
-    def actors(self):
-        found = {"a": self.even(), "b": self.odd(), "q": self.load_queries()}
-        return found | {f"k{b}{h}": self.load_halves(b, h) for b in (0, 1) for h in (0, 1)}
-
-    def load_halves(self, block, half):
-        """With the half that is free first comes the rope tile R."""
-        for pair in range(sum(self.pieces)):
-            yield "wait", ("load", block, half), pair & 1
-            yield "write", ("K", block, half)
-            if block == half:
-                yield "write", ("R", block)
-            yield "arrive", ("full", block, half)
-
-    def load_queries(self):
-        for req in range(len(self.pieces)):
-            yield "wait", "load_q", req & 1
-            yield "write", "Q"
-            yield "write", "P1"
-            yield "arrive", "q"
-
-    def load(self, block, half):
-        yield "arrive", ("load", block, half)
-
-    def scores(self, block, pair):
-        for half in (block, 1 - block):
-            yield "wait", ("full", block, half), pair & 1
-            yield "read", ("K", block, half)
-            yield "read", "Q"
-        yield "read", ("R", block)
-
-    def even(self):
-        """Warpgroup 0."""
-        yield "arrive", "load_q"
-        yield "arrive", "load_q"
-        for half in ((0, 0), (0, 1), (1, 1), (1, 0)):
-            yield from self.load(*half)
-        pair = 0
-        for req, n in enumerate(self.pieces):
-            more = req < len(self.pieces) - 1
-            yield "wait", "q", req & 1
-            yield "read", "P1"
-            for i in range(n):
-                last = i == n - 1
-                yield from self.scores(0, pair)
-                pair += 1
-                if last:
-                    yield "write", ("K", 0, 0)  # zeros behind the end
-                yield "write", "M0"
-                yield "signal", "m0", 2
-                yield "read", ("K", 0, 0)
-                if more or not last:
-                    yield from self.load(0, 0)
-                yield "sync", "m1", 2
-                if last and more:
-                    yield "arrive", "load_q"  # but for the rope tile
-                if last:
-                    yield "write", ("K", 1, 0)
-                yield "read", "M1"
-                yield "write", "P0"
-                yield "signal", "p0", 2
-                yield "sync", "p1", 2
-                yield "read", "P1"
-                yield "read", ("K", 1, 0)
-                if not last:
-                    yield from self.load(1, 0)
-            yield from self.epilogue(0, more)
-
-    def odd(self):
-        """Warpgroup 1."""
-        pair = 0
-        for req, n in enumerate(self.pieces):
-            more = req < len(self.pieces) - 1
-            yield "wait", "q", req & 1
-            yield "read", "P1"
-            for i in range(n):
-                last = i == n - 1
-                yield from self.scores(1, pair)
-                pair += 1
-                yield "sync", "m0", 2
-                yield "read", "M0"
-                yield "write", "M1"
-                yield "signal", "m1", 2
-                if last:
-                    yield "write", ("K", 1, 1)
-                    yield "write", ("K", 0, 1)
-                yield "write", "P1"
-                yield "read", ("K", 1, 1)
-                yield "signal", "p1", 2
-                yield "sync", "p0", 2
-                yield "read", "P0"
-                if not last:
-                    yield from self.load(1, 1)
-                yield "read", ("K", 0, 1)
-                if more or not last:
-                    yield from self.load(0, 1)
-            yield from self.epilogue(1, more)
-
-    def epilogue(self, half, more):
-        yield "write", ("L", half)
-        yield "sync", "all", 2
-        yield "read", ("L", 1 - half)
-        yield "read", "M1"
-        if more and half == 0:
-            yield "arrive", "load_q"
-        yield "write", ("K", 1, half)  # the output on its way
-        if more:
-            yield from self.load(1, half)
-
-
 def relay(gather, kind=Relay):
     def make(rng, pieces=LONG):
         slots = rng.choice([1, 3])
@@ -393,12 +273,8 @@ def swap(gather):
     return make
 
 
-def seesaw(rng, pieces=LONG):
-    return Seesaw(rng.choice(pieces))
-
-
 KINDS = {"relay": relay(False), "relay, gather": relay(True), "trio": relay(False, Trio),
-         "trio, gather": relay(True, Trio), "swap": swap(False), "swap, gather": swap(True), "seesaw": seesaw}
+         "trio, gather": relay(True, Trio), "swap": swap(False), "swap, gather": swap(True)}
 
 
 @pytest.mark.parametrize("kind", KINDS)

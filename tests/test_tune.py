@@ -160,7 +160,7 @@ def test_plans_are_made_anew():
 @pytest.mark.parametrize("change, differs", [
     ({"format": 2}, "format is 2"), ({"gpu": {"name": "x"}}, "'sms' is missing"), ({"variants": None}, "not iterable"),
     ({"gpu": {**H200, "sms": "132"}}, "not supported between"),
-    ({"variants": [{"spec": facts(SMALL), "variant": "seesaw"}]}, "not a choice of a variant"),
+    ({"variants": [{"spec": facts(SMALL), "variant": "trio"}]}, "not a choice of a variant"),
     ({"variants": [{"spec": {}, "variant": "a/b"}]}, "'op' is missing"),
     ({"launches": [{**LAUNCH, "batch": [3, 2]}]}, "not a choice of launch arguments"),
     ({"launches": [{**LAUNCH, "rows": [0, 2]}]}, "not a choice of launch arguments"),

@@ -14,7 +14,7 @@ BUDGET_S = 8
 @pytest.mark.budget
 @pytest.mark.skipif(toolchain.current() is None or toolchain.linker() is None,
                     reason="needs the compiler (CuTe DSL) and a C linker")
-@pytest.mark.parametrize("rows, causal", [(16, False), (512, False)], ids=["swap", "seesaw"])
+@pytest.mark.parametrize("rows, causal", [(16, False), (512, False)], ids=["swap", "trio"])
 def test_cold_compile(rows, causal, capsys):
     """Processor time of the child, all its threads and the linker included: what it takes when it has one core, however
     busy the other ones are. `build` neither reads nor writes a cache. Best of three."""
