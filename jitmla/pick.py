@@ -199,8 +199,8 @@ class DecodeCost(NamedTuple):
 
 DECODE = {
     "sm90_seesaw/m64n64": DecodeCost(64, 1.71, 9.5, 5.4, 5.4, 7.5),
-    "sm90_trio/r64_triples6": DecodeCost(64, 1.68, 10.3, 2.6, 3.2, 1.5),
-    "sm90_relay/r32_triples7": DecodeCost(32, 1.32, 7.4, 3.7, 3.7, 2.7),
+    "sm90_trio/r64_triples6": DecodeCost(64, 1.67, 9.7, 2.6, 3.6, 2.2),
+    "sm90_relay/r32_triples7": DecodeCost(32, 1.32, 7.6, 3.9, 3.6, 2.7),
     "sm90_swap/r16_triples8": DecodeCost(16, 1.21, 7.3, 3.6, 1.5, 2.3),
     "sm90_swap/r8_triples8": DecodeCost(8, 1.18, 7.0, 3.6, 1.5, 2.3),
     "sm90_trio/r64_triples6_gather": DecodeCost(64, 1.75, 10.9, 2.6, 3.4, 1.5),

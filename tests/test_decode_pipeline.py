@@ -15,8 +15,8 @@ LONG = ([5], [3, 1, 2], [1, 4, 1, 3], [2, 2, 2])
 
 
 class Ring:
-    """What sm90_swap and sm90_relay share: the ring and its producer (kv_producer.py). pieces: blocks of each request
-    of a CTA."""
+    """What sm90_swap, sm90_relay and sm90_trio share: the ring and its producer (kv_producer.py). pieces: blocks of
+    each request of a CTA."""
 
     def __init__(self, pieces, ring, slots, gather):
         self.pieces, self.ring, self.slots, self.gather = pieces, ring, slots, gather

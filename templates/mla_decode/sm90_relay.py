@@ -57,12 +57,13 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
-from common.kv_producer import KvProducer
+from common.kv_handover import Q_BOX, KvHandover
 from common.mla_arguments import mla_decode_arguments
 from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
 from common.mla_ring import packed_rows, ring_layout
 from common.mla_split import partials, piece_of, store_interval, store_sharing, touch_table
 from common.sm90 import INF, LOG2E, cutlass_dtype, ex2, row_strides, smem_atom, swz
+from common.transposed import over_tokens, row_of
 
 ELEMENT = cutlass_dtype(DTYPE)
 BLOCK = 64  # tokens of a block, columns of a tile
@@ -70,7 +71,6 @@ WIDTH = LATENT + ROPE
 TILES = WIDTH // 64
 V_TILES = LATENT // 64
 SLOTS = TILES // SLOT_TILES  # per block
-Q_BOX = 4  # tiles of a Q box
 COLS = ROWS // 4  # query rows per thread of S^T and O^T
 ACC = 2 * COLS  # accumulators of a thread per tile
 # named barriers; 5 and 6 one per warpgroup of values, 7 both
@@ -81,10 +81,8 @@ M_INIT = -1.0e30  # finite: -inf - maximum is never NaN
 SLACK = 14.0  # P up to 2^14: fp16 holds 2^15, and with 8 large logits moved the maximum in one block of ten
 
 assert ROWS == 32 and ROPE == 64 and LATENT in (256, 512) and RING >= 2 * SLOTS
-# the tiles of O^T that warpgroup 1 + v has, and with which of them both have read slot g of a block as V
-OWN = V_TILES // 2
+OWN = V_TILES // 2  # tiles of O^T that a warpgroup of values has, two and two together
 TILES_OF = [[i // 2 * 4 + 2 * v + i % 2 for i in range(OWN)] for v in (0, 1)]
-DONE = [max((i for own in TILES_OF for i in range(OWN) if own[i] // SLOT_TILES == g), default=0) for g in range(SLOTS)]
 
 
 def rows_stack(n):
@@ -92,41 +90,9 @@ def rows_stack(n):
     return cute.tile_to_shape(smem_atom(ELEMENT), (ROWS, 64, n), order=(0, 1, 2))
 
 
-@cute.jit
-def over_tokens(x: Float32, is_max: cutlass.Constexpr):
-    """Reduce over the 8 lanes that hold the same query rows (lane % 4)."""
-    for k in cutlass.range_constexpr(3):
-        y = cute.arch.shuffle_sync_bfly(x, offset=4 << k)
-        x = cute.arch.fmax(x, y) if const_expr(is_max) else x + y
-    return x
-
-
-@cute.jit
-def row_of(h: cutlass.Constexpr, lane):
-    """The query row that a thread holds as its h-th."""
-    return (h // 2) * 8 + (lane % 4) * 2 + h % 2
-
-
 def at(h):
     """Index in an accumulator of the first of a thread's two values (+ 2: the other) of its h-th query row."""
     return (h // 2) * 4 + h % 2
-
-
-def tile_of(i, v):
-    """(slot of a block, tile of the slot) of the i-th tile of warpgroup 1 + v: one code for both."""
-    a, b = TILES_OF[0][i], TILES_OF[1][i]
-    places = (a // SLOT_TILES, b // SLOT_TILES), (a % SLOT_TILES, b % SLOT_TILES)
-    return tuple(x if x == y else x + (y - x) * v for x, y in places)
-
-
-@cute.jit
-def slot_of(i, slot, phase):
-    """(slot, phase) of the i-th slot of a block that starts at `slot`; SLOTS: the start of the next block."""
-    s = slot + i
-    if const_expr((isinstance(i, int) and i == SLOTS) or RING % SLOTS != 0):
-        phase = phase ^ 1 if s >= RING else phase
-        s = s - RING if s >= RING else s
-    return s, phase
 
 
 def partial_column(lane, e):
@@ -139,7 +105,7 @@ COMBINE = MlaCombine(LATENT, DTYPE, partial_column, False, BAR_END, teams=False)
 assert COMBINE.area_floats() * 4 <= RING * SLOT_TILES * BLOCK * 128
 
 
-class MlaDecode(KvProducer):
+class MlaDecode(KvHandover):
     # ---------------------------------------------------------------- host
     @cute.jit
     def __call__(
@@ -419,15 +385,6 @@ class MlaDecode(KvProducer):
                 row0, cutlass.min(s_q * heads - row0, ROWS), tid - 128,
             )  # fmt: skip
 
-    # ------------------------------------------------------------- queries
-    @cute.jit
-    def load_q(self, c, req):
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(c.q_full, ROWS * WIDTH * 2)
-        for i in cutlass.range_constexpr(V_TILES // Q_BOX):
-            cute.copy(c.tma_q, c.tQg[None, c.row_tile, i, req], c.tQs[None, i], tma_bar_ptr=c.q_full)
-        cute.copy(c.tma_pe, c.tPg[None, c.row_tile, req], c.tPs, tma_bar_ptr=c.q_full)
-
     # -------------------------------------------------------------- scores
     @cute.jit
     def raise_reference(self, c, rS, rM, rL):
@@ -460,7 +417,7 @@ class MlaDecode(KvProducer):
         qk = cute.make_mma_atom(c.op_qk)
         qk.set(warpgroup.Field.ACCUMULATE, False)
         for g in cutlass.range_constexpr(SLOTS):
-            s, ph = slot_of(g, slot, phase)
+            s, ph = self.slot_of(g, slot, phase)
             self.wait_slot(c.full + s, ph)
             # a shuffle: the descriptors of this slot are then computed here and not moved to and fro before the wait
             s = cute.arch.make_warp_uniform(s)
@@ -513,16 +470,6 @@ class MlaDecode(KvProducer):
         cute.arch.barrier_arrive(barrier_id=P_FULL, number_of_threads=384)
 
     @cute.jit
-    def clear_tail(self, c, slot, phase, valid):
-        """Clear the V rows from `valid` on: 0 * NaN."""
-        sK = c.k_tiles
-        for row in cutlass.range(valid + c.w, BLOCK, 4, unroll=1):
-            for i in cutlass.range_constexpr(V_TILES):
-                s, _ = slot_of(i // SLOT_TILES, slot, phase)
-                for e in cutlass.range_constexpr(2):
-                    sK[row, c.lane * 2 + e, i % SLOT_TILES, s] = ELEMENT(0.0)
-
-    @cute.jit
     def scores(self, c, lse, lse_acc, sinks, flags, s_q, heads):
         """Warpgroup 0."""
         lane, t, sX, sM, sInv, sI = c.lane, c.t, c.sX, c.sM, c.sInv, c.sI
@@ -545,7 +492,7 @@ class MlaDecode(KvProducer):
             for j in cutlass.range(b0, b1, unroll=1):
                 self.score_block(c, rM, rL, slot, phase, j * BLOCK, seqlen, cut, min_lim, number, j == b1 - 1)
                 number = number + 1
-                slot, phase = slot_of(SLOTS, slot, phase)
+                slot, phase = self.slot_of(SLOTS, slot, phase)
             # sums of the weights
             cute.arch.barrier(barrier_id=BAR_SCORES, number_of_threads=128)  # sX may still be read
             for h in cutlass.range_constexpr(COLS):
@@ -570,11 +517,6 @@ class MlaDecode(KvProducer):
                         lse[req, row // heads, row % heads] = value * (1.0 / LOG2E)
             cute.arch.barrier_arrive(barrier_id=SUMS, number_of_threads=384)
 
-    @cute.jit
-    def piece_slot(self, c, b0):
-        """Slot of the partial results of a piece that starts at block b0."""
-        return 2 * c.part if b0 > 0 else 2 * c.part + 1
-
     # -------------------------------------------------------------- values
     @cute.jit
     def scale_o(self, c, rO, sScale):
@@ -586,16 +528,11 @@ class MlaDecode(KvProducer):
                     rO[i * ACC + k * 4 + e] = rO[i * ACC + k * 4 + e] * pair[e % 2]
 
     @cute.jit
-    def free_slot(self, c, s):
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(c.empty + s)
-
-    @cute.jit
     def value_block(self, c, v, rO, slot, phase, keep):
         """O^T += V^T P^T of one block; frees its slots unless `keep`."""
         if const_expr(not self.gather):  # there, P_FULL is behind a fence of those who have waited
             for g in cutlass.range_constexpr(SLOTS):
-                s, ph = slot_of(g, slot, phase)
+                s, ph = self.slot_of(g, slot, phase)
                 cute.arch.mbarrier_wait(c.full + s, ph)  # landed long ago; makes what the TMA wrote visible here too
         cute.arch.barrier(barrier_id=P_FULL, number_of_threads=384)
         if c.sAgain[0] != 0:
@@ -604,17 +541,17 @@ class MlaDecode(KvProducer):
         pv.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.fence()
         for i in cutlass.range_constexpr(OWN):
-            g, tile = tile_of(i, v)
-            s, _ = slot_of(g, slot, phase)
+            g, tile, _ = self.tile_of(i, v)
+            s, _ = self.slot_of(g, slot, phase)
             rOi = cute.make_tensor(rO.iterator + i * ACC, cute.make_layout(c.s_shape))
             for x in cutlass.range_constexpr(4):
                 cute.gemm(pv, rOi, c.tV[None, None, x, tile, s], c.tP[None, None, x], rOi)
-            if const_expr(i in DONE):
+            if const_expr(i in self.done):
                 warpgroup.commit_group()
         for g in cutlass.range_constexpr(SLOTS):
-            warpgroup.wait_group(len({i for i in DONE if i > DONE[g]}))
+            warpgroup.wait_group(len({i for i in self.done if i > self.done[g]}))
             if not keep:
-                self.free_slot(c, slot_of(g, slot, 0)[0])
+                self.free_slot(c, self.slot_of(g, slot, 0)[0])
 
     @cute.jit
     def values(self, c, v, mO, o_acc):
@@ -632,7 +569,7 @@ class MlaDecode(KvProducer):
                 if j < b1 - 1:
                     cute.arch.barrier_arrive(barrier_id=P_FREE, number_of_threads=384)
                 out_slot = slot
-                slot, phase = slot_of(SLOTS, slot, phase)
+                slot, phase = self.slot_of(SLOTS, slot, phase)
             cute.arch.barrier(barrier_id=SUMS, number_of_threads=384)
             self.scale_o(c, rO, c.sInv)
             if req < sI[1]:
@@ -646,29 +583,14 @@ class MlaDecode(KvProducer):
     def store_whole(self, c, v, rO, mO, req, slot):
         """To `out`, through the tiles that this warpgroup has just read as V; then frees their slots."""
         for i in cutlass.range_constexpr(OWN):
-            g, tile = tile_of(i, v)
-            s, _ = slot_of(g, slot, 0)
+            g, tile, _ = self.tile_of(i, v)
+            s, _ = self.slot_of(g, slot, 0)
             rX = cute.make_rmem_tensor(c.s_shape, ELEMENT)
             rX.store(cute.make_tensor(rO.iterator + i * ACC, cute.make_layout(c.s_shape)).load().to(ELEMENT))
             tOs = c.stsm_thr.partition_D(c.o_tiles[None, None, tile, s])
             cute.copy(c.stsm, c.stsm_thr.retile(rX), tOs)
         cute.arch.barrier(barrier_id=BAR_VALUES + v, number_of_threads=128)
-        rY = cute.make_rmem_tensor((8,), ELEMENT)
-        for i in cutlass.range(OWN, unroll=1):
-            of_row = i // 2 * 4 + 2 * v + i % 2  # of TILES_OF
-            g = of_row // SLOT_TILES
-            s, _ = slot_of(g, slot, 0)
-            for k in cutlass.range_constexpr(ROWS // 16):
-                row = k * 16 + c.t // 8
-                cute.autovec_copy(
-                    cute.local_tile(c.k_tiles[row, None, of_row - g * SLOT_TILES, s], (8,), (c.t % 8,)), rY
-                )
-                if c.row0 + row < mO.shape[1]:
-                    cute.autovec_copy(rY, cute.local_tile(mO[req, c.row0 + row, None], (8,), (of_row * 8 + c.t % 8,)))
-        cute.arch.fence_view_async_shared()  # the TMA will overwrite what was read
-        cute.arch.sync_warp()
-        for g in cutlass.range_constexpr(SLOTS):
-            self.free_slot(c, slot_of(g, slot, 0)[0])
+        self.copy_out(c, v, mO, req, slot)
 
     @cute.jit
     def store_piece(self, c, v, rO, o_acc, at_slot):
@@ -687,5 +609,5 @@ class MlaDecode(KvProducer):
 
 def entry():
     """What to compile: the host function and its fake arguments."""
-    kernel = MlaDecode(ELEMENT, LATENT, ROPE, PAGE_SIZE, SLOT_TILES, RING)
+    kernel = MlaDecode(ELEMENT, LATENT, ROPE, PAGE_SIZE, SLOT_TILES, RING, ROWS, TILES_OF)
     return kernel, mla_decode_arguments(ELEMENT, LATENT, ROPE, PAGE_SIZE)

@@ -59,7 +59,7 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
-from common.kv_producer import KvProducer
+from common.kv_handover import Q_BOX, KvHandover
 from common.mla_arguments import mla_decode_arguments
 from common.mla_combine import COOPERATIVE, HAS_SINKS, WANTS_LSE, MlaCombine
 from common.mla_ring import packed_rows, ring_layout
@@ -72,7 +72,6 @@ WIDTH = LATENT + ROPE
 TILES = WIDTH // 64
 V_TILES = LATENT // 64
 SLOTS = TILES // SLOT_TILES  # per block
-Q_BOX = 4  # tiles of a Q box
 OWN = V_TILES // 2  # tiles of O that a warpgroup of values has
 ACC = 32  # accumulators of a thread per tile
 # named barriers; 5 and 6 one per warpgroup of values, 7 both
@@ -83,35 +82,13 @@ M_INIT = -1.0e30  # finite: -inf - maximum is never NaN
 SLACK = 14.0  # P up to 2^14: fp16 holds 2^15, and with 8 large logits moved the maximum in one block of ten
 
 assert ROWS == 64 and ROPE == 64 and LATENT in (256, 512) and RING >= 2 * SLOTS
-# the tiles of O that warpgroup 1 + v has, and with which of them both have read slot g of a block as V
+# of warpgroup 1 + v: so that both are done with the first slot of a block soon
 TILES_OF = [[2 * i + (1 - v if i == 1 else v) for i in range(OWN)] for v in (0, 1)]
-DONE = [max((i for own in TILES_OF for i in range(OWN) if own[i] // SLOT_TILES == g), default=0) for g in range(SLOTS)]
 
 
 def rows_stack(n):
     """Shared-memory layout (ROWS rows, 64 columns, n tiles), one tile behind the other."""
     return cute.tile_to_shape(smem_atom(ELEMENT), (ROWS, 64, n), order=(0, 1, 2))
-
-
-def either(v, a, b):
-    """a for warpgroup 1, b for warpgroup 2: one code for both."""
-    return a if a == b else a + (b - a) * v
-
-
-def tile_of(i, v):
-    """(slot of a block, tile of the slot, tile of the row) of the i-th tile of warpgroup 1 + v."""
-    a, b = TILES_OF[0][i], TILES_OF[1][i]
-    return (either(v, a // SLOT_TILES, b // SLOT_TILES), either(v, a % SLOT_TILES, b % SLOT_TILES), either(v, a, b))
-
-
-@cute.jit
-def slot_of(i, slot, phase):
-    """(slot, phase) of the i-th slot of a block that starts at `slot`; SLOTS: the start of the next block."""
-    s = slot + i
-    if const_expr((isinstance(i, int) and i == SLOTS) or RING % SLOTS != 0):
-        phase = phase ^ 1 if s >= RING else phase
-        s = s - RING if s >= RING else s
-    return s, phase
 
 
 def partial_column(lane, e):
@@ -123,7 +100,7 @@ COMBINE = MlaCombine(LATENT, DTYPE, partial_column, True, BAR_END, teams=False)
 assert COMBINE.area_floats() * 4 <= RING * SLOT_TILES * BLOCK * 128
 
 
-class MlaDecode(KvProducer):
+class MlaDecode(KvHandover):
     # ---------------------------------------------------------------- host
     @cute.jit
     def __call__(
@@ -383,15 +360,6 @@ class MlaDecode(KvProducer):
                 row0, cutlass.min(s_q * heads - row0, ROWS), tid - 128,
             )  # fmt: skip
 
-    # ------------------------------------------------------------- queries
-    @cute.jit
-    def load_q(self, c, req):
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(c.q_full, ROWS * WIDTH * 2)
-        for i in cutlass.range_constexpr(V_TILES // Q_BOX):
-            cute.copy(c.tma_q, c.tQg[None, c.row_tile, i, req], c.tQs[None, i], tma_bar_ptr=c.q_full)
-        cute.copy(c.tma_pe, c.tPg[None, c.row_tile, req], c.tPs, tma_bar_ptr=c.q_full)
-
     # -------------------------------------------------------------- scores
     @cute.jit
     def score_block(self, c, rM, rL, rBack, slot, phase, tok0, seqlen, cut, min_lim, number, is_first, is_last):
@@ -404,7 +372,7 @@ class MlaDecode(KvProducer):
         qk = cute.make_mma_atom(c.op_qk)
         qk.set(warpgroup.Field.ACCUMULATE, False)
         for g in cutlass.range_constexpr(SLOTS):
-            s, ph = slot_of(g, slot, phase)
+            s, ph = self.slot_of(g, slot, phase)
             self.wait_slot(c.full + s, ph)
             # a shuffle: the descriptors of this slot are then computed here and not moved to and fro before the wait
             s = cute.arch.make_warp_uniform(s)
@@ -466,16 +434,6 @@ class MlaDecode(KvProducer):
         cute.arch.barrier_arrive(barrier_id=P_FULL, number_of_threads=384)
 
     @cute.jit
-    def clear_tail(self, c, slot, phase, valid):
-        """Clear the V rows from `valid` on: 0 * NaN."""
-        sK = c.k_tiles
-        for row in cutlass.range(valid + c.w, BLOCK, 4, unroll=1):
-            for i in cutlass.range_constexpr(V_TILES):
-                s, _ = slot_of(i // SLOT_TILES, slot, phase)
-                for e in cutlass.range_constexpr(2):
-                    sK[row, c.lane * 2 + e, i % SLOT_TILES, s] = ELEMENT(0.0)
-
-    @cute.jit
     def scores(self, c, lse, lse_acc, sinks, flags, s_q, heads):
         """Warpgroup 0. A thread has the rows `row` and `row` + 8."""
         lane, sInv, sI = c.lane, c.sInv, c.sI
@@ -504,7 +462,7 @@ class MlaDecode(KvProducer):
                     c, rM, rL, rBack, slot, phase, j * BLOCK, seqlen, cut, min_lim, number, j == b0, j == b1 - 1
                 )
                 number = number + 1
-                slot, phase = slot_of(SLOTS, slot, phase)
+                slot, phase = self.slot_of(SLOTS, slot, phase)
             totals = quad_sum(rL[0]), quad_sum(rL[1])
             if lane % 4 < 2:  # lane 0 of a quad has its first row, lane 1 the other one
                 total = totals[0] if lane % 4 == 0 else totals[1]
@@ -523,11 +481,6 @@ class MlaDecode(KvProducer):
                         lse[req, row // heads, row % heads] = value * (1.0 / LOG2E)
             cute.arch.barrier_arrive(barrier_id=SUMS, number_of_threads=384)
 
-    @cute.jit
-    def piece_slot(self, c, b0):
-        """Slot of the partial results of a piece that starts at block b0."""
-        return 2 * c.part if b0 > 0 else 2 * c.part + 1
-
     # -------------------------------------------------------------- values
     @cute.jit
     def scale_o(self, c, rO, sScale):
@@ -536,16 +489,11 @@ class MlaDecode(KvProducer):
             rO[i] = rO[i] * factors[i // 2 % 2]
 
     @cute.jit
-    def free_slot(self, c, s):
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(c.empty + s)
-
-    @cute.jit
     def value_block(self, c, v, rO, slot, phase, last, keep):
         """O += P V of one block; frees its slots unless `keep`."""
         if const_expr(not self.gather):  # there, P_FULL is behind a fence of those who have waited
             for g in cutlass.range_constexpr(SLOTS):
-                s, ph = slot_of(g, slot, phase)
+                s, ph = self.slot_of(g, slot, phase)
                 cute.arch.mbarrier_wait(c.full + s, ph)  # landed long ago; makes what the TMA wrote visible here too
         rP = cute.make_rmem_tensor(((2, 2, 2), 1, 4), ELEMENT)
         cute.arch.barrier(barrier_id=P_FULL, number_of_threads=384)
@@ -560,17 +508,17 @@ class MlaDecode(KvProducer):
         pv.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.fence()
         for i in cutlass.range_constexpr(OWN):
-            g, tile, _ = tile_of(i, v)
-            s, _ = slot_of(g, slot, phase)
+            g, tile, _ = self.tile_of(i, v)
+            s, _ = self.slot_of(g, slot, phase)
             rOi = cute.make_tensor(rO.iterator + i * ACC, cute.make_layout(c.s_shape))
             for x in cutlass.range_constexpr(4):
                 cute.gemm(pv, rOi, rP[None, None, x], c.tV[None, None, x, tile, s], rOi)
-            if const_expr(i in DONE):
+            if const_expr(i in self.done):
                 warpgroup.commit_group()
         for g in cutlass.range_constexpr(SLOTS):
-            warpgroup.wait_group(len({i for i in DONE if i > DONE[g]}))
+            warpgroup.wait_group(len({i for i in self.done if i > self.done[g]}))
             if not keep:
-                self.free_slot(c, slot_of(g, slot, phase)[0])
+                self.free_slot(c, self.slot_of(g, slot, phase)[0])
 
     @cute.jit
     def values(self, c, v, mO, o_acc):
@@ -586,7 +534,7 @@ class MlaDecode(KvProducer):
             for j in cutlass.range(b0, b1, unroll=1):
                 self.value_block(c, v, rO, slot, phase, j == b1 - 1, whole and j == b1 - 1)
                 out_slot = slot
-                slot, phase = slot_of(SLOTS, slot, phase)
+                slot, phase = self.slot_of(SLOTS, slot, phase)
             cute.arch.barrier(barrier_id=SUMS, number_of_threads=384)
             inv = c.sInv[c.row], c.sInv[c.row + 8]
             if req < sI[1]:
@@ -600,29 +548,15 @@ class MlaDecode(KvProducer):
     def store_whole(self, c, v, rO, inv, mO, req, slot):
         """To `out`, through the tiles that this warpgroup has just read as V; then frees their slots."""
         for i in cutlass.range_constexpr(OWN):
-            g, tile, _ = tile_of(i, v)
-            s, _ = slot_of(g, slot, 0)
+            g, tile, _ = self.tile_of(i, v)
+            s, _ = self.slot_of(g, slot, 0)
             rX = cute.make_rmem_tensor(c.s_shape, ELEMENT)
             for n in cutlass.range_constexpr(ACC):
                 rX[n] = (rO[i * ACC + n] * inv[n // 2 % 2]).to(ELEMENT)
             tOs = c.stsm_thr.partition_D(c.k_tiles[None, None, tile, s])
             cute.copy(c.stsm, c.stsm_thr.retile(rX), tOs)
         cute.arch.barrier(barrier_id=BAR_VALUES + v, number_of_threads=128)
-        rY = cute.make_rmem_tensor((8,), ELEMENT)
-        for i in cutlass.range(OWN, unroll=1):
-            of_row = 2 * i + (1 - v if i == 1 else v)  # of TILES_OF
-            g = of_row // SLOT_TILES
-            tile = of_row - g * SLOT_TILES
-            s, _ = slot_of(g, slot, 0)
-            for k in cutlass.range_constexpr(ROWS // 16):
-                row = k * 16 + c.t // 8
-                cute.autovec_copy(cute.local_tile(c.k_tiles[row, None, tile, s], (8,), (c.t % 8,)), rY)
-                if c.row0 + row < mO.shape[1]:
-                    cute.autovec_copy(rY, cute.local_tile(mO[req, c.row0 + row, None], (8,), (of_row * 8 + c.t % 8,)))
-        cute.arch.fence_view_async_shared()  # the TMA will overwrite what was read
-        cute.arch.sync_warp()
-        for g in cutlass.range_constexpr(SLOTS):
-            self.free_slot(c, slot_of(g, slot, 0)[0])
+        self.copy_out(c, v, mO, req, slot)
 
     @cute.jit
     def store_piece(self, c, v, rO, inv, o_acc, at_slot):
@@ -635,11 +569,11 @@ class MlaDecode(KvProducer):
                     for q in cutlass.range_constexpr(4):
                         for e in cutlass.range_constexpr(4):
                             v4[e] = rO[i * ACC + q * 8 + e // 2 * 4 + r * 2 + e % 2] * inv[r]
-                        to = tile_of(i, v)[2] * 16 + q * 4 + c.lane % 4
+                        to = self.tile_of(i, v)[2] * 16 + q * 4 + c.lane % 4
                         cute.autovec_copy(v4, cute.local_tile(o_acc[at_slot, row, None], (4,), (to,)))
 
 
 def entry():
     """What to compile: the host function and its fake arguments."""
-    kernel = MlaDecode(ELEMENT, LATENT, ROPE, PAGE_SIZE, SLOT_TILES, RING)
+    kernel = MlaDecode(ELEMENT, LATENT, ROPE, PAGE_SIZE, SLOT_TILES, RING, ROWS, TILES_OF)
     return kernel, mla_decode_arguments(ELEMENT, LATENT, ROPE, PAGE_SIZE)
