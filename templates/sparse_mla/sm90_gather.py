@@ -40,7 +40,6 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
 from common.mla_combine import MlaCombine
-from common.mla_split import store_sharing
 from common.sm90 import INF, ex2, issue, quad_max, quad_sum, smem_atom, swz
 from common.sparse_kernel import SparseKernel, mask_entries, queries_to_fp16
 from common.sparse_rows import FP8_BYTES, RowGather, sparse_mla_arguments
@@ -91,6 +90,7 @@ class SparseMla(SparseKernel):
     def cta(self, c):
         wg = c.warp_idx // 4
         t = c.tid % 128
+        row = (c.warp_idx % 4) * 16 + c.lane // 4  # this thread has the rows row and row + 8
 
         smem = SmemAllocator()
 
@@ -145,7 +145,7 @@ class SparseMla(SparseKernel):
 
         c = SimpleNamespace(
             **vars(c),
-            row=(c.warp_idx % 4) * 16 + c.lane // 4,  # this thread has the rows row and row + 8
+            row=row,
             bars=bars,
             sI=sI,
             sFactor=sFactor,
@@ -190,7 +190,7 @@ class SparseMla(SparseKernel):
                 # while the first loads are under way; a branch on tid would make the compiler take the warps for
                 # diverged
                 if c.warp_idx == 4:
-                    store_sharing(sShare, sI, c.lengths, c.part, c.parts_per_token, c.lane)
+                    self.store_share(c, sShare)
                 self.values(c)
             # every row that was gathered has been waited for
             area = cute.recast_ptr(sK.iterator, dtype=Float32)

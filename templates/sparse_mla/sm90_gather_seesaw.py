@@ -49,7 +49,6 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
 from common.mla_combine import MlaCombine
-from common.mla_split import store_sharing
 from common.sm90 import INF, ex2, issue, quad_max, quad_sum, smem_atom, swz
 from common.sparse_halves import HalfGather
 from common.sparse_kernel import SparseKernel, mask_entries
@@ -114,6 +113,7 @@ class SparseMla(SparseKernel):
     def cta(self, c):
         wg = c.warp_idx // 4
         t = c.tid % 128
+        row = (c.warp_idx % 4) * 16 + c.lane // 4  # this thread has the rows row and row + 8
 
         smem = SmemAllocator()
 
@@ -158,7 +158,7 @@ class SparseMla(SparseKernel):
 
         c = SimpleNamespace(
             **vars(c),
-            row=(c.warp_idx % 4) * 16 + c.lane // 4,  # this thread has the rows row and row + 8
+            row=row,
             bars=bars,
             sI=sI,
             sM=(sM0, sM1),
@@ -192,7 +192,7 @@ class SparseMla(SparseKernel):
             cute.arch.setmaxregister_increase(MATH_REGS)
             # while the first loads are under way; a branch on tid would make the compiler take the warps for diverged
             if c.warp_idx == 4:
-                store_sharing(sShare, sI, c.lengths, c.part, c.parts_per_token, c.lane)
+                self.store_share(c, sShare)
             if wg == 0:
                 if c.warp_idx == 0 and sI[0] <= sI[1]:
                     self.load_q(c, sI[0])

@@ -42,7 +42,6 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
 from common.mla_combine import MlaCombine
-from common.mla_split import store_sharing
 from common.sm90 import INF, ex2, issue, smem_atom
 from common.sparse_kernel import SparseKernel, queries_to_fp16
 from common.sparse_rows import FP8_BYTES, RowGather, load_shared1, sparse_mla_arguments
@@ -173,7 +172,7 @@ class SparseMla(SparseKernel):
                 cute.arch.setmaxregister_decrease(MATH_REGS)
             # while the first loads are under way; a branch on tid would make the compiler take the warps for diverged
             if c.warp_idx == 4:
-                store_sharing(sShare, sI, c.lengths, c.part, c.parts_per_token, c.lane)
+                self.store_share(c, sShare)
             self.math(c)
             # every row that was gathered has been waited for
             area = cute.recast_ptr(sK.iterator, dtype=Float32)
