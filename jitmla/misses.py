@@ -72,4 +72,4 @@ def difference(spec: Spec, loaded: Iterable[Spec]) -> str:
     if not found:
         return "none is loaded on this device"
     nearest = dict.fromkeys(", ".join(texts) for count, texts in found if count == found[0][0])
-    return "; or ".join(list(nearest)[:NEAREST]) or "it is loaded for another backend"
+    return "; or ".join(list(nearest)[:NEAREST]) or "what is loaded of it is another variant, or for another backend"

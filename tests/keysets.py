@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from jitmla import registry, schema, tune
 from jitmla.layouts import SCALE_MODES
 from jitmla.registry import Choice
+from jitmla.schedule import most_tile
 from jitmla.spec import (
     Spec,
     append_latent_spec,
@@ -177,6 +178,7 @@ E4M3 = [e4m3(dtype, 512, 64, rows, causal) for dtype in ("e4m3", "bf16") for row
     for i in range(12)] + [
     e4m3(dtype, 256, 64, rows, rows != 32) for dtype in ("e4m3", "bf16") for rows in (16, 32, 64)] + [
     e4m3("e4m3", 512, 0, 16, False), e4m3("e4m3", 512, 0, 512, False), e4m3("e4m3", 256, 0, 32, True),
+    e4m3("e4m3", 512, 0, 512, True),  # their tests, tests/kernels/test_compat_mla_decode.py
     e4m3("bf16", 512, 0, 512, True), e4m3("bf16", 256, 0, 16, False), e4m3("fp16", 512, 0, 64, False)]
 
 
@@ -220,6 +222,11 @@ PORTABLE_MORE = [  # the other rows of the config table, and the archs that have
         ("sm_80", "sm_86", "sm_87", "sm_89", "sm_100a", "sm_103a", "sm_120a", "sm_121a"), ("bf16", "e4m3"),
         (16, 32, 512))
 ]
+
+
+def portable_decode() -> list[Choice]:
+    """The portable kernel that a GPU test asks for by name, where a native one comes first."""
+    return [registry.choose(portable(ARCH, "bf16", "bf16", 512, 64, 0, 16, False), "portable")]
 
 
 def every_portable() -> list[Spec]:
@@ -397,6 +404,19 @@ PREFILL_ELSEWHERE = [  # each variant of the portable template, on archs with di
 ]
 
 
+# heads, qk_nope_head_dim, kv_lora_rank, page size and dtype of GPU tests of mla_prefill_paged
+PAGED = [(16, 128, 512, 64, "bf16"), (128, 128, 512, 64, "bf16"), (8, 64, 512, 64, "bf16"), (32, 64, 256, 64, "bf16"),
+         (128, 128, 512, 16, "bf16"), (96, 128, 512, 32, "fp16"), (32, 64, 256, 128, "bf16"),
+         (128, 128, 512, 1, "bf16"), (100, 128, 512, 48, "bf16")]
+
+
+def paged_attention() -> list[Choice]:
+    """What its absorbed form takes of mla_decode."""
+    return _choices(mla_decode_spec(arch=ARCH, dtype=dtype, kv_lora_rank=rank, qk_rope_head_dim=64, page_size=page,
+                                    s_q=most_tile(heads), heads=heads, causal=True)
+                    for heads, _, rank, page, dtype in PAGED)
+
+
 def prefill_points() -> list[Spec]:
     return [prefill_spec("bf16", (192, 128), True), PREFILL_ELSEWHERE[0]]
 
@@ -482,7 +502,8 @@ def simple(op: str) -> Sets:
 
 SETS = {
     "mla_decode": Sets(lambda: product() + every_portable(),
-                       lambda: covering() + E4M3 + PORTABLE_ON_GPU + PORTABLE_ELSEWHERE, points, decode_wanted),
+                       lambda: covering() + E4M3 + PORTABLE_ON_GPU + PORTABLE_ELSEWHERE, points, decode_wanted,
+                       named=portable_decode),
     "append_latent": Sets(append_product, append_covering, lambda: [append_spec(ARCH, "bf16", True, "i64", 512, 64)]),
     "cached_mla": Sets(cached_product, cached_covering, lambda: cached_covering()[:3]),
     "inv_rope_fp8_quant": Sets(quant_product, lambda: quant_product([ARCH, "sm_80", "sm_89", "sm_100a"]),
@@ -525,9 +546,9 @@ if __name__ == "__main__":
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--op", choices=SETS, action="append", default=[], help="only these; repeat it for several")
     parser.add_argument("--arch", help="only this one")
-    parser.add_argument("--attention", action="store_true", help="also what cached_mla takes of other ops")
+    parser.add_argument("--attention", action="store_true", help="also what cached_mla and mla_prefill_paged take of others")
     options = parser.parse_args()
     wanted = (every_choice if options.all else covering_choices)(*options.op)
-    wanted += cached_attention() if options.attention else []
+    wanted += cached_attention() + paged_attention() if options.attention else []
     wanted = [c for c in wanted if options.arch in (None, c.spec.arch)]
     sys.exit(1 if prewarm(wanted, options.jobs) else 0)

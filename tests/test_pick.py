@@ -91,8 +91,7 @@ def test_few_tokens_are_for_small_tiles_and_many_for_large_ones():
 
 
 def test_the_picks_are_the_best_of_what_was_measured():
-    """All variants at numbers of tokens from 1 to 16384, as `jitmla bench o_proj --sweep` wrote them. The timer's ticks
-    are 2 % of the shortest times, and a time there moves by 5 % from run to run."""
+    """All variants at numbers of tokens from 1 to 16384, as `jitmla bench o_proj --sweep` wrote them."""
     rows = json.loads((RESULTS / "o_proj_sweep_h200.json").read_text())["rows"]
     loss = {}
     for row in rows:
@@ -102,8 +101,7 @@ def test_the_picks_are_the_best_of_what_was_measured():
         else:
             name, _ = picked(BMM, groups=case.groups, tokens=case.tokens, columns=case.rows, k=case.columns, sms=132)
         loss[case] = row["us"][name] / min(row["us"].values()) - 1
-    assert len(loss) == 136 and max(loss.values()) < 0.05
-    assert sum(x > 0.03 for x in loss.values()) <= 1
+    assert len(loss) == 136 and max(loss.values()) < 0.03
 
 
 @given(st.integers(1, 5000), st.integers(1, 200000), st.sampled_from([78, 114, 132]))

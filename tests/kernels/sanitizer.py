@@ -64,7 +64,7 @@ CASES = [
     dict(lengths=[70] * 70 + [900], heads=128),
     dict(lengths=[100, 17, 0], heads=128, kv_lora_rank=256, page_size=32),
     dict(lengths=[100, 17, 0], heads=16, kv_lora_rank=256, page_size=32),
-    dict(lengths=[300, 15], heads=20, page_size=16, s_q=2, row_pad=8, page_pad=16, q_pad=8, query="pair"),
+    dict(lengths=[300, 15], heads=40, page_size=16, s_q=2, row_pad=8, page_pad=16, q_pad=8, query="pair"),
     *(dict(lengths=[0, 1, 65, 300], heads=heads, page_size=page) for heads in (8, 16, 32, 64, 128) for page in (1, 7)),
 ]
 

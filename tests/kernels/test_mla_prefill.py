@@ -20,7 +20,7 @@ from jitmla.errors import InvalidArgument, NoTemplate
 from jitmla.testing import mla_decode_problem
 from jitmla.testing_memory import guarded, poisoned_empty
 from jitmla.testing_prefill import check_prefill, offsets, prefill_problem
-from tests.keysets import HEAD_DIMS, covering_choices
+from tests.keysets import HEAD_DIMS, PAGED, covering_choices
 from tests.support.marks import ON_HOPPER
 from tests.support.paged import check_paged
 
@@ -225,10 +225,7 @@ PREFIXES = [((300, 1, 77), (0, 0, 0)), ((19, 1, 64, 130), (1000, 0, 63, 517)), (
 
 
 @pytest.mark.parametrize("new, prefixes", PREFIXES)
-@pytest.mark.parametrize("heads, nope, rank, page, dtype", [
-    (16, 128, 512, 64, "bf16"), (128, 128, 512, 64, "bf16"), (8, 64, 512, 64, "bf16"), (32, 64, 256, 64, "bf16"),
-    (128, 128, 512, 16, "bf16"), (96, 128, 512, 32, "fp16"), (32, 64, 256, 128, "bf16"), (128, 128, 512, 1, "bf16"),
-    (100, 128, 512, 48, "bf16")])
+@pytest.mark.parametrize("heads, nope, rank, page, dtype", PAGED)
 def test_paged(new, prefixes, heads, nope, rank, page, dtype):
     with poisoned_empty():
         check_paged(new, prefixes, heads=heads, nope=nope, v_dim=128, rank=rank, page=page, device="cuda",
