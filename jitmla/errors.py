@@ -92,3 +92,7 @@ class CacheCorrupt(JitmlaError, RuntimeError):
 
 class CacheUnwritable(JitmlaError, OSError):
     """The cache cannot be written (read-only, full, no such place)."""
+
+
+# The same request would be answered the same way again: it has to change. Commands then end with 2, else with 1.
+MISPUT = (InvalidArgument, InvalidArgumentType, InvalidTunings, NoTemplate, SchemaViolation, UnknownArch, UnknownModel)

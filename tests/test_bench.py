@@ -240,7 +240,7 @@ def test_what_is_no_result_is_not_drawn(tmp_path, capsys, text):
     file = tmp_path / "r.json"
     if text is not None:
         file.write_text(text)
-    assert __main__.main(["plot", str(file)]) == 1
+    assert __main__.main(["plot", str(file)]) == 2
     assert f"to draw {file}" in capsys.readouterr().err and not (tmp_path / "r.png").exists()
 
 
@@ -331,7 +331,7 @@ def test_without_a_gpu():
         pytest.skip("there is a GPU")
     done = subprocess.run([sys.executable, "-m", "jitmla.bench", "mla_decode"], cwd=ROOT, capture_output=True,
                           text=True)
-    assert done.returncode == 1 and "on a machine without an NVIDIA GPU" in done.stderr and not done.stdout
+    assert done.returncode == 2 and "on a machine without an NVIDIA GPU" in done.stderr and not done.stdout
     assert "Traceback" not in done.stderr
 
 

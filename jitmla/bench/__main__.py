@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import JitmlaError, NoTemplate
+from ..errors import MISPUT, JitmlaError, NoTemplate
 from . import report
 
 
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             OPS[options.op](options, command)
     except JitmlaError as e:
         print(f"jitmla: {e}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(e, MISPUT) else 1
     return 0
 
 

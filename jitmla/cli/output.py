@@ -10,19 +10,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from ..errors import (
-    InvalidArgument,
-    InvalidArgumentType,
-    InvalidTunings,
-    JitmlaError,
-    NoTemplate,
-    SchemaViolation,
-    UnknownArch,
-    UnknownModel,
-)
+from ..errors import MISPUT, JitmlaError
 
-# The same command would be answered the same way on every machine: the request has to change.
-USAGE = (InvalidArgument, InvalidArgumentType, InvalidTunings, NoTemplate, SchemaViolation, UnknownArch, UnknownModel)
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 SHORT = 12  # digits of a digest that people see
@@ -87,6 +76,6 @@ def reports_errors(command: Command) -> Command:
                 json_line(error.as_dict())
             else:
                 complain(str(error))
-            raise typer.Exit(2 if isinstance(error, USAGE) else 1) from error
+            raise typer.Exit(2 if isinstance(error, MISPUT) else 1) from error
 
     return run  # type: ignore[return-value]

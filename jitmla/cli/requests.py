@@ -15,6 +15,8 @@ from .. import models, schema
 from ..errors import InvalidArgument, JitmlaError, SchemaViolation
 from ..spec import Spec
 
+LISTED = "docs/schema.md lists the fields and their values"  # what mends a --spec
+
 Model = Annotated[str | None, Option("--model", metavar="NAME|PATH", help="A known model, or the path of its Hugging "
                                      "Face config.json.")]
 Tp = Annotated[int, Option("--tp", metavar="N", min=1, help="Ranks that share the model's heads.")]
@@ -65,7 +67,8 @@ def of_assignments(op: str, arch: str, assignments: list[str]) -> Spec:
         for assignment in assignments:
             name, equals, text = assignment.partition("=")
             if not equals or name not in fields or name in ("op", "arch"):
-                raise SchemaViolation("", supported=", ".join(f"{n}=..." for n in fields if n not in ("op", "arch")),
+                raise SchemaViolation(assignment, remedy=LISTED,
+                                      supported=", ".join(f"{n}=..." for n in fields if n not in ("op", "arch")),
                                       differs=f"{name!r} has no value" if name in fields and not equals else
                                       f"{op} has no field {name!r} that --spec sets")
             facts[name] = _value(fields[name], text)
@@ -119,7 +122,7 @@ def _not_keys(file: Path, differs: str, remedy: str = "docs/schema.md lists the 
 def _misput(asked: str, error: SchemaViolation) -> InvalidArgument:
     """A SchemaViolation as what it is here: a fault of the command line."""
     return InvalidArgument(asked, supported=error.supported or "a value for every field of the Spec, and no other",
-                           differs=error.differs, remedy="docs/schema.md lists the fields and their values")
+                           differs=error.differs, remedy=LISTED)
 
 
 def _value(field: dict[str, Any], text: str) -> Any:
