@@ -546,7 +546,8 @@ if __name__ == "__main__":
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--op", choices=SETS, action="append", default=[], help="only these; repeat it for several")
     parser.add_argument("--arch", help="only this one")
-    parser.add_argument("--attention", action="store_true", help="also what cached_mla and mla_prefill_paged take of others")
+    parser.add_argument("--attention", action="store_true",
+                        help="also what cached_mla and mla_prefill_paged take of other ops")
     options = parser.parse_args()
     wanted = (every_choice if options.all else covering_choices)(*options.op)
     wanted += cached_attention() + paged_attention() if options.attention else []

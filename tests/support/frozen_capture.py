@@ -31,8 +31,8 @@ def main():
                 for i, (heads, s_q, lengths) in enumerate(SHAPES)]
     one = torch.ones(1, device="cuda")
     capture(lambda: one + 1)  # whatever torch itself does in its first capture
-    jitmla.warm([choice.key for s in covering() for choice in registry.choices(s) if (s["dtype"], s["kv_lora_rank"], s["page_size"]) == (
-        "bf16", 512, 64)])
+    jitmla.warm([choice.key for s in covering() for choice in registry.choices(s)
+                 if (s["dtype"], s["kv_lora_rank"], s["page_size"]) == ("bf16", 512, 64)])
     jitmla.freeze()
     before, seen, counting = events.stats(), collections.Counter(), True
     sys.addaudithook(lambda name, args: seen.update([f"{name} {args[:1]}"]) if counting and name in TOUCHING else None)
