@@ -153,9 +153,9 @@ def specs_for(name_or_path: str | Path, *, tp: int, arch: str, page_sizes: Itera
         raise InvalidArgument(f"the kernels for {', '.join(sorted(used - USES.keys()))}", supported=", ".join(USES),
                               differs="there is no such use", remedy="`jitmla prewarm --help` lists them")
     sizes = tuple(page_sizes)
-    if min(*sizes, max_s_q) < 1:
+    if (least := min([*sizes, max_s_q])) < 1:
         raise InvalidArgument(f"page sizes {sizes} and up to {max_s_q} query tokens", supported="1 and more",
-                              differs=f"{min(*sizes, max_s_q)}", remedy="choose another --page-size or --max-s-q")
+                              differs=f"{least}", remedy="choose another --page-size or --max-s-q")
     serving = Serving(dims, dims.num_attention_heads // tp, tp, arch, sizes, max_s_q, used)
     return list(dict.fromkeys(spec for part in PARTS for spec in part(serving)))
 

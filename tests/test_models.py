@@ -116,6 +116,10 @@ def test_sizes_below_one(options):
         keys_for("deepseek-v3", **options)
 
 
+def test_no_page_size():
+    assert keys_for("deepseek-v3", page_sizes=[]) == []
+
+
 def test_an_arch_without_templates_or_without_a_name():
     with pytest.raises(UnknownArch):
         keys_for("deepseek-v3", arch="sm_90")
