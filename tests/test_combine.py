@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from .support.lanes import Lanes
 from .test_schedule import Split
 
 COMMON = Path(__file__).parents[1] / "templates" / "common"
@@ -108,31 +109,9 @@ class Async:
                 move(src, dst)
 
 
-class _Lanes(ast.NodeTransformer):
-    """Turn the device methods into generators of one lane: `yields`, and calls of `generators`, become yields."""
-
-    def __init__(self, yields, generators):
-        self.yields, self.generators = yields, generators
-
-    def visit_Call(self, node):
-        self.generic_visit(node)
-        name = getattr(node.func, "attr", None)
-        if name in self.yields:
-            fields = [ast.Constant(name), *node.args, *(k.value for k in node.keywords)]
-            return ast.Yield(ast.Tuple(fields, ast.Load()))
-        return ast.YieldFrom(node) if name in self.generators else node
-
-    def visit_FunctionDef(self, node):
-        self.generic_visit(node)
-        node.decorator_list = []
-        for arg in node.args.args:
-            arg.annotation = None
-        return node
-
-
 def combiner(late, yields=frozenset(WARP_WIDE), generators=frozenset({"rows", "weights"})):
     """(mla_combine.py as Python, its cp.async unit)"""
-    tree = _Lanes(yields, generators).visit(ast.parse((COMMON / "mla_combine.py").read_text()))
+    tree = Lanes(yields, generators).visit(ast.parse((COMMON / "mla_combine.py").read_text()))
     tree.body = [n for n in tree.body if not isinstance(n, (ast.Import, ast.ImportFrom))]
     unit = Async(late)
     arch = types.SimpleNamespace(

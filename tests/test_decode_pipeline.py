@@ -79,18 +79,22 @@ class Relay(Ring):
             found |= {f"s{w}": self.scores(w), f"v{w}": self.values(0, w), f"u{w}": self.values(1, w)}
         return found
 
+    def products(self, number, req, first, last, where):
+        """S of a block; from then on P may be written."""
+        if first:
+            yield "wait", "q_full", req & 1
+        for slot, parity in where:
+            yield "wait", ("full", slot), parity
+            yield from self.read_slot(slot)
+        yield from self.read_query()
+        if last:
+            yield "arrive", "q_free"
+        if number > 0:
+            yield "sync", "p_free", 3 * W
+
     def scores(self, w):
         for number, req, first, last, where in self.blocks():
-            if first:
-                yield "wait", "q_full", req & 1
-            for slot, parity in where:
-                yield "wait", ("full", slot), parity
-                yield from self.read_slot(slot)
-            yield from self.read_query()
-            if last:
-                yield "arrive", "q_free"
-            if number > 0:
-                yield "sync", "p_free", 3 * W
+            yield from self.products(number, req, first, last, where)
             yield "write", ("above", w)
             yield "sync", "scores", W
             for i in range(W):
@@ -157,16 +161,7 @@ class Trio(Relay):
 
     def scores(self, w):
         for number, req, first, last, where in self.blocks():
-            if first:
-                yield "wait", "q_full", req & 1
-            for slot, parity in where:
-                yield "wait", ("full", slot), parity
-                yield from self.read_slot(slot)
-            yield from self.read_query()
-            if last:
-                yield "arrive", "q_free"
-            if number > 0:
-                yield "sync", "p_free", 3 * W
+            yield from self.products(number, req, first, last, where)
             if number % RAISES == 0:
                 yield "write", ("factor", w)
             yield "write", ("again", w)

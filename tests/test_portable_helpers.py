@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jitmla.schedule import BLOCK_TOKENS, INVARIANT_TOKENS, gather_launch, invariant_slots, workspace_floats
 
-from .test_schedule import COMMON, FAST, KNOBS, Split, _int, _Lanes, _natural, blocks, ceil_div, run_warp, tokens
+from .test_schedule import COMMON, FAST, KNOBS, LANES, Split, _int, _natural, blocks, ceil_div, run_warp, tokens
 
 PIECE_BLOCKS = INVARIANT_TOKENS // BLOCK_TOKENS
 
@@ -39,7 +39,7 @@ def device():
 
     cutlass = types.SimpleNamespace(range=span, range_constexpr=range, max=max, min=min, Constexpr=None)
     arch = types.SimpleNamespace(popc=int.bit_count)
-    return functions("warp", "mla_split", "mla_pieces", transform=_Lanes(), cutlass=cutlass, Int32=_int,
+    return functions("warp", "mla_split", "mla_pieces", transform=LANES, cutlass=cutlass, Int32=_int,
                      Uint32=_natural, Float32=float, cute=types.SimpleNamespace(arch=arch))
 
 

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from jitmla import schedule
 from jitmla.schedule import BLOCK_TOKENS, MAX_PARTS, launch_args, semaphore_count, workspace_floats
 
+from .support.lanes import Lanes
+
 COMMON = Path(__file__).parents[1] / "templates" / "common"
 FAST = settings(max_examples=200, deadline=None)
 
@@ -157,25 +159,7 @@ def test_both_splits_are_reached():
 WARP_WIDE = frozenset({"shuffle_sync", "shuffle_sync_up", "shuffle_sync_bfly", "vote_ballot_sync",
                        "warp_redux_sync"})
 WARP_FUNCTIONS = frozenset({"choose", "locate", "lanes_sum", "warp_inclusive_sum"})
-
-
-class _Lanes(ast.NodeTransformer):
-    """Turn the device functions into generators of one lane: warp-wide operations and calls become yields."""
-
-    def visit_Call(self, node):
-        self.generic_visit(node)
-        name = getattr(node.func, "attr", getattr(node.func, "id", None))
-        if name in WARP_WIDE:
-            fields = [ast.Constant(name), *node.args, *(k.value for k in node.keywords if k.arg in ("offset", "kind"))]
-            return ast.Yield(ast.Tuple(fields, ast.Load()))
-        return ast.YieldFrom(node) if name in WARP_FUNCTIONS else node
-
-    def visit_FunctionDef(self, node):
-        self.generic_visit(node)
-        node.decorator_list = []
-        for arg in node.args.args:
-            arg.annotation = None
-        return node
+LANES = Lanes(WARP_WIDE, WARP_FUNCTIONS)
 
 
 def _int(x):
@@ -190,7 +174,8 @@ def _natural(x):
 @pytest.fixture(scope="module")
 def device():
     """The functions of mla_split.py as generators of one lane, with the names of the DSL replaced by Python's."""
-    tree = _Lanes().visit(ast.parse("".join((COMMON / f"{x}.py").read_text() for x in ("warp", "mla_split"))))
+    source = "".join((COMMON / f"{name}.py").read_text() for name in ("warp", "mla_split"))
+    tree = LANES.visit(ast.parse(source))
     tree.body = [n for n in tree.body if not isinstance(n, (ast.Import, ast.ImportFrom))]
     prefetched = []
     arch = types.SimpleNamespace(
